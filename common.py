@@ -1,0 +1,821 @@
+"""What a pretraining method is made of: command line, processes, checkpoints, backbone, Deformable DETR, matching, losses, schedules.
+
+Shape legend, used in every file. B images, Q object queries, C classes, D channels, L feature levels, P sampling points per level,
+M attention heads, S = sum over levels of H_l * W_l, n boxes of one image. Batch first everywhere.
+Box formats: `boxes_xyxy` [n, 4] pixels; `boxes` / `pred_boxes` [..., 4] (cx, cy, w, h) as fractions of the image; masks: True = padding.
+A target is a dict {"labels": int64 [n], "boxes": float32 [n, 4] cxcywh in 0..1, ...}.
+
+Module names follow the released Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159) and DETReg, so that their checkpoints load by name.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import time
+import types
+import typing
+import urllib.error
+from pathlib import Path
+from typing import Any, Callable, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou, sigmoid_focal_loss
+from tqdm import tqdm
+
+
+# ==== Command line =================================================================================================
+
+class UserError(Exception):
+    """Bad input. The message names what was wrong, where, and what to do; a script prints it as one line and exits with 2."""
+
+
+def cli(main: Callable[[], Any]) -> None:
+    """Run a script's main(): bad input ends in one line on stderr and exit code 2; our own faults keep their traceback and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        if rank() == 0 or world_size() == 1:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# What may differ between a run and its continuation: it changes neither the data nor the arithmetic.
+RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change", "data_root", "eval_every"}
+
+
+def _knob_help(config_class: type) -> dict[str, str]:
+    """The comment behind each field of a configuration class: what the reader reads is what --help prints."""
+    pattern = re.compile(r"^\s+(\w+)\s*:[^#]*=[^#]*#\s*(.+?)\s*$", re.M)
+    return dict(pattern.findall(inspect.getsource(config_class)))
+
+
+def _add_knob(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, text: str) -> None:
+    args = typing.get_args(hint)
+    optional = type(None) in args
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(a for a in args if a is not type(None))
+        args = typing.get_args(hint)
+    text = f"{text} (default: {default})".replace("%", "%%")
+    flag = f"--{name}"
+    if hint is bool:
+        parser.add_argument(flag, nargs="?", const=True, default=argparse.SUPPRESS, type=_boolean, metavar="BOOL", help=text)
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    elif typing.get_origin(hint) is Literal:
+        parser.add_argument(flag, choices=args, default=argparse.SUPPRESS, help=text)
+    elif typing.get_origin(hint) is tuple:
+        parser.add_argument(flag, nargs="+", type=args[0], default=argparse.SUPPRESS, metavar=args[0].__name__.upper(), help=text)
+    else:
+        convert = (lambda s, t=hint: None if s.lower() == "none" else t(s)) if optional else hint
+        parser.add_argument(flag, type=convert, default=argparse.SUPPRESS, metavar=hint.__name__.upper(), help=text)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] | None, *, script: str, description: str,
+                 by_data: Callable[[dict], dict] | None = None) -> Any:
+    """Command line -> config dataclass. Precedence: default < data set's recipe (`by_data`) < preset < flag (decisions.md, Recipes).
+
+    Flags spell the field's name (hyphens are accepted); the comment behind a field is its help text.
+    """
+    hints = typing.get_type_hints(config_class)
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    parser = argparse.ArgumentParser(prog=f"{script}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--preset", choices=sorted(presets), default=None, help="a set of values that differ from the defaults")
+    texts = _knob_help(config_class)
+    for name, field in fields.items():
+        if name != "preset":
+            _add_knob(parser, name, hints[name], field.default, texts.get(name, ""))
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m.group()[2:].replace("-", "_"), a) for a in argv]
+    flags = vars(parser.parse_args(argv))
+    preset = presets.get(flags["preset"], {})
+    chosen = {name: field.default for name, field in fields.items()} | preset | flags
+    values = {name: field.default for name, field in fields.items()} | (by_data(chosen) if by_data else {}) | preset | flags
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    if values["out"] is None:
+        values["out"] = f"out/{script}-{values['preset'] or Path(values['data']).stem}"
+    return config_class(**values)
+
+
+# ==== Processes ====================================================================================================
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup_distributed(device: str = "auto") -> torch.device:
+    """Join the processes torchrun started (NCCL on CUDA, gloo on CPU); a plain `python script.py` is the same path with one process."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    return torch.device(device)
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum over processes, on a copy and without gradient (a normaliser or a log value, never part of the graph)."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """DistributedDataParallel at world size > 1, after turning trained BatchNorm into SyncBatchNorm where CUDA is (it raises on CPU)."""
+    if world_size() == 1:
+        return model
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def gradient_sync(model: nn.Module, last_micro_batch: bool):
+    """Context of one micro-batch's backward: processes average gradients only in the last one of an accumulated batch."""
+    return contextlib.nullcontext() if last_micro_batch or world_size() == 1 else model.no_sync()
+
+
+def autocast(device: torch.device, amp: str):
+    """bf16 needs no loss scaling; boxes, sampling locations, matching and losses stay fp32 inside (practice.md 3.3)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+def seed_step(seed: int, step: int) -> None:
+    """All randomness inside a step (dropout) is a function of (seed, step, rank): a resumed run draws what the unbroken one would."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def progress(iterable, **kwargs) -> tqdm:
+    """A progress bar on rank 0; without a terminal it prints a line every ten seconds rather than every redraw."""
+    return tqdm(iterable, disable=rank() != 0, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True, **kwargs)
+
+
+def say(text: str) -> None:
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+# ==== Log and checkpoints ==========================================================================================
+
+class Log:
+    """`log.jsonl` in the output folder: one JSON line per logged step, rank 0 only.
+
+    Keys: step, epoch, lr, loss, every loss term (averaged over processes), grad_norm, images_per_s (all processes), memory_gib, seconds.
+    """
+
+    def __init__(self, out: Path, resume_step: int, device: torch.device):
+        self.path, self.device = out / "log.jsonl", device
+        self.start = self.last = time.perf_counter()
+        if rank() == 0:
+            lines = self.path.read_text().splitlines() if self.path.exists() and resume_step else []
+            write_atomic(self.path, "".join(line + "\n" for line in lines if json.loads(line)["step"] < resume_step).encode())
+
+    def write(self, step: int, terms: dict[str, Tensor], images: int, **values: float) -> dict[str, float]:
+        """terms: scalars of this process; images: how many the process saw since the last line."""
+        stacked = torch.stack([t.detach().float() for t in terms.values()])
+        stacked = all_reduce_sum(stacked) / world_size()
+        now = time.perf_counter()
+        line = {"step": step, **values, **dict(zip(terms, stacked.tolist())), "images_per_s": images * world_size() / (now - self.last),
+                "memory_gib": peak_memory_gib(self.device), "seconds": now - self.start}
+        self.last = now
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+        return line
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource                                    # absent on Windows
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, step: int, config: Any, **extra: Any) -> None:
+    """{"model", "optimizer", "step", "config", ...}: plain containers only, keys without `module.`, so that weights_only=True reads it.
+
+    step = number of finished steps. Rank 0 writes; the file appears whole or not at all.
+    """
+    if rank() != 0:
+        return
+    state = {"model": getattr(model, "module", model).state_dict(), "optimizer": optimizer.state_dict() if optimizer else None,
+             "step": step, "config": dataclasses.asdict(config), **extra}
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def open_run(config: Any, script: str) -> dict | None:
+    """Make `--out` ready. Returns the checkpoint to continue from, or None for a new run.
+
+    Refuses (UserError) a folder that holds a run of another script or of another configuration, showing the difference.
+    """
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot make this folder ({error.strerror}); give another one") from error
+    if not (out / "last.pt").exists():
+        return None
+    state = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
+    if state.get("script") != script:
+        raise UserError(f"{out} holds a run of {state.get('script')}.py; give {script}.py another --out")
+    now, before = dataclasses.asdict(config), state["config"]
+    changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in sorted(now.keys() | before.keys())
+               if k not in RUN_ONLY and now.get(k) != before.get(k)]
+    if changed and not config.allow_config_change:
+        raise UserError(f"{out} holds a run with another configuration ({'; '.join(changed)}); "
+                        "give another --out for a new run, or --allow_config_change to go on with the new values")
+    say(f"continuing the run in {out} at step {state['step']}" + (f" with {'; '.join(changed)}" if changed else ""))
+    return state
+
+
+def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint of this very run back. Returns the number of finished steps."""
+    getattr(model, "module", model).load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def load_matching(model: nn.Module, state: dict[str, Tensor], *, drop: dict[str, str], source: str) -> None:
+    """Strict loading with named exceptions: `drop` maps a regular expression on names to the reason they are left out.
+
+    Prints every dropped, missing and unexpected tensor group; anything missing or unexpected that no rule of `drop` covers, and any shape
+    that differs, is a UserError.
+    """
+    own = model.state_dict()
+    reason = {k: why for k in own.keys() | state.keys() for pattern, why in drop.items() if re.search(pattern, k)}
+    kept = {k: v for k, v in state.items() if k not in reason}
+    missing, unexpected = sorted(own.keys() - kept.keys() - reason.keys()), sorted(kept.keys() - own.keys())
+    shapes = [f"{k} {tuple(kept[k].shape)} -> {tuple(own[k].shape)}" for k in sorted(kept.keys() & own.keys()) if kept[k].shape != own[k].shape]
+    if missing or unexpected or shapes:
+        def some(names: list[str]) -> str:
+            return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        parts = [f"{what}: {some(names)}" for what, names in
+                 (("missing there", missing), ("unknown here", unexpected), ("other shapes (file -> model)", shapes)) if names]
+        raise UserError(f"{source} is a checkpoint of another architecture. {'; '.join(parts)}. Give the flags it was trained with")
+    model.load_state_dict(own | kept)
+    dropped = {why: [k for k in sorted(reason) if reason[k] == why] for why in dict.fromkeys(reason.values())}
+    say(f"loaded {len(kept)} tensors from {source}" + "".join(f"\n  left out {len(k)}: {why} ({k[0]}{', ...' if len(k) > 1 else ''})"
+                                                             for why, k in dropped.items()))
+
+
+# ==== Backbone =====================================================================================================
+
+class Backbone(nn.Module):
+    """ResNet-18/34/50/101 without its classifier; returns the outputs of the wanted stages.
+
+    layers: which of layer1..layer4 (strides 4, 8, 16, 32) to return; the network stops after the last of them.
+    norm: "frozen" = BatchNorm with constant statistics and affine (released DETR family), "bn" = ordinary BatchNorm.
+    trainable: how many of the five stages (conv1, layer1..layer4) learn, counted from the end; 3 = layer2-4 (DETR family), 0 = none, 5 = all.
+    """
+
+    def __init__(self, arch: str = "resnet50", layers: tuple[int, ...] = (2, 3, 4), norm: str = "frozen", trainable: int = 3):
+        super().__init__()
+        resnet = getattr(torchvision.models, arch)(weights=None, norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d)
+        stages = dict(resnet.named_children())
+        self.body = nn.Sequential()
+        for name in ("conv1", "bn1", "relu", "maxpool", *(f"layer{i}" for i in range(1, max(layers) + 1))):
+            self.body.add_module(name, stages[name])
+        self.arch, self.layers = arch, tuple(f"layer{i}" for i in layers)
+        width = resnet.fc.in_features // 8                                    # 64 for basic blocks, 256 for bottlenecks
+        self.num_channels = [width * 2 ** (i - 1) for i in layers]
+        learning = ("layer4", "layer3", "layer2", "layer1", "conv1")[:trainable] + (("bn1",) if trainable == 5 else ())
+        for name, parameter in self.body.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in learning)
+
+    def forward(self, images: Tensor) -> list[Tensor]:                       # [B, 3, H, W] -> [[B, D_l, H/s, W/s], ...]
+        x, outputs = images, []
+        for name, stage in self.body.named_children():
+            x = stage(x)
+            if name in self.layers:
+                outputs.append(x)
+        return outputs
+
+
+BACKBONE_URLS = {
+    "swav": "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
+    "moco_v2": "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+}
+
+
+def backbone_file(weights: str, arch: str) -> Path:
+    """The file behind `--backbone_weights swav|imagenet|moco_v2|FILE`: PyTorch's hub cache is looked into first, then it is downloaded.
+
+    A download that fails is a UserError that says what to fetch, from where, and where to put it.
+    """
+    if weights not in BACKBONE_URLS and weights != "imagenet":
+        return Path(weights)
+    if weights in BACKBONE_URLS and arch != "resnet50":
+        raise UserError(f"--backbone_weights {weights} exists for resnet50 only, not for {arch}; use imagenet, random or a file")
+    url = BACKBONE_URLS.get(weights) or torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        except (urllib.error.URLError, OSError) as error:
+            raise UserError(f"--backbone_weights {weights}: the download failed ({error}). Fetch {url} and put it at {path}, "
+                            "or give a file with --backbone_weights FILE, or start from --backbone_weights random") from error
+    barrier()
+    return path
+
+
+def load_backbone_weights(body: nn.Module, weights: str, arch: str) -> None:
+    """Fill a ResNet body from `--backbone_weights swav|imagenet|moco_v2|random|FILE`."""
+    if weights != "random":
+        import convert                                                      # only foreign files need it
+        convert.load_backbone(body, backbone_file(weights, arch))
+
+
+# ==== Position encoding ============================================================================================
+
+class PositionEmbeddingSine(nn.Module):
+    """Sine encoding of the pixel position, padding not counted (DETR, Sec. A.4). Output [B, 2 * num_pos_feats, H, W]: y block, then x block.
+
+    offset: -0.5 puts positions on pixel centres, as Deformable DETR does; DETR has 0.
+    """
+
+    def __init__(self, num_pos_feats: int, offset: float = -0.5, normalize: bool = True, temperature: float = 10000.0):
+        super().__init__()
+        self.num_pos_feats, self.offset, self.normalize, self.temperature = num_pos_feats, offset, normalize, temperature
+
+    def forward(self, mask: Tensor) -> Tensor:                                # [B, H, W] bool
+        valid = (~mask).float()
+        y, x = valid.cumsum(1), valid.cumsum(2)
+        if self.normalize:
+            y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * 2 * math.pi
+            x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * 2 * math.pi
+        i = torch.arange(self.num_pos_feats, device=mask.device)
+        frequency = self.temperature ** (2 * (i // 2) / self.num_pos_feats)
+        axes = []
+        for angle in (y[..., None] / frequency, x[..., None] / frequency):    # [B, H, W, feats]; even channels sin, odd cos
+            axes.append(torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(3))
+        return torch.cat(axes, 3).permute(0, 3, 1, 2)
+
+
+# ==== Deformable DETR ==============================================================================================
+
+def multi_scale_deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of bilinear samples (Deformable DETR, Eq. 3), without a compiled operator.
+
+    value [B, S, M, D]; shapes (H_l, W_l) per level; locations [B, Q, M, L, P, 2] as (x, y), 0..1 spans a level's map, outside counts as zero;
+    weights [B, Q, M, L, P]. Returns [B, Q, M * D]. Levels are accumulated one by one: the samples of all levels never exist together.
+    """
+    B, S, M, D = value.shape
+    Q, P = locations.shape[1], locations.shape[4]
+    value = value.transpose(1, 2).reshape(B * M, S, D)
+    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                  # [B*M, Q, L, P, 2] in -1..1
+    weights = weights.transpose(1, 2).reshape(B * M, 1, Q, -1, P)             # [B*M, 1, Q, L, P]
+    output, start = 0.0, 0
+    for level, (H, W) in enumerate(shapes):
+        v = value[:, start:start + H * W].transpose(1, 2).unflatten(2, (H, W))     # a channels-last view: no copy per level
+        samples = F.grid_sample(v, grid[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
+        output = output + (samples * weights[:, :, :, level]).sum(-1)         # [B*M, D, Q]
+        start += H * W
+    return output.view(B, M * D, Q).transpose(1, 2)
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention module (Deformable DETR, Sec. 4.1)."""
+
+    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):
+        super().__init__()
+        self.n_levels, self.n_heads, self.n_points = n_levels, n_heads, n_points
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Head m looks in direction 2 pi m / M, point p at p + 1 pixels; all weights equal (Deformable DETR, Sec. A.3)."""
+        angle = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().max(-1, keepdim=True).values
+        steps = torch.arange(1, self.n_points + 1).view(1, 1, -1, 1)
+        bias = direction.view(-1, 1, 1, 2).repeat(1, self.n_levels, 1, 1) * steps             # [M, L, P, 2]
+        with torch.no_grad():
+            self.sampling_offsets.weight.zero_()
+            self.sampling_offsets.bias.copy_(bias.flatten())
+            self.attention_weights.weight.zero_()
+            self.attention_weights.bias.zero_()
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, query: Tensor, reference_points: Tensor, source: Tensor, shapes: list[tuple[int, int]], mask: Tensor | None) -> Tensor:
+        """query [B, Q, D]; reference_points [B, Q, L, 2 or 4] in 0..1; source [B, S, D]; mask [B, S] True = padding. Returns [B, Q, D]."""
+        B, Q, _ = query.shape
+        M, L, P = self.n_heads, self.n_levels, self.n_points
+        value = self.value_proj(source)
+        if mask is not None:
+            value = value.masked_fill(mask[..., None], 0.0)
+        with torch.autocast(query.device.type, enabled=False):                # bf16 would place samples up to a third of a pixel off
+            offsets = self.sampling_offsets(query.float()).view(B, Q, M, L, P, 2)
+            weights = self.attention_weights(query.float()).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
+            if reference_points.shape[-1] == 2:
+                size = torch.tensor([(w, h) for h, w in shapes], device=query.device, dtype=offsets.dtype)
+                locations = reference_points[:, :, None, :, None] + offsets / size[:, None]
+            else:                                                             # a box: offsets are measured in half its size
+                locations = reference_points[:, :, None, :, None, :2] + offsets / P * reference_points[:, :, None, :, None, 2:] * 0.5
+            sampled = multi_scale_deformable_attention(value.float().unflatten(-1, (M, -1)), shapes, locations, weights)
+        return self.output_proj(sampled)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; keys `layers.i` as in every released DETR."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+class DeformableEncoderLayer(nn.Module):
+    def __init__(self, d_model: int, d_ffn: int, dropout: float, n_levels: int, n_heads: int, n_points: int):
+        super().__init__()
+        self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.linear1, self.linear2 = nn.Linear(d_model, d_ffn), nn.Linear(d_ffn, d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, pos: Tensor, reference_points: Tensor, shapes: list[tuple[int, int]], mask: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout(self.self_attn(x + pos, reference_points, x, shapes, mask)))
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+class DeformableDecoderLayer(nn.Module):
+    """Self-attention among queries (norm2), deformable attention into the image (norm1), feed-forward (norm3): the released numbering."""
+
+    def __init__(self, d_model: int, d_ffn: int, dropout: float, n_levels: int, n_heads: int, n_points: int):
+        super().__init__()
+        self.cross_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.linear1, self.linear2 = nn.Linear(d_model, d_ffn), nn.Linear(d_ffn, d_model)
+        self.norm3 = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, query_pos: Tensor, reference_points: Tensor, memory: Tensor, shapes: list[tuple[int, int]],
+                mask: Tensor) -> Tensor:
+        q = x + query_pos
+        x = self.norm2(x + self.dropout(self.self_attn(q, q, x, need_weights=False)[0]))
+        x = self.norm1(x + self.dropout(self.cross_attn(x + query_pos, reference_points, memory, shapes, mask)))
+        return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+class DeformableTransformer(nn.Module):
+    """Encoder over all pixels of all levels, decoder over object queries (Deformable DETR, Sec. 4.1)."""
+
+    def __init__(self, d_model: int = 256, nhead: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 1024,
+                 dropout: float = 0.1, num_feature_levels: int = 4, n_points: int = 4):
+        super().__init__()
+        self.d_model = d_model
+        layer = (d_model, dim_feedforward, dropout, num_feature_levels, nhead, n_points)
+        self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
+        self.encoder, self.decoder = nn.Module(), nn.Module()                 # holders of `layers`, for the released names
+        self.encoder.layers = nn.ModuleList(DeformableEncoderLayer(*layer) for _ in range(enc_layers))
+        self.decoder.layers = nn.ModuleList(DeformableDecoderLayer(*layer) for _ in range(dec_layers))
+        self.decoder.bbox_embed = None                                        # set by a detector with box refinement
+        self.reference_points = nn.Linear(d_model, 2)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        nn.init.zeros_(self.reference_points.bias)
+        nn.init.normal_(self.level_embed)
+
+    def encode(self, x: Tensor, pos: Tensor, valid_ratios: Tensor, shapes: list[tuple[int, int]], mask: Tensor) -> Tensor:
+        """Every pixel attends from its own centre: (i + .5) / valid size of its level, scaled to the valid part of each target level."""
+        centres = []
+        for level, (H, W) in enumerate(shapes):
+            y, x_ = torch.meshgrid(torch.arange(H, device=x.device) + 0.5, torch.arange(W, device=x.device) + 0.5, indexing="ij")
+            grid = torch.stack([x_.flatten() / W, y.flatten() / H], -1)       # [H*W, 2]
+            centres.append(grid[None] / valid_ratios[:, None, level])
+        reference_points = torch.cat(centres, 1)[:, :, None] * valid_ratios[:, None]          # [B, S, L, 2]
+        for layer in self.encoder.layers:
+            x = layer(x, pos, reference_points, shapes, mask)
+        return x
+
+    def forward(self, sources: list[Tensor], masks: list[Tensor], positions: list[Tensor], query_embed: Tensor):
+        """sources, positions: [B, D, H_l, W_l] per level; masks [B, H_l, W_l]; query_embed [Q, 2D] or, per image, [B, Q, 2D]: position half, then
+        initial content. Returns hs [layers, B, Q, D], initial reference [B, Q, 2], references after each layer [layers, B, Q, 2 or 4],
+        memory [B, S, D]."""
+        shapes = [tuple(s.shape[-2:]) for s in sources]
+        # the part of each map that is image, as (x, y) fractions, read off the first column and row: [B, L, 2]
+        valid_ratios = torch.stack([torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1) for m in masks], 1)
+        x = torch.cat([s.flatten(2).transpose(1, 2) for s in sources], 1)                     # [B, S, D]
+        pos = torch.cat([p.flatten(2).transpose(1, 2) + e for p, e in zip(positions, self.level_embed)], 1)
+        mask = torch.cat([m.flatten(1) for m in masks], 1)                                    # [B, S]
+        memory = self.encode(x, pos, valid_ratios, shapes, mask)
+
+        query_pos, query = query_embed.expand(len(x), *query_embed.shape[-2:]).chunk(2, -1)
+        with torch.autocast(x.device.type, enabled=False):
+            reference = initial = self.reference_points(query_pos.float()).sigmoid()          # [B, Q, 2]
+        hs, references = [], []
+        for i, layer in enumerate(self.decoder.layers):
+            scale = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
+            query = layer(query, query_pos, reference[:, :, None] * scale[:, None], memory, shapes, mask)
+            if self.decoder.bbox_embed is not None:                           # the next layer looks around this layer's box
+                with torch.no_grad():
+                    reference = predict_boxes(self.decoder.bbox_embed[i], query, reference)
+            hs.append(query)
+            references.append(reference)
+        return torch.stack(hs), initial, torch.stack(references), memory
+
+
+def predict_boxes(head: nn.Module, query: Tensor, reference: Tensor) -> Tensor:
+    """Boxes [..., Q, 4] cxcywh: the head's output is an offset to the reference in logit space (Deformable DETR, Sec. 4.2 / A.4); fp32."""
+    with torch.autocast(query.device.type, enabled=False):
+        delta = head(query.float())
+        n = reference.shape[-1]                                               # 2: only the centre has a reference
+        return torch.cat([delta[..., :n] + inverse_sigmoid(reference), delta[..., n:]], -1).sigmoid()
+
+
+class DeformableDETR(nn.Module):
+    """Deformable DETR: multi- or single-scale, with or without iterative box refinement.
+
+    num_classes counts the rows of the sigmoid classifier: there is no background row. Without refinement one class head and one box head serve
+    all decoder layers; they appear in `state_dict` once per layer, as in the released checkpoints.
+    """
+
+    def __init__(self, backbone: Backbone, transformer: DeformableTransformer, *, num_classes: int, num_queries: int = 300,
+                 with_box_refine: bool = False, position_offset: float = -0.5):
+        super().__init__()
+        d, channels = transformer.d_model, backbone.num_channels
+        levels, layers = len(transformer.level_embed), len(transformer.decoder.layers)
+        self.transformer, self.with_box_refine = transformer, with_box_refine
+        class_embed, bbox_embed = nn.Linear(d, num_classes), MLP(d, d, 4, 3)
+        nn.init.constant_(class_embed.bias, -math.log((1 - 0.01) / 0.01))     # p = .01 at the start, for the focal loss
+        nn.init.zeros_(bbox_embed.layers[-1].weight)
+        nn.init.zeros_(bbox_embed.layers[-1].bias)
+        share = copy.deepcopy if with_box_refine else (lambda module: module)
+        self.class_embed = nn.ModuleList(share(class_embed) for _ in range(layers))
+        self.bbox_embed = nn.ModuleList(share(bbox_embed) for _ in range(layers))
+        nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)       # small boxes first
+        if with_box_refine:
+            transformer.decoder.bbox_embed = self.bbox_embed
+        self.query_embed = nn.Embedding(num_queries, 2 * d)
+        projections = [nn.Conv2d(c, d, 1) for c in channels]
+        for extra in range(levels - len(channels)):                           # further levels: stride-2 convolutions, the first on the LAST stage
+            projections.append(nn.Conv2d(channels[-1] if extra == 0 else d, d, 3, stride=2, padding=1))
+        self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, d)) for conv in projections)
+        for conv, _ in self.input_proj:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        self.backbone = nn.Sequential(backbone)                               # released name: backbone.0.body
+        self.position = PositionEmbeddingSine(d // 2, offset=position_offset)
+
+    def forward(self, images: Tensor, mask: Tensor) -> dict[str, Any]:
+        """images [B, 3, H, W] normalised and zero padded; mask [B, H, W] True = padding.
+
+        Returns pred_logits [B, Q, C], pred_boxes [B, Q, 4] cxcywh in 0..1, aux_outputs (the same two per earlier decoder layer),
+        hs [B, Q, D]: the query embeddings behind the last prediction.
+        """
+        features = self.backbone[0](images)
+        sources = [proj(f) for proj, f in zip(self.input_proj, features)]
+        for proj in list(self.input_proj)[len(sources):]:
+            sources.append(proj(features[-1] if len(sources) == len(features) else sources[-1]))
+        masks = [F.interpolate(mask[:, None].float(), size=s.shape[-2:])[:, 0].bool() for s in sources]
+        positions = [self.position(m).to(sources[0].dtype) for m in masks]
+        hs, initial, references, _ = self.transformer(sources, masks, positions, self.query_embed.weight)
+        outputs = []
+        for i, query in enumerate(hs):                                        # layer i corrects the reference it was given
+            boxes = predict_boxes(self.bbox_embed[i], query, initial if i == 0 else references[i - 1])
+            outputs.append({"pred_logits": self.class_embed[i](query).float(), "pred_boxes": boxes})
+        return {**outputs[-1], "aux_outputs": outputs[:-1], "hs": hs[-1].float()}
+
+
+def build_detector(cfg: Any, num_classes: int, detector: type = DeformableDETR, **kwargs: Any) -> DeformableDETR:
+    """Deformable DETR as a configuration describes it (fields arch, backbone_norm, lr_backbone, hidden_dim, ...), weights still random.
+
+    What of the backbone learns: nothing at lr_backbone 0; layer2-4 under frozen BatchNorm (released); all of it under ordinary BatchNorm.
+    """
+    trainable = 0 if cfg.lr_backbone <= 0 else 5 if cfg.backbone_norm == "bn" else 3
+    backbone = Backbone(cfg.arch, (2, 3, 4) if cfg.num_feature_levels > 1 else (4,), cfg.backbone_norm, trainable)
+    transformer = DeformableTransformer(cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout,
+                                        cfg.num_feature_levels)
+    return detector(backbone, transformer, num_classes=num_classes, num_queries=cfg.num_queries, with_box_refine=cfg.with_box_refine, **kwargs)
+
+
+# ==== Matching, losses, post-processing ============================================================================
+
+class HungarianMatcher:
+    """One-to-one assignment of predictions to targets with the least total cost (DETR, Eq. 1; focal class cost of Deformable DETR)."""
+
+    def __init__(self, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0):
+        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+
+    @torch.no_grad()
+    def costs(self, outputs: dict[str, Tensor], targets: list[dict]) -> list[Tensor]:
+        """Cost matrix [Q, n] of every image."""
+        matrices = []
+        for logits, boxes, target in zip(outputs["pred_logits"], outputs["pred_boxes"], targets):
+            p = logits.sigmoid()[:, target["labels"]]                         # [Q, n]
+            positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+            negative = 0.75 * p ** 2 * -(1 - p + 1e-8).log()
+            l1 = torch.cdist(boxes, target["boxes"], p=1)
+            giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target["boxes"], "cxcywh", "xyxy"))
+            matrices.append(self.cost_class * (positive - negative) + self.cost_bbox * l1 - self.cost_giou * giou)
+        return matrices
+
+    def __call__(self, outputs: dict[str, Tensor], targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
+        """Per image (query indices ascending, target indices), int64 on the outputs' device; min(Q, n) pairs."""
+        costs = self.costs(outputs, targets)
+        flat = torch.cat([c.flatten() for c in costs]).cpu()                  # one transfer from the device
+        if not flat.isfinite().all():
+            raise FloatingPointError("the matching cost is not finite: the model's outputs have become NaN or infinite")
+        device, pairs = costs[0].device, []
+        for cost in flat.split([c.numel() for c in costs]):
+            index = len(pairs)
+            query, target = linear_sum_assignment(cost.view(costs[index].shape).numpy())
+            pairs.append((torch.as_tensor(query, device=device), torch.as_tensor(target, device=device)))
+        return pairs
+
+
+def normalizer(count: int, device: torch.device) -> float:
+    """What a process divides its summed loss by, so that DDP's average of gradients is the gradient of one process on the whole batch:
+    the count over all processes (at least 1) / world size."""
+    total = all_reduce_sum(torch.tensor(float(count), device=device))
+    return max(total.item(), 1.0) / world_size()
+
+
+class SetCriterion(nn.Module):
+    """Loss of a set of predictions: matching, then focal classification, L1 and GIoU on the matched boxes, on every decoder layer.
+
+    forward returns (losses, pairs): unweighted terms `loss_ce`, `loss_bbox`, `loss_giou`, for earlier layer i with suffix `_i`, the log values
+    `class_error` and `cardinality_error`; and the last layer's assignment. Multiply with `weights()` for the total.
+    """
+
+    def __init__(self, num_classes: int, matcher: HungarianMatcher, weight_class: float = 2.0, weight_bbox: float = 5.0, weight_giou: float = 2.0):
+        super().__init__()
+        self.num_classes, self.matcher = num_classes, matcher
+        self.weight = {"loss_ce": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou}
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """Weighted sum over all layers; a name that has no weight is a log value."""
+        weighted = [value * self.weight[name] for key, value in losses.items() if (name := re.sub(r"_\d+$", "", key)) in self.weight]
+        return torch.stack(weighted).sum()
+
+    def forward(self, outputs: dict[str, Any], targets: list[dict], num_boxes: float) -> tuple[dict[str, Tensor], list]:
+        losses, pairs = self.layer(outputs, targets, num_boxes)
+        for i, aux in enumerate(outputs.get("aux_outputs", [])):
+            layer_losses, _ = self.layer(aux, targets, num_boxes)             # every layer is matched anew
+            losses |= {f"{k}_{i}": v for k, v in layer_losses.items() if k != "class_error"}
+        return losses, pairs
+
+    def layer(self, outputs: dict[str, Tensor], targets: list[dict], num_boxes: float) -> tuple[dict[str, Tensor], list]:
+        pairs = self.matcher(outputs, targets)
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]         # [B, Q, C], [B, Q, 4]
+        index = matched_index(pairs)
+        labels = torch.cat([t["labels"][j] for t, (_, j) in zip(targets, pairs)])
+        target_boxes = torch.cat([t["boxes"][j] for t, (_, j) in zip(targets, pairs)])
+        matched = boxes[index]
+        onehot = torch.zeros_like(logits)
+        onehot[(*index, labels)] = 1.0
+        giou = torch.diag(generalized_box_iou(box_convert(matched, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")))
+        losses = {
+            "loss_ce": sigmoid_focal_loss(logits, onehot, alpha=0.25, gamma=2).sum() / num_boxes,
+            "loss_bbox": F.l1_loss(matched, target_boxes, reduction="sum") / num_boxes,
+            "loss_giou": (1 - giou).sum() / num_boxes,
+        }
+        with torch.no_grad():
+            right = (logits[index].argmax(-1) == labels).float()
+            losses["class_error"] = 100 - 100 * right.mean() if len(labels) else logits.new_tensor(100.0)
+            counted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1).float()
+            losses["cardinality_error"] = (counted - counted.new_tensor([len(t["labels"]) for t in targets])).abs().mean()
+        return losses, pairs
+
+
+def matched_index(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(image index, query index) of all matched predictions of a batch, ready to index [B, Q, ...]."""
+    return torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)]), torch.cat([q for q, _ in pairs])
+
+
+@torch.no_grad()
+def top_detections(logits: Tensor, boxes_xyxy: Tensor, top: int = 100) -> dict[str, Tensor]:
+    """The `top` best of all Q x C sigmoid scores of one image: {"scores" [k], "labels" [k], "boxes" [k, 4]}; no threshold, no NMS.
+
+    A query may appear more than once, with different labels.
+    """
+    scores, flat = logits.sigmoid().flatten().topk(min(top, logits.numel()))
+    return {"scores": scores, "labels": flat % logits.shape[-1], "boxes": boxes_xyxy[flat // logits.shape[-1]]}
+
+
+def boxes_to_pixels(boxes: Tensor, sizes_hw: Tensor) -> Tensor:
+    """cxcywh in 0..1 [B, Q, 4] -> xyxy pixels of images of sizes_hw [B, 2] (height, width)."""
+    return box_convert(boxes, "cxcywh", "xyxy") * sizes_hw.to(boxes).flip(-1).repeat(1, 2)[:, None]
+
+
+def post_process(outputs: dict[str, Tensor], sizes_hw: Tensor, top: int = 100) -> list[dict[str, Tensor]]:
+    """Detections of a batch in pixels of the original images (released PostProcess); see top_detections."""
+    boxes = boxes_to_pixels(outputs["pred_boxes"], sizes_hw)
+    return [top_detections(l, b, top) for l, b in zip(outputs["pred_logits"], boxes)]
+
+
+# ==== Optimisation =================================================================================================
+
+def param_groups(model: nn.Module, lr: float, lr_backbone: float, lr_linear_proj_mult: float = 0.1) -> list[dict]:
+    """The three groups of the released DETReg / Deformable DETR: everything else, backbone, sampling offsets and reference points.
+
+    Weight decay falls on all parameters, biases and norms included, as released. `base_lr` is what a schedule multiplies.
+    """
+    groups = [{"lr": lr}, {"lr": lr_backbone}, {"lr": lr * lr_linear_proj_mult}]
+    for group in groups:
+        group |= {"base_lr": group["lr"], "names": [], "params": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = groups[1 if "backbone.0" in name else 2 if re.search("reference_points|sampling_offsets", name) else 0]
+            group["names"].append(name)
+            group["params"].append(parameter)
+    return groups
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Scale every group's base rate; returns the first group's rate, for the log."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def step_schedule(step: int, steps_per_epoch: int, drop_epochs: tuple[float, ...]) -> float:
+    """Learning rate factor: x 0.1 at the start of each epoch in drop_epochs. A pure function of the step: nothing to save, nothing to lose."""
+    return 0.1 ** sum(step >= drop * steps_per_epoch for drop in drop_epochs)
+
+
+def finite_gradient_norm(model: nn.Module, max_norm: float, loss: float, step: int) -> float:
+    """Clip the gradient to max_norm (0 = do not clip) and return its norm before; a non-finite loss or gradient stops the run."""
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm or math.inf).item()
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; the last checkpoint is untouched")
+    return norm

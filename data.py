@@ -1,0 +1,782 @@
+"""Images in, batches out: unlabelled sources, labelled detection sets, synthetic scenes, transforms with boxes, the loader.
+
+Sources      open_images(): a folder tree, a .txt list, ImageNet, ImageNet-100, COCO, VOC or drawn scenes; annotation files are never opened.
+Detection    open_detection(): COCO json or VOC xml, classes taken from the files; what could not be used stands in `.notes`.
+Transforms   draw_*() decides with a numpy Generator, apply_*() does it: tests put prescribed draws into the code that training runs.
+Loader       StepSampler + sample_rng(): a sample is a pure function of (seed, epoch, index), whatever the workers, processes or restarts.
+
+Boxes are `boxes_xyxy` in pixels of the image they come with, x2/y2 exclusive (width = x2 - x1), unless a name says otherwise.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.ops import box_convert
+from torchvision.transforms.v2 import functional as TF
+
+from common import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# The 100 classes of "ImageNet-100" in the DETReg sense (datasets/category.txt; the list of CMC and solo-learn).
+IMAGENET100 = tuple((
+    "n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797 n01735189 n07831146 n07753275 "
+    "n03085013 n04485082 n02105505 n01983481 n02788148 n03530642 n04435653 n02086910 n02859443 n13040303 n03594734 n02085620 n02099849 "
+    "n01558993 n04493381 n02109047 n04111531 n02877765 n04429376 n02009229 n01978455 n02106550 n01820546 n01692333 n07714571 n02974003 "
+    "n02114855 n03785016 n03764736 n03775546 n02087046 n07836838 n04099969 n04592741 n03891251 n02701002 n03379051 n02259212 n07715103 "
+    "n03947888 n04026417 n02326432 n03637318 n01980166 n02113799 n02086240 n03903868 n02483362 n04127249 n02089973 n03017168 n02093428 "
+    "n02804414 n02396427 n04418357 n02172182 n01729322 n02113978 n03787032 n02089867 n02119022 n03777754 n04238763 n02231487 n03032252 "
+    "n02138441 n02104029 n03837869 n03494278 n04136333 n03794056 n03492542 n02018207 n04067472 n03930630 n03584829 n02123045 n04229816 "
+    "n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 n01855672 n02090622").split())
+_LAYOUT = {"imagenet": "<root>/{split}/<wnid>/*.JPEG", "coco": "<root>/{split}2017/*.jpg (+ annotations/instances_{split}2017.json to fine-tune)",
+           "voc": "<root>/VOC2007|VOC2012/{{JPEGImages,Annotations,ImageSets/Main}}"}
+_SUBFOLDERS = {"imagenet": ("", "imagenet", "ILSVRC/Data/CLS-LOC"), "coco": ("", "coco"), "voc": ("VOCdevkit", "", "voc/VOCdevkit", "voc")}
+
+
+# ==== 1. Unlabelled sources ====
+class UnreadableImage(Exception):
+    """An image file that cannot be decoded: `.path`, `.reason`. load_usable() replaces it and counts it."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(str(path), reason)
+        self.path, self.reason = str(path), reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def decode_image(path: str | Path, exif: bool = True) -> Image.Image:
+    """Any picture file -> PIL RGB. EXIF rotation applied (unless `exif` is False), alpha composited on white, 16 bit divided by 257 (not
+    clipped), floats stretched to their range. Raises UnreadableImage for what is missing, truncated, corrupt or no image."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image) if exif else image
+        if image.mode.startswith("I") or image.mode == "F":
+            values = np.asarray(image, dtype=np.float64)
+            if image.mode == "F":
+                values = (values - values.min()) / max(values.max() - values.min(), 1e-12) * 65535
+            image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # not only OSError: decoders raise SyntaxError, ValueError, struct.error, ... on corrupt bytes
+        raise UnreadableImage(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+class ImageFiles:
+    """Image files below `root`: keys are relative posix paths, sorted and unique (absolute only for list entries outside `root`)."""
+
+    def __init__(self, name: str, root: str | Path, keys: Sequence[str]):
+        self.name, self.root, self.keys = name, Path(root), sorted(set(keys))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def load(self, i: int) -> Image.Image:
+        return decode_image(self.root / self.keys[i])
+
+    def key(self, i: int) -> str:
+        return self.keys[i]
+
+    def fingerprint(self) -> str:
+        """sha256 over the keys: the same tree gives the same value under another name or root."""
+        return hashlib.sha256("\n".join(self.keys).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
+    """Keys of all images under root/<below>, links followed. No stat per file: 1.3 M files are found in seconds. Hidden files are no images."""
+    keys = []
+    for top in below:
+        for folder, subfolders, files in os.walk(root / top, followlinks=True):
+            links = [d for d in subfolders if os.path.islink(os.path.join(folder, d))]
+            here = os.path.realpath(folder) + os.sep if links else ""
+            loops = {d for d in links if here.startswith(os.path.realpath(os.path.join(folder, d)) + os.sep)}  # a link to its own parent
+            subfolders[:] = [d for d in subfolders if d not in loops and not d.startswith(".")]
+            prefix = "" if (relative := Path(folder).relative_to(root).as_posix()) == "." else relative + "/"
+            keys += [prefix + f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+    return keys
+
+
+def _read_lines(path: Path, what: str) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} ({what}) cannot be read: {error}. Give an existing UTF-8 text file.") from error
+
+
+def _named_root(data: str, data_root: str | None, split: str, accept: Callable[[Path], bool]) -> Path:
+    """The first place where a named set's layout is found: --data_root, else $DATA_ROOT, else data/<set>; UserError lists all tried."""
+    family = "imagenet" if data.startswith("imagenet") else data
+    given, origin = (data_root, "--data_root") if data_root else (os.environ.get("DATA_ROOT"), "$DATA_ROOT")
+    root = Path(given or f"data/{family}").expanduser()
+    places = [root / s for s in _SUBFOLDERS[family]]
+    for place in places:
+        if accept(place):
+            return place
+    raise UserError(f"--data {data}: not found in {', '.join(map(str, places))} (root from {origin if given else 'the default'}). Expected layout: "
+                    f"{_LAYOUT[family].format(split=split)}. Set --data_root or $DATA_ROOT, or give --data a path.")
+
+
+def _open_imagenet(data: str, data_root: str | None, split: str) -> ImageFiles:
+    root = _named_root(data, data_root, split, lambda place: (place / split).is_dir()) / split
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if data == "imagenet100":
+        missing = sorted(set(IMAGENET100) - set(classes))
+        if missing:
+            raise UserError(f"--data imagenet100: {len(missing)} of the 100 class folders are missing in {root} ({', '.join(missing[:3])}"
+                            f"{', ...' if len(missing) > 3 else ''}). Add them, or give --data {root} to use every image that is there.")
+        classes = list(IMAGENET100)
+    return ImageFiles(data, root, find_images(root, classes))
+
+
+def _open_list(path: Path) -> ImageFiles:
+    keys = []
+    for number, line in enumerate(_read_lines(path, "the image list"), start=1):
+        if (line := line.strip()) and not line.startswith("#"):
+            file = path.parent / Path(line).expanduser()
+            if not file.is_file():
+                raise UserError(f"{path}, line {number}: {file} does not exist. Paths are relative to the list's folder; correct or remove the line.")
+            keys.append(file.relative_to(path.parent).as_posix() if file.is_relative_to(path.parent) else file.as_posix())
+    return ImageFiles(path.name, path.parent, keys)
+
+
+# Where a drawn set begins in the endless row of scenes: pretraining, its held-out part, detection training and test never share one.
+_SYNTHETIC_OFFSET = {"images/train": 0, "images/val": 10_000_000, "detection/train": 20_000_000, "detection/test": 30_000_000}
+
+
+def open_images(data: str, data_root: str | None, *, split: str = "train", synthetic_images: int = 800, synthetic_size: int = 160,
+                seed: int = 0) -> ImageFiles | SyntheticScenes:
+    """`data`: imagenet100 | imagenet | coco | voc | synthetic | a .txt with one path per line | a folder of images (a name wins over a folder
+    called the same). `split`: train, or val/test = the held-out part of a named set. Raises UserError where nothing usable is found."""
+    part = "train" if split == "train" else "val"
+    if data == "synthetic":
+        return SyntheticScenes(synthetic_images, synthetic_size, seed, _SYNTHETIC_OFFSET[f"images/{part}"])
+    if data in ("imagenet", "imagenet100"):
+        images = _open_imagenet(data, data_root, part)
+    elif data == "coco":
+        root = _named_root(data, data_root, part, lambda place: (place / f"{part}2017").is_dir()) / f"{part}2017"
+        images = ImageFiles(data, root, find_images(root))
+    elif data == "voc":
+        root = _named_root(data, data_root, part, lambda place: bool(_voc_years(place)))
+        images = ImageFiles(data, root, [f"{year.relative_to(root).as_posix()}/JPEGImages/{name}" for year, name in _voc_images(root, split)])
+    elif data.lower().endswith(".txt"):
+        images = _open_list(Path(data).expanduser())
+    elif (root := Path(data).expanduser()).is_dir():
+        images = ImageFiles(root.resolve().name, root, find_images(root))
+    else:
+        raise UserError(f"--data {data}: no such folder. Give a folder of images, a .txt list, or imagenet100, imagenet, coco, voc, synthetic.")
+    if not len(images):
+        raise UserError(f"--data {data}: no images in {images.root}. Looked for {' '.join(EXTENSIONS)} in it and below; give another folder or list.")
+    return images
+
+
+# ==== 2. Synthetic scenes ====
+def _star(r: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """Five tips at radius 1, notches at .45: r against the straight edge from tip to notch, the same in each of ten sectors."""
+    turn, notch = abs((a + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5), 0.45 * np.exp(1j * np.pi / 5)
+    return r * (np.cos(turn) * notch.imag + np.sin(turn) * (1 - notch.real)) < notch.imag
+
+
+_SHAPES = {  # inside of a unit-radius shape at (u, v), r and a the same point in polar coordinates
+    "disc": lambda u, v, r, a: r < 1,
+    "square": lambda u, v, r, a: np.maximum(abs(u), abs(v)) < 0.78,
+    "triangle": lambda u, v, r, a: r * np.cos((a + np.pi / 3) % (2 * np.pi / 3) - np.pi / 3) < 0.5,
+    "star": lambda u, v, r, a: _star(r, a),
+    "ring": lambda u, v, r, a: (r < 1) & (r > 0.5),
+    "cross": lambda u, v, r, a: (np.minimum(abs(u), abs(v)) < 0.32) & (np.maximum(abs(u), abs(v)) < 0.95),
+    "crescent": lambda u, v, r, a: (r < 1) & (np.hypot(u - 0.55, v) > 0.75),
+    "bar": lambda u, v, r, a: (abs(u) < 1) & (abs(v) < 0.36)}
+_TEXTURES = {  # each class's own family at a frequency f: the weight of the object's second colour
+    "disc": lambda u, v, r, a, f, rng: (u + 1) / 2,  # gradient
+    "square": lambda u, v, r, a, f, rng: np.sin(f * u) * np.sin(f * v) > 0,  # checks
+    "triangle": lambda u, v, r, a, f, rng: np.sin(1.4 * f * u) > 0,  # stripes
+    "star": lambda u, v, r, a, f, rng: np.cos(1.5 * f * u) + np.cos(1.5 * f * v) > 0.6,  # dots
+    "ring": lambda u, v, r, a, f, rng: np.sin(round(f) * a) > 0,  # wedges
+    "cross": lambda u, v, r, a, f, rng: cv2.resize(rng.random((7, 7)), u.shape[::-1], interpolation=cv2.INTER_CUBIC),  # blotches
+    "crescent": lambda u, v, r, a, f, rng: 0.5 + 0.5 * np.sin(2 * f * r),  # circles
+    "bar": lambda u, v, r, a, f, rng: np.sin(1.2 * f * (u + 0.3 * abs(np.sin(4 * v)))) > 0}  # chevrons
+
+
+class SyntheticScenes:
+    """`n` drawn scenes with boxes: image i is a pure function of (seed, offset + i, size). Same interface as ImageFiles, and scene(i).
+
+    1-6 textured objects on a smooth colour field with clutter. Boxes are the exact extents of what can be SEEN of an object inside the image.
+    An object is drawn only where 60 % of it are inside the image and every earlier one keeps half of its whole shape in sight."""
+
+    CLASSES = tuple(_SHAPES)
+
+    def __init__(self, n: int, size: int = 160, seed: int = 0, offset: int = 0):
+        self.name, self.n, self.size, self.seed, self.offset = "synthetic", n, size, seed, offset
+
+    def __len__(self) -> int:
+        return self.n
+
+    def load(self, i: int) -> Image.Image:
+        return self.scene(i)[0]
+
+    def key(self, i: int) -> str:
+        return f"synthetic/{self.size}/{self.seed}/{self.offset + i:08d}"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(map(self.key, range(self.n))).encode()).hexdigest()
+
+    def scene(self, i: int) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+        """-> (PIL RGB [size, size], boxes_xyxy float32 [n, 4] px, labels int64 [n]), n >= 1."""
+        rng = np.random.default_rng([3, self.seed, self.offset + i])
+        canvas = self._background(rng)
+        seen: list[np.ndarray] = []  # what is visible so far of each object, bool [size, size]
+        areas, labels, wanted = [], [], int(rng.integers(1, 7))
+        for attempt in range(100):  # rejected placements are tried again, not for ever
+            if len(labels) == wanted or (labels and attempt >= 4 * wanted):
+                break
+            label, mask, colour, full = self._object(rng, canvas)
+            left = [np.count_nonzero(s & ~mask) for s in seen]
+            if np.count_nonzero(mask) <= 0.6 * full or any(now < 0.5 * area for now, area in zip(left, areas)):
+                continue
+            canvas[mask] = colour[mask]
+            seen = [s & ~mask for s in seen] + [mask]
+            areas, labels = areas + [full], labels + [label]
+        canvas = cv2.GaussianBlur(canvas, (0, 0), 0.7) + rng.normal(0, 4, canvas.shape).astype(np.float32)
+        boxes = [(x.min(), y.min(), x.max() + 1, y.max() + 1) for y, x in map(np.nonzero, seen)]
+        image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+        return image, np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64)
+
+    def _background(self, rng: np.random.Generator) -> np.ndarray:
+        """Smooth colour field, faint blotches and lines, low-frequency noise: float32 [size, size, 3]."""
+        s = self.size
+        field = rng.uniform(40, 215, 3) + rng.normal(0, 25, (3, 3, 3))
+        canvas = cv2.resize(field.astype(np.float32), (s, s), interpolation=cv2.INTER_CUBIC)
+        clutter = canvas.copy()
+        for _ in range(int(rng.integers(4, 10))):
+            centre, axes = rng.integers(0, s, 2).tolist(), (s * rng.uniform(0.02, 0.16, 2)).astype(int).tolist()
+            colour = (field[1, 1] + rng.normal(0, 60, 3)).tolist()
+            cv2.ellipse(clutter, centre, axes, float(rng.uniform(0, 180)), 0, 360, colour, -1)
+        for _ in range(int(rng.integers(2, 8))):
+            ends = rng.integers(0, s, (2, 2)).tolist()
+            cv2.line(clutter, ends[0], ends[1], (field[1, 1] + rng.normal(0, 90, 3)).tolist(), int(rng.integers(1, 3)))
+        noise = cv2.resize(rng.normal(0, 14, (s // 5 + 1, s // 5 + 1)).astype(np.float32), (s, s), interpolation=cv2.INTER_LINEAR)
+        return cv2.GaussianBlur(0.5 * canvas + 0.5 * clutter, (0, 0), 1.0) + noise[..., None]
+
+    def _object(self, rng: np.random.Generator, canvas: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, int]:
+        """-> (label, mask bool [size, size] inside the image, colours float32 [size, size, 3], pixels of the whole shape)."""
+        label, s = int(rng.integers(len(self.CLASSES))), self.size
+        radius = s * np.exp(rng.uniform(np.log(0.12), np.log(0.55))) / 2
+        centre = rng.uniform(0.6 * radius, s - 0.6 * radius, 2)
+        turn, first = rng.uniform(0, 2 * np.pi), centre.astype(int) - int(radius) - 1
+        side = 2 * int(radius) + 4
+        y, x = np.mgrid[:side, :side] + (first + 0.5 - centre)[:, None, None]
+        u, v = (np.cos(turn) * x + np.sin(turn) * y) / radius, (np.cos(turn) * y - np.sin(turn) * x) / radius
+        r, a, name = np.hypot(u, v), np.arctan2(v, u), self.CLASSES[label]
+        inside, weight = _SHAPES[name](u, v, r, a), _TEXTURES[name](u, v, r, a, rng.uniform(4, 6), rng)[..., None]
+        behind = canvas[int(centre[0]), int(centre[1])]
+        while np.abs((colour := rng.uniform(0, 255, 3)) - behind).max() < 45:  # an object stands out from where it lies
+            pass
+        second = colour + rng.choice([-1, 1]) * rng.uniform(20, 130, 3)
+        mask, colours = np.zeros((s, s), bool), np.zeros((s, s, 3), np.float32)
+        (top, left), (low, high) = first, np.clip([first, first + side], 0, s)
+        here = np.s_[low[0]:high[0], low[1]:high[1]]
+        patch = np.s_[low[0] - top:high[0] - top, low[1] - left:high[1] - left]
+        mask[here], colours[here] = inside[patch], (colour + weight * (second - colour))[patch]
+        return label, mask, colours, int(np.count_nonzero(inside))
+
+
+# ==== 3. Labelled detection sets ====
+@dataclass
+class _Record:
+    """One labelled image: all that is known without opening it. `image` is a path, or an index into the drawn scenes."""
+    image: Path | int
+    id: int
+    hw: tuple[int, int]
+    boxes: np.ndarray  # float32 [n, 4] xyxy px, clipped to the image
+    labels: np.ndarray  # int64 [n], 0..K-1
+    crowd: np.ndarray  # bool [n] COCO iscrowd
+    difficult: np.ndarray  # bool [n] VOC difficult
+    areas: np.ndarray  # float64 [n] px^2: the file's own area (COCO: of the segment), else width * height
+
+
+@dataclass
+class DetectionSet:
+    """Images with boxes. `categories`: [{"id": original id, "name": name}], a label is a position in it. `notes`: what was odd, as sentences."""
+    name: str
+    categories: list[dict]
+    records: list[_Record]
+    notes: list[str]
+    scenes: SyntheticScenes | None = None
+
+    @property
+    def image_ids(self) -> list[int]:
+        return [record.id for record in self.records]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def load(self, i: int) -> tuple[Image.Image, dict]:
+        """-> (PIL RGB, target): boxes_xyxy float32 [n, 4] px, labels int64 [n], ignore and crowd bool [n], image_id int, orig_size int64 [2] (h, w).
+        `ignore` = COCO crowd or VOC difficult, `crowd` = COCO crowd alone. Raises UnreadableImage, or UserError where the size is another one."""
+        record = self.records[i]
+        image = self.scenes.load(record.image) if isinstance(record.image, int) else decode_image(record.image)
+        h, w = record.hw
+        if image.size != (w, h) and image.size == (h, w):
+            image = decode_image(record.image, exif=False)  # the boxes were drawn on the picture as stored, without its EXIF rotation
+        if image.size != (w, h):
+            raise UserError(f"{record.image} is {image.width}x{image.height} px, its annotation says {w}x{h}. Correct the annotation or the image.")
+        target = {"boxes_xyxy": torch.from_numpy(record.boxes.copy()), "labels": torch.from_numpy(record.labels.copy()),
+                  "ignore": torch.from_numpy(record.crowd | record.difficult), "crowd": torch.from_numpy(record.crowd.copy()),
+                  "image_id": record.id, "orig_size": torch.tensor([h, w])}
+        return image, target
+
+    def coco_ground_truth(self) -> dict:
+        """COCO-format dict for pycocotools: original category ids, annotation ids from 1 (its matching reads 0 as 'unmatched'), the boxes of load().
+        Difficult objects carry "ignore": 1 and "difficult": 1; pycocotools overwrites "ignore" by iscrowd, so an evaluation reads "difficult"."""
+        images, annotations = [], []
+        for r in self.records:
+            file = Path(r.image).name if isinstance(r.image, Path) else f"{r.image:08d}"
+            images.append({"id": r.id, "width": r.hw[1], "height": r.hw[0], "file_name": file})
+            for box, label, crowd, difficult, area in zip(r.boxes.tolist(), r.labels, r.crowd, r.difficult, r.areas):
+                annotations.append({"id": len(annotations) + 1, "image_id": r.id, "category_id": self.categories[label]["id"], "area": float(area),
+                                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "iscrowd": int(crowd)}
+                                   | ({"ignore": 1, "difficult": 1} if difficult else {}))
+        return {"images": images, "annotations": annotations, "categories": [dict(c) for c in self.categories]}
+
+    def subset(self, percent: float, seed: int) -> DetectionSet:
+        """The labelled `percent` of low-data fine-tuning, order as drawn (label_subset over positions). Same on every process."""
+        drawn = label_subset(range(len(self)), percent / 100, seed)
+        if not drawn:
+            raise UserError(f"{percent} % of the {len(self)} images of {self.name} are no usable part; give one that leaves 1 to all of them.")
+        notes = [*self.notes, f"{len(drawn)} of {len(self)} images"]
+        return DetectionSet(self.name, self.categories, [self.records[i] for i in drawn], notes, self.scenes)
+
+
+def label_subset(ids: Sequence[int], fraction: float, seed: int) -> list[int]:
+    """DETReg's rule (datasets/coco.py): default_rng(seed).choice(ids, round(n * fraction), replace=False), order kept as drawn."""
+    count = round(len(ids) * fraction)
+    return np.random.default_rng(seed).choice(np.asarray(ids), count, replace=False).tolist() if 0 < count <= len(ids) else []
+
+
+class _Boxes:
+    """Takes one set's boxes image by image: clips, drops and counts what is empty, and refuses a set with more than 1 % of such."""
+
+    def __init__(self):
+        self.total, self.bad = 0, []
+
+    def record(self, image: Path | int, image_id: int, hw: tuple[int, int], rows: list[tuple], where: str | Path) -> _Record:
+        """`rows`: (x1, y1, x2, y2, empty in the file's own terms, label, crowd, difficult, area or NaN)."""
+        table = np.array(rows, np.float64).reshape(-1, 9)
+        boxes = table[:, :4].clip(0, [hw[1], hw[0], hw[1], hw[0]]).astype(np.float32)
+        bad = (table[:, 4] > 0) | ~np.isfinite(table[:, :4]).all(1) | (boxes[:, 2:] <= boxes[:, :2]).any(1)
+        self.total += len(rows)
+        self.bad += ["{}, object {}: x {:g}..{:g}, y {:g}..{:g} in a {}x{} image".format(where, k + 1, *table[k, [0, 2, 1, 3]], hw[1], hw[0])
+                     for k in np.flatnonzero(bad)]
+        boxes, (labels, crowd, difficult, areas) = boxes[~bad], table[~bad, 5:].T
+        areas = np.where(np.isnan(areas), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64), areas)
+        return _Record(image, image_id, hw, boxes, labels.astype(np.int64), crowd > 0, difficult > 0, areas)
+
+    def notes(self, source: Path) -> list[str]:
+        if len(self.bad) > (0.01 * self.total if self.total >= 100 else 0):
+            raise UserError(f"{source}: {len(self.bad)} of {self.total} boxes are empty or outside their image, the first: {self.bad[0]}. "
+                            "More than 1 % (below 100 boxes: any) points to a wrong format; correct the annotations.")
+        return [f"{source}: {len(self.bad)} of {self.total} boxes left out as empty or outside: {'; '.join(self.bad[:3])}"] if self.bad else []
+
+
+def _locate(names: list[str], folders: list[Path], source: Path) -> Path:
+    """The first of `folders` that holds all `names` (may contain subfolders); each directory is listed once. UserError names what is missing."""
+    best: tuple[int, Path, list[str]] | None = None
+    for folder in folders:
+        listed = {p: set(os.listdir(folder / p)) if (folder / p).is_dir() else set() for p in {os.path.dirname(n) for n in names}}
+        missing = [n for n in names if os.path.basename(n) not in listed[os.path.dirname(n)]]
+        if not missing:
+            return folder
+        best = min(best or (len(names) + 1, folder, []), (len(missing), folder, missing), key=lambda b: b[0])
+    raise UserError(f"{source}: {best[0]} of {len(names)} images are not there, the first: {best[1] / best[2][0]}. Looked in "
+                    f"{', '.join(map(str, folders))}; put the images there or give their folder as --data_root.")
+
+
+def _label(name: str | None, key: int | str, labels: dict, source: Path) -> int:
+    """labels[(id, name)] where the pair is known, else labels[name]; a class outside is a UserError (the same name may have another id)."""
+    label = labels.get((key, name), labels.get(name))
+    if label is None:
+        known = ", ".join(k for k in labels if isinstance(k, str))
+        raise UserError(f"{source}: category {key} ({name or 'not listed'}) is not one of the known: {known}. Relabel it or train with it.")
+    return label
+
+
+def _open_coco(path: Path, image_folders: list[Path], name: str, categories: list[dict] | None) -> DetectionSet:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        listed = sorted(({"id": int(c["id"]), "name": str(c["name"])} for c in content["categories"]), key=lambda c: c["id"])
+        images = sorted(((int(i["id"]), int(i["height"]), int(i["width"]), str(i["file_name"])) for i in content["images"]))
+        categories = [dict(c) for c in categories or listed]
+        labels = {c["name"]: k for k, c in enumerate(categories)} | {(c["id"], c["name"]): k for k, c in enumerate(categories)}
+        rows, names = {i[0]: [] for i in images}, {c["id"]: c["name"] for c in listed}
+        if len(rows) < len(images) or len(names) < len(listed):
+            raise UserError(f"{path}: an image id or category id occurs twice. Give every image and category its own id.")
+        for a in content["annotations"]:
+            x, y, w, h = map(float, a["bbox"])
+            label = _label(names.get(int(a["category_id"])), int(a["category_id"]), labels, path)
+            area = float("nan") if a.get("area") is None else float(a["area"])
+            rows[int(a["image_id"])].append((x, y, x + w, y + h, w <= 0 or h <= 0, label, bool(a.get("iscrowd", 0)), False, area))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}. Give an existing COCO json.") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no COCO detection json: {type(error).__name__} {error}. It needs images (id, width, height, file_name), "
+                        "annotations (image_id of a listed image, category_id, bbox of 4 numbers) and categories (id, name).") from error
+    if not images or not categories:
+        raise UserError(f"{path} lists {len(images)} images and {len(categories)} categories. At least one of each is needed.")
+    folder, boxes = _locate([i[3] for i in images], image_folders, path), _Boxes()
+    records = [boxes.record(folder / file, image_id, (h, w), rows[image_id], f"image {file}") for image_id, h, w, file in images]
+    return DetectionSet(name, categories, records, boxes.notes(path))
+
+
+def _voc_years(root: Path) -> list[Path]:
+    """Folders in VOC layout: root/VOC2007, root/VOC2012, or `root` itself."""
+    return [year for year in (root / "VOC2007", root / "VOC2012", root) if (year / "JPEGImages").is_dir()]
+
+
+def _voc_images(root: Path, split: str) -> list[tuple[Path, str]]:
+    """(year folder, image file name) in list order: trainval of every year for "train", else test of the first."""
+    years, part, found = _voc_years(root), "trainval" if split == "train" else "test", []
+    for year in years if split == "train" else years[:1]:
+        source = year / "ImageSets" / "Main" / f"{part}.txt"
+        files = {os.path.splitext(f)[0]: f for f in sorted(os.listdir(year / "JPEGImages")) if f.lower().endswith(EXTENSIONS)}
+        for stem in filter(None, map(str.strip, _read_lines(source, "the VOC image list"))):
+            if stem not in files:
+                raise UserError(f"{source}: no image {stem}.jpg in {year / 'JPEGImages'}. Add it or remove the line.")
+            found.append((year, files[stem]))
+    return found
+
+
+def _read_voc(year: Path, file: str) -> tuple[Path, tuple[int, int], str, list[tuple]]:
+    """-> (the image's xml, (h, w), the file its filename tag names, [(name, difficult, xmin, ymin, xmax, ymax)])."""
+    path = year / "Annotations" / f"{os.path.splitext(file)[0]}.xml"
+    try:
+        tree = ElementTree.parse(path).getroot()
+        hw = int(float(tree.findtext("size/height"))), int(float(tree.findtext("size/width")))
+        objects = [(o.findtext("name").strip(), (o.findtext("difficult") or "0").strip() == "1",
+                    *(float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))) for o in tree.findall("object")]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}. Every listed image needs its annotation file.") from error
+    except (ElementTree.ParseError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no VOC annotation: {error}. It needs size/width, size/height and per object a name and a bndbox.") from error
+    return path, hw, (tree.findtext("filename") or "").strip(), objects
+
+
+def _open_voc(root: Path, split: str, name: str, categories: list[dict] | None) -> DetectionSet:
+    images, boxes, records, renamed = _voc_images(root, split), _Boxes(), [], 0
+    read = [_read_voc(*image) for image in images]
+    if categories is None:  # the classes are those of the train split even where only the test split is asked for
+        classes = read if split == "train" else [_read_voc(*image) for image in _voc_images(root, "train")]
+        categories = [{"id": k + 1, "name": n} for k, n in enumerate(sorted({o[0] for *_, objects in classes for o in objects}))]
+    labels = {c["name"]: k for k, c in enumerate(categories)}
+    for (year, file), (path, hw, tag, objects) in zip(images, read):
+        renamed += os.path.splitext(tag)[0] != path.stem  # the annotation file's name decides, not its filename tag
+        # Corners count from 1, both inclusive. x1 = x2 would be one pixel wide; no object is: it is a click without a drag, so it counts as empty.
+        rows = [(x1 - 1, y1 - 1, x2, y2, x2 <= x1 or y2 <= y1, _label(n, n, labels, path), False, difficult, float("nan"))
+                for n, difficult, x1, y1, x2, y2 in objects]
+        records.append(boxes.record(year / "JPEGImages" / file, len(records) + 1, hw, rows, path))
+    if not records or not categories:
+        raise UserError(f"{root}: the VOC {split} split has {len(records)} images and {len(categories)} classes. At least one of each is needed.")
+    years, notes = [year.name for year in _voc_years(root)], boxes.notes(root)
+    if split == "train" and "VOC2012" not in years:
+        notes.append(f"{root}: VOC2012 is not there, training on the trainval of {years[0]} alone.")
+    if renamed:
+        notes.append(f"{root}: {renamed} annotations name another image in their <filename> tag; the annotation file's own name decides.")
+    return DetectionSet(name, [dict(c) for c in categories], records, notes)
+
+
+def _open_synthetic(split: str, n: int, size: int, seed: int) -> DetectionSet:
+    scenes = SyntheticScenes(n, size, seed, _SYNTHETIC_OFFSET[f"detection/{split}"])
+    categories, boxes = [{"id": k + 1, "name": c} for k, c in enumerate(scenes.CLASSES)], _Boxes()
+    records = []
+    for i in range(n):
+        _, xyxy, labels = scenes.scene(i)
+        rows = [(*box, False, label, False, False, float("nan")) for box, label in zip(xyxy, labels)]
+        records.append(boxes.record(i, i + 1, (size, size), rows, scenes.key(i)))
+    return DetectionSet("synthetic", categories, records, [], scenes)
+
+
+def open_detection(data: str, data_root: str | None, split: str, *, categories: list[dict] | None = None, synthetic_images: int = 40,
+                   synthetic_size: int = 160, seed: int = 0) -> DetectionSet:
+    """`data`: coco | voc | synthetic | a COCO json (then `split` plays no part) | a folder with train.json and test.json (or val.json), or in VOC
+    layout. `split`: train | test. `categories`: the train set's (or a checkpoint's) when opening test. Raises UserError for all that is wrong."""
+    part, path = "train" if split == "train" else "val", Path(data).expanduser()
+    if data == "synthetic":
+        return _open_synthetic("train" if split == "train" else "test", synthetic_images, synthetic_size, seed)
+    if data == "coco":
+        annotations = f"annotations/instances_{part}2017.json"
+        root = _named_root(data, data_root, part, lambda place: (place / annotations).is_file())
+        return _open_coco(root / annotations, [root / f"{part}2017"], data, categories)
+    if data == "voc":
+        return _open_voc(_named_root(data, data_root, part, lambda place: bool(_voc_years(place))), split, data, categories)
+    extra = [Path(data_root).expanduser()] if data_root else []
+    if path.suffix.lower() == ".json":
+        return _open_coco(path, [path.parent, path.parent / "images", *extra], path.stem, categories)
+    for file in (path / "train.json",) if split == "train" else (path / "test.json", path / "val.json"):
+        if file.is_file():
+            return _open_coco(file, [path, path / "images", file.with_suffix(""), *extra], path.resolve().name, categories)
+    for root in (path / "VOCdevkit", path):
+        if _voc_years(root):
+            return _open_voc(root, split, path.resolve().name, categories)
+    wanted = "train.json" if split == "train" else "test.json or val.json"
+    raise UserError(f"--data {data}: no labelled set for the {split} split there. Give coco, voc, synthetic, a COCO json, or a folder with "
+                    f"{wanted} or with VOC2007/{{JPEGImages,Annotations,ImageSets/Main}}.")
+
+
+# ==== 4. Detection transforms: drawing and applying apart ====
+def resized_hw(hw: tuple[int, int], size: int, max_size: int | None = None) -> tuple[int, int]:
+    """DETR's rule: short side -> `size`, or less where the long side would pass `max_size`; the other side is floored."""
+    h, w = hw
+    short, long = min(hw), max(hw)
+    if max_size and long / short * size > max_size:
+        size = max(1, int(round(max_size * short / long)))
+    if short == size:
+        return h, w
+    return (int(size * h / w), size) if w < h else (size, int(size * w / h))
+
+
+@dataclass
+class Geometry:
+    """What is done to one image, in this order: flip, resize to first_hw, crop (top, left, h, w), resize to hw."""
+    flip: bool
+    first_hw: tuple[int, int] | None
+    crop: tuple[int, int, int, int] | None
+    hw: tuple[int, int]
+
+
+def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequence[int], max_size: int | None,
+                  crop_scales: Sequence[int] | None = (400, 500, 600), crop_range: tuple[int, int] | None = (384, 600),
+                  flip: float = 0.5) -> Geometry:
+    """DETR's augmentation: with p = .5 resize to one of `scales`; else resize to one of `crop_scales` (no maximum), cut w, h ~ U{lo..min(side, hi)}
+    at a uniform place, resize to one of `scales`. Without crop_scales or crop_range: never the crop branch."""
+    flipped, first, crop = bool(rng.random() < flip), None, None
+    if crop_scales and crop_range and rng.random() < 0.5:
+        first = hw = resized_hw(hw, int(rng.choice(crop_scales)))
+        lo, hi = crop_range
+        w, h = (int(rng.integers(min(lo, side), min(side, hi) + 1)) for side in (hw[1], hw[0]))
+        crop = int(rng.integers(hw[0] - h + 1)), int(rng.integers(hw[1] - w + 1)), h, w
+        hw = h, w
+    return Geometry(flipped, first, crop, resized_hw(hw, int(rng.choice(scales)), max_size))
+
+
+def flip_boxes(boxes_xyxy: Tensor, width: float) -> Tensor:
+    """Mirror [n, 4] in an image `width` px wide."""
+    x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
+    return torch.stack([width - x2, y1, width - x1, y2], -1)
+
+
+def resize_boxes(boxes_xyxy: Tensor, from_hw: tuple[int, int], to_hw: tuple[int, int]) -> Tensor:
+    """[n, 4] of an image of size from_hw -> of the same image at to_hw (the two axes scale by their own exact ratio)."""
+    sy, sx = to_hw[0] / from_hw[0], to_hw[1] / from_hw[1]
+    return boxes_xyxy * boxes_xyxy.new_tensor([sx, sy, sx, sy])
+
+
+def crop_boxes(boxes_xyxy: Tensor, region: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """Shift and clip [n, 4] to region (top, left, h, w) -> (boxes [m, 4], keep int64 [m]: the indices that are not empty)."""
+    top, left, h, w = region
+    boxes = boxes_xyxy - boxes_xyxy.new_tensor([left, top, left, top])
+    boxes = torch.minimum(boxes, boxes.new_tensor([w, h, w, h])).clamp(min=0)
+    keep = torch.nonzero((boxes[:, 2:] > boxes[:, :2]).all(1)).flatten()
+    return boxes[keep], keep
+
+
+def apply_geometry(image: Image.Image, boxes_xyxy: Tensor, geometry: Geometry) -> tuple[Image.Image, Tensor, Tensor]:
+    """-> (image, boxes_xyxy [m, 4] px of it, keep int64 [m]). Antialiased bilinear, as torchvision's resize of a PIL image."""
+    boxes, keep = boxes_xyxy, torch.arange(len(boxes_xyxy))
+    if geometry.flip:
+        image, boxes = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flip_boxes(boxes, image.width)
+    for resized in (geometry.first_hw, geometry.hw):
+        if resized is geometry.hw and geometry.crop:
+            top, left, h, w = geometry.crop
+            image = image.crop((left, top, left + w, top + h))
+            boxes, keep = crop_boxes(boxes, geometry.crop)
+        if resized:
+            boxes = resize_boxes(boxes, (image.height, image.width), resized)
+            image = image.resize(resized[::-1], Image.Resampling.BILINEAR)
+    return image, boxes, keep
+
+
+def normalized_cxcywh(boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Pixel xyxy [n, 4] -> cx, cy, w, h in 0..1 of an image of size hw."""
+    return box_convert(boxes_xyxy, "xyxy", "cxcywh") / boxes_xyxy.new_tensor([hw[1], hw[0], hw[1], hw[0]])
+
+
+def to_normalized_tensor(image: Image.Image) -> Tensor:
+    """PIL RGB -> float32 [3, h, w], ImageNet mean and std."""
+    return TF.normalize(TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+@dataclass
+class Photometric:
+    """ColorJitter strengths and the probabilities of jitter, grey, blur and solarise, applied in this order."""
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    p_jitter: float
+    p_gray: float
+    p_blur: float
+    blur_radius: tuple[float, float] = (0.1, 2.0)  # px, PIL's radius
+    p_solarize: float = 0.0
+
+
+_JITTER = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast, "saturation": TF.adjust_saturation, "hue": TF.adjust_hue}
+
+
+def draw_photometric(rng: np.random.Generator, spec: Photometric) -> dict:
+    """Plain numbers for apply_photometric. Factors as torchvision's ColorJitter: U(max(0, 1 - s), 1 + s), hue U(-s, s), in a random order."""
+    names, strength = list(_JITTER), [getattr(spec, k) for k in _JITTER]
+    draw = {k: float(rng.uniform(-s, s) if k == "hue" else rng.uniform(max(0, 1 - s), 1 + s)) for k, s in zip(names, strength)}
+    order = [names[k] for k in rng.permutation(4) if strength[k] > 0]
+    jitter, gray, blur, solarize = (rng.random(4) < [spec.p_jitter, spec.p_gray, spec.p_blur, spec.p_solarize]).tolist()
+    radius = float(rng.uniform(*spec.blur_radius))
+    return draw | {"order": order if jitter else [], "gray": gray, "blur": radius if blur else None, "solarize": solarize}
+
+
+def apply_photometric(image: Image.Image, draw: dict) -> Image.Image:
+    """PIL RGB -> PIL RGB: the four jitter operations named in draw["order"], grey, PIL Gaussian blur, solarise at 128."""
+    for name in draw["order"]:
+        image = _JITTER[name](image, draw[name])
+    if draw["gray"]:
+        image = image.convert("L").convert("RGB")
+    if draw["blur"] is not None:
+        image = image.filter(ImageFilter.GaussianBlur(draw["blur"]))
+    return ImageOps.solarize(image, 128) if draw["solarize"] else image
+
+
+# ==== 5. Loader ====
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of all randomness of one sample."""
+    return np.random.default_rng([2, seed, epoch, index])  # [1, ...] shuffles, [3, ...] draws scenes: fixed tags keep the streams apart
+
+
+class StepSampler:
+    """A DataLoader batch_sampler: lists of (epoch, index) for this rank, one per micro-batch, over all steps from start_step on.
+
+    An epoch's order depends on (seed, epoch) alone; a step's global batch is the same piece of it whatever world and accumulate are.
+    Micro-batch a of rank r is its piece a * world + r of world * accumulate. The last n % batch_size images of an epoch's order are left out."""
+
+    def __init__(self, n: int, batch_size: int, total_steps: int, *, start_step: int = 0, world: int = 1, rank: int = 0, accumulate: int = 1,
+                 seed: int = 0, shuffle: bool = True):
+        pieces = world * accumulate
+        if batch_size < 1 or batch_size % pieces:
+            near = sorted({max(pieces, batch_size // pieces * pieces), (max(batch_size, 0) // pieces + 1) * pieces})
+            raise UserError(f"batch_size {batch_size} (global) is no multiple of {world} processes x {accumulate} accumulated micro-batches = "
+                            f"{pieces}. For example {' or '.join(map(str, near))} would work.")
+        if n < batch_size:
+            raise UserError(f"{n} images are fewer than one batch of {batch_size}. Give a batch_size of at most {n} or more images.")
+        self.n, self.batch_size, self.total_steps, self.start_step = n, batch_size, total_steps, start_step
+        self.world, self.rank, self.accumulate, self.seed, self.shuffle = world, rank, accumulate, seed, shuffle
+        self.steps_per_epoch = n // batch_size
+
+    def __len__(self) -> int:
+        return max(0, self.total_steps - self.start_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, current, size = None, -1, self.batch_size // (self.world * self.accumulate)
+        for step in range(self.start_step, self.total_steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if epoch != current:
+                current, order = epoch, np.random.default_rng([1, self.seed, epoch]).permutation(self.n) if self.shuffle else np.arange(self.n)
+            for a in range(self.accumulate):
+                first = place * self.batch_size + (a * self.world + self.rank) * size
+                yield [(epoch, int(i)) for i in order[first:first + size]]
+
+
+def collate(samples: list[dict]) -> dict:
+    """[{"image" [3, h, w], "target", "skipped"}] -> images [B, 3, H, W] zero-padded bottom/right, mask bool [B, H, W] True = padding, lists."""
+    heights, widths = zip(*(s["image"].shape[-2:] for s in samples))
+    images = samples[0]["image"].new_zeros(len(samples), 3, max(heights), max(widths))
+    mask = torch.ones(len(samples), max(heights), max(widths), dtype=torch.bool)
+    for k, (sample, h, w) in enumerate(zip(samples, heights, widths)):
+        images[k, :, :h, :w], mask[k, :h, :w] = sample["image"], False
+    return {"images": images, "mask": mask, "targets": [s["target"] for s in samples], "skipped": [p for s in samples for p in s["skipped"]]}
+
+
+def load_usable(source: ImageFiles | SyntheticScenes | DetectionSet, index: int, rng: np.random.Generator, skipped: list) -> tuple:
+    """-> (what source.load gives, index used). An unreadable image is appended to `skipped` ("path: reason") and another index drawn, at most
+    10 times; then UserError."""
+    for _ in range(11):
+        try:
+            return source.load(index), index
+        except UnreadableImage as error:
+            skipped.append(str(error))
+            index = int(rng.integers(len(source)))
+    raise UserError(f"11 images in a row cannot be read, the last: {'; '.join(skipped[-3:])}. Repair or remove the unreadable files.")
+
+
+class SkipCount:
+    """Counts distinct unreadable files on the main process; warns once each on stderr; more than 1 % of `total` is a UserError."""
+
+    def __init__(self, total: int):
+        self.total, self.seen = total, []
+
+    def add(self, skipped: list[str]) -> None:
+        """`skipped`: the "path: reason" entries of load_usable(); a file's reason is the same every time."""
+        for entry in dict.fromkeys(skipped):
+            if entry not in self.seen:
+                self.seen.append(entry)
+                print(f"warning: skipped {entry}", file=sys.stderr, flush=True)
+        if len(self.seen) > 0.01 * self.total:
+            raise UserError(f"{len(self.seen)} of {self.total} images cannot be read (more than 1 %), the first: {'; '.join(self.seen[:3])}. "
+                            "Repair or remove them.")
+
+
+class _Guarded:
+    """Dataset wrapper: bad input becomes a value, since DataLoader would bury an exception of a worker in a traceback."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        try:
+            return self.dataset[key]
+        except UnreadableImage as error:
+            return UserError(f"{error}. Repair or remove the file.")
+        except UserError as error:
+            return error
+
+
+def _collate_or_error(collate: Callable, samples: list):
+    return next((s for s in samples if isinstance(s, UserError)), None) or collate(samples)
+
+
+class _Loader(DataLoader):
+    """A DataLoader that raises a worker's UserError as it was."""
+
+    def __iter__(self):
+        message = None
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                message = str(batch)
+                break
+            yield batch
+        if message:
+            self._iterator = None  # ends the workers now; held by the traceback they would end only after a 5 s wait
+            raise UserError(message)
+
+
+def _one_thread(_: int) -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def make_loader(dataset, sampler, *, num_workers: int, collate: Callable) -> DataLoader:
+    """`sampler` gives the batches (StepSampler). Own generator: the global random state is the same with and without workers."""
+    return _Loader(_Guarded(dataset), batch_sampler=sampler, num_workers=num_workers, collate_fn=partial(_collate_or_error, collate),
+                   worker_init_fn=_one_thread, persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+                   generator=torch.Generator())

@@ -1,0 +1,346 @@
+"""Detector numbers and pictures: COCO, VOC07 and class-agnostic metrics, their control, gathering over processes, tables, figures.
+
+Detections are COCO results, one dict per box: {"image_id", "category_id", "bbox": [x, y, w, h] in 0-based pixels, "score"}.
+Ground truth is a COCO-format dict {"images", "annotations", "categories"}. The images and categories it lists are the ones evaluated:
+annotations outside them are left out. Metrics are fractions 0..1, nan where there is nothing to measure.
+
+A difficult object is an annotation with `difficult` or `ignore` = 1: it is no miss when not found, and no box on it is a mistake.
+On VOC, DETReg, SoCo and DUPR print VOC07_*; UP-DETR prints COCO's AP, which differs (101 points, at most 100 boxes per image).
+"""
+import contextlib
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import iou
+from torchvision.ops import box_convert
+
+import data
+from common import UserError, boxes_to_pixels, progress, rank, world_size, write_atomic
+
+IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
+PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#9a6bff")
+DARK = ("#e6194b", "#4363d8")  # on these a label is white
+TILE, GAP, HEADER = 240, 8, 30  # pixels of a contact sheet: height of an image, space between images, title line
+
+
+# ==== 1. COCO ====
+
+class _BoxEval(COCOeval):
+    """COCOeval in which a difficult object is ignored like a crowd region, but overlaps like an object.
+
+    pycocotools overwrites `ignore` from `iscrowd`, and `iscrowd` does two things: any number of detections may match it unpunished (wanted
+    for difficult objects) and its overlap becomes intersection / detection area (not wanted). So `iscrowd` is the union of both
+    flags, except while overlaps are computed, where it is the annotation's own (`crowd`).
+    """
+
+    def computeIoU(self, imgId, catId):
+        objects = [g for c in ([catId] if self.params.useCats else self.params.catIds) for g in self._gts[imgId, c]]
+        for g in objects:
+            g["iscrowd"] = g["crowd"]
+        ious = super().computeIoU(imgId, catId)
+        for g in objects:
+            g["iscrowd"] = g["ignore"]
+        return ious
+
+
+def _is_difficult(annotation: dict) -> bool:
+    return bool(annotation.get("difficult", 0) or annotation.get("ignore", 0))
+
+
+def _check_detections(ground_truth: dict, detections: list[dict]) -> None:
+    """UserError for detections of images that the ground truth lacks, and for boxes or scores that are not finite."""
+    known = {image["id"] for image in ground_truth["images"]}
+    if unknown := sorted({str(d["image_id"]) for d in detections if d["image_id"] not in known}):
+        raise UserError(f"detections for {len(unknown)} image ids that the ground truth lacks, e.g. {unknown[0]}: "
+                        "pass the ground truth of the images that were evaluated")
+    if detections and not np.isfinite(np.array([[*d["bbox"], d["score"]] for d in detections], dtype=float)).all():
+        raise UserError("a detection has a box or score that is not finite: the model's outputs are broken (nan in its weights?)")
+
+
+def _coco(ground_truth: dict, items: list[dict], categories: list[dict], class_agnostic: bool) -> COCO:
+    """Objects or detections as an indexed COCO, in copies. Ids count from 1: COCOeval marks "unmatched" with 0 and would lose an object of id 0."""
+    annotations = []
+    for i, a in enumerate(items, 1):
+        area = a["area"] if "area" in a and "score" not in a else a["bbox"][2] * a["bbox"][3]  # a detection's area is that of its box
+        crowd = int(a.get("iscrowd", 0))
+        annotations.append({"id": i, "image_id": a["image_id"], "category_id": 1 if class_agnostic else a["category_id"], "bbox": list(a["bbox"]),
+                            "area": area, "score": a.get("score"), "crowd": crowd, "iscrowd": int(crowd or _is_difficult(a))})
+    coco = COCO()
+    coco.dataset = {"images": ground_truth["images"], "annotations": annotations, "categories": categories}
+    coco.createIndex()
+    return coco
+
+
+def _valid_mean(values: np.ndarray) -> float:
+    """Mean without pycocotools' -1 (no ground truth of that kind); nan if nothing is left."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else math.nan
+
+
+def detection_metrics(ground_truth: dict, detections: list[dict], *, class_agnostic: bool = False, max_dets: tuple = (1, 10, 100),
+                      per_class: bool = False) -> dict[str, float]:
+    """COCO box metrics: AP, AP50, AP75, APs, APm, APl, one AR<k> per k of `max_dets`, ARs, ARm, ARl. AP and the size rows use the largest k.
+
+    class_agnostic: all categories are one (DETReg Table 6: COCOeval with useCats = 0). per_class adds "per_class": {name: AP}.
+    A missing `area` is that of the box. Inputs are not modified. UserError: see _check_detections.
+    """
+    _check_detections(ground_truth, detections)
+    categories = [{"id": 1, "name": "object"}] if class_agnostic else ground_truth["categories"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = _BoxEval(*(_coco(ground_truth, items, categories, class_agnostic) for items in (ground_truth["annotations"], detections)), "bbox")
+        run.params.maxDets = sorted(max_dets)
+        run.params.useCats = int(not class_agnostic)
+        run.evaluate()
+        run.accumulate()
+    precision, recall = run.eval["precision"], run.eval["recall"]  # [IoU, recall, class, area, max_dets], [IoU, class, area, max_dets]
+    metrics = {f"AP{name}": _valid_mean(precision[i, ..., 0, -1]) for name, i in (("", slice(None)), (50, 0), (75, 5))}
+    metrics |= {f"AP{size}": _valid_mean(precision[..., i, -1]) for i, size in enumerate("sml", 1)}
+    metrics |= {f"AR{k}": _valid_mean(recall[:, :, 0, i]) for i, k in enumerate(sorted(max_dets))}
+    metrics |= {f"AR{size}": _valid_mean(recall[..., i, -1]) for i, size in enumerate("sml", 1)}
+    if per_class:
+        names = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]  # COCOeval sorts the ids
+        metrics["per_class"] = {name: _valid_mean(precision[:, :, i, 0, -1]) for i, name in enumerate(names)}
+    return metrics
+
+
+# ==== 2. VOC07 ====
+
+def _voc07_class_ap(objects: list[dict], boxes: list[dict], thresholds: tuple, rounded: bool) -> list[float]:
+    """11-point AP of one class at every threshold. nan if the class has no object that counts."""
+    difficult = np.array([_is_difficult(a) or bool(a.get("iscrowd", 0)) for a in objects], dtype=bool)
+    positives = int((~difficult).sum())
+    if positives == 0:
+        return [math.nan] * len(thresholds)
+    scores = np.array([d["score"] for d in boxes], dtype=float)
+    boxes_xywh = np.array([d["bbox"] for d in boxes], dtype=float).reshape(-1, 4)
+    if rounded:
+        corners = np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1).round(1)
+        scores, boxes_xywh = scores.round(3), np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    objects_xywh, of_image = np.array([a["bbox"] for a in objects], dtype=float), defaultdict(list)
+    for j, a in enumerate(objects):
+        of_image[a["image_id"]].append(j)
+    best, overlap = np.full(len(boxes), -1), np.zeros(len(boxes))  # per detection, best score first: the object it overlaps most, taken or not
+    for place, i in enumerate(np.argsort(-scores, kind="stable")):
+        if theirs := of_image.get(boxes[i]["image_id"]):
+            ious = iou(boxes_xywh[i:i + 1], objects_xywh[theirs], [0] * len(theirs))[0]
+            best[place], overlap[place] = theirs[ious.argmax()], ious.max()
+    results = []
+    for threshold in thresholds:
+        hit = np.flatnonzero(overlap > threshold)
+        first = np.unique(best[hit], return_index=True)[1]  # the first detection of an object finds it, later ones are mistakes
+        true, counts = np.zeros(len(boxes), dtype=bool), np.ones(len(boxes), dtype=bool)
+        true[hit[first]] = True
+        counts[hit] = ~difficult[best[hit]]
+        found, seen = np.cumsum(true & counts), np.cumsum(counts)
+        precision, recall = found / np.maximum(seen, 1), found / positives
+        results.append(float(np.mean([precision[recall >= i / 10].max(initial=0.0) for i in range(11)])))
+    return results
+
+
+def voc07_metrics(ground_truth: dict, detections: list[dict], thresholds: tuple = IOU_THRESHOLDS, *, rounded: bool = False) -> dict[str, float]:
+    """The VOC 2007 metric: 11-point AP, mean over the classes that have a countable object; VOC07_AP is the mean over `thresholds`.
+
+    A detection looks at the object of its class and image with the largest IoU, and finds it if IoU > threshold (strictly) and no
+    better-scored one has: otherwise it is a mistake. Equal scores keep the order given. Crowd objects are taken as difficult ones.
+    IoU: the devkit's sides are x2 - x1 + 1 between inclusive 1-based corners, which detectron2 and DETReg write as (x + 1, y + 1, x + w, y + h),
+    the inverse of loading (xmin - 1, ymin - 1, xmax, ymax). The offsets cancel: it IS the plain IoU of the 0-based xywh boxes.
+    rounded: scores to 3 decimals and corners to 1, as the released DETReg and detectron2 write them to text (this makes ties).
+    Recall is compared with exact tenths; the released np.arange(0, 1.1, .1) holds 0.30000000000000004 and misses a recall of exactly .3.
+    """
+    _check_detections(ground_truth, detections)
+    images = {image["id"] for image in ground_truth["images"]}
+    objects, boxes = defaultdict(list), defaultdict(list)
+    for a in (a for a in ground_truth["annotations"] if a["image_id"] in images):
+        objects[a["category_id"]].append(a)
+    for d in detections:
+        boxes[d["category_id"]].append(d)
+    per_class = np.array([_voc07_class_ap(objects[c["id"]], boxes[c["id"]], (*thresholds, 0.5, 0.75), rounded)
+                          for c in ground_truth["categories"]]).reshape(-1, len(thresholds) + 2)
+    means = [_valid_mean(np.nan_to_num(column, nan=-1)) for column in per_class.T]
+    return {"VOC07_AP": float(np.mean(means[:-2])), "VOC07_AP50": means[-2], "VOC07_AP75": means[-1]}
+
+
+# ==== 3. Detections: class-agnostic, from boxes, the control ====
+
+def class_agnostic_scores(logits: torch.Tensor, boxes_xyxy: torch.Tensor, object_class: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """DETReg Table 6 (coco_eval_proposals.py, process_loaded): the score is the LOGIT of `object_class`, boxes are clamped at 0 only.
+
+    logits [Q, C], boxes_xyxy [Q, 4] pixels -> scores [Q] descending, boxes_xywh [Q, 4] in the same order.
+    """
+    if not 0 <= object_class < logits.shape[1]:
+        raise UserError(f"object_class {object_class} is not one of the {logits.shape[1]} outputs of the classifier")
+    scores, order = logits[:, object_class].sort(descending=True, stable=True)
+    return scores, box_convert(boxes_xyxy[order].clamp(min=0), "xyxy", "xywh")
+
+
+def class_agnostic_detections(logits: torch.Tensor, boxes_xyxy: torch.Tensor, image_id: int, *, object_class: int = 1,
+                              top: int | None = None) -> list[dict]:
+    """The `top` (None: all) best class-agnostic detections of one image, category_id 1. Shapes: see class_agnostic_scores."""
+    scores, boxes_xywh = class_agnostic_scores(logits.detach(), boxes_xyxy.detach(), object_class)
+    return [{"image_id": image_id, "category_id": 1, "bbox": box, "score": score}
+            for box, score in zip(boxes_xywh[:top].tolist(), scores[:top].tolist())]
+
+
+def boxes_as_detections(boxes_xyxy, image_id: int, scores=None, category_id: int = 1) -> list[dict]:
+    """Boxes [n, 4] px, best first, as detections. scores None: 1, 1/2, 1/3, ..., so that over all images the first boxes come first.
+
+    The released selective search baseline scores every box 1 (pass ones): the same AR, but AP then depends on the order of the images.
+    """
+    boxes_xywh = box_convert(torch.as_tensor(boxes_xyxy, dtype=torch.float64).reshape(-1, 4), "xyxy", "xywh").tolist()
+    scores = [1 / (i + 1) for i in range(len(boxes_xywh))] if scores is None else torch.as_tensor(scores, dtype=torch.float64).tolist()
+    if len(scores) != len(boxes_xywh):
+        raise UserError(f"image {image_id}: {len(scores)} scores for {len(boxes_xywh)} boxes")
+    return [{"image_id": image_id, "category_id": category_id, "bbox": box, "score": score} for box, score in zip(boxes_xywh, scores)]
+
+
+def shuffled(detections: list[dict], image_ids: list, sizes: dict) -> list[dict]:
+    """The control that knows the images' statistics but not the image: image i's detections are scored on image i + 1 (cyclic).
+
+    image_ids: all evaluated images, each once, at least 2, so that none keeps its own. sizes: id -> (h, w) px; boxes are rescaled.
+    """
+    image_ids = list(image_ids)
+    if len(image_ids) < 2 or len(set(image_ids)) < len(image_ids):
+        raise UserError(f"the shuffled control needs 2 or more images, each once; got {len(image_ids)}, {len(set(image_ids))} different")
+    following = dict(zip(image_ids, image_ids[1:] + image_ids[:1]))
+    if missing := {d["image_id"] for d in detections} - following.keys() | following.keys() - sizes.keys():
+        raise UserError(f"the shuffled control lacks the id or size of {len(missing)} images, e.g. {min(map(str, missing))}")
+
+    def move(d: dict) -> dict:
+        (h, w), (new_h, new_w) = sizes[d["image_id"]], sizes[following[d["image_id"]]]
+        return {**d, "image_id": following[d["image_id"]], "bbox": [v * s for v, s in zip(d["bbox"], (new_w / w, new_h / h) * 2)]}
+
+    return [move(d) for d in detections]
+
+
+# ==== 4. Processes, tables, files ====
+
+def rank_slice(n: int) -> range:
+    """The images of 0..n-1 that this process evaluates: each exactly once over all processes, contiguous, so gather() restores the order."""
+    return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+
+def gather(items: list) -> list:
+    """All processes' lists, of any lengths, concatenated in rank order, on every process. Items are pickled: keep them plain."""
+    parts = [items] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+class _Resized(torch.utils.data.Dataset):
+    """The images of a labelled set at evaluation size, as samples of data.collate; an unreadable image is an error that names it."""
+
+    def __init__(self, labelled, indices: range, size: int, max_size: int):
+        self.labelled, self.indices, self.size, self.max_size = labelled, indices, size, max_size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict:
+        image, target = self.labelled.load(self.indices[i])
+        height, width = data.resized_hw((image.height, image.width), self.size, self.max_size)
+        view = image.resize((width, height), Image.Resampling.BILINEAR)
+        return {"image": data.to_normalized_tensor(view), "target": target, "skipped": []}
+
+
+@torch.no_grad()
+def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int, device: torch.device, batch_size: int = 8, limit: int | None = None,
+            num_workers: int = 0, text: str = "") -> Iterator[tuple[dict, torch.Tensor, torch.Tensor]]:
+    """Run a detector (in eval mode) over this process's slice of a labelled set: yields (target, logits [Q, C], boxes_xyxy [Q, 4] in pixels of the
+    original image), on CPU. size, max_size: short and longest side the images are resized to; limit: only the first images of the set."""
+    indices = rank_slice(min(len(labelled), limit or len(labelled)))
+    batches = [list(range(i, min(i + batch_size, len(indices)))) for i in range(0, len(indices), batch_size)]
+    loader = data.make_loader(_Resized(labelled, indices, size, max_size), batches, num_workers=num_workers, collate=data.collate)
+    training = model.training
+    model.eval()
+    for batch in progress(loader, desc=text):
+        outputs = model(batch["images"].to(device), batch["mask"].to(device))
+        sizes = torch.stack([t["orig_size"] for t in batch["targets"]])
+        boxes = boxes_to_pixels(outputs["pred_boxes"].cpu(), sizes)
+        yield from zip(batch["targets"], outputs["pred_logits"].cpu(), boxes)
+    model.train(training)
+
+
+def metrics_table(rows: dict[str, dict], columns: list[str], title: str = "") -> str:
+    """Aligned text under the line `title`: fractions with 3 decimals (as COCO logs), nan and missing as "-", integers and text as they are."""
+    def cell(value) -> str:
+        return "-" if value is None or value != value else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    cells = [["", *columns]] + [[name, *(cell(values.get(c)) for c in columns)] for name, values in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in cells]
+    return "\n".join([title, *lines] if title else lines)
+
+
+def _plain(obj):
+    """JSON's own types: arrays and numpy scalars become lists and numbers, nan and infinities null."""
+    if isinstance(obj, dict):
+        return {str(k): _plain(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_plain(v) for v in obj]
+    if isinstance(obj, (np.ndarray, np.generic, torch.Tensor)):
+        return _plain(obj.tolist())
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
+def write_json(path, obj) -> None:
+    """Write `obj` at `path`, all or nothing: a reader never sees half a file. nan becomes null; missing folders are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(path), (json.dumps(_plain(obj), indent=1, default=str, allow_nan=False) + "\n").encode())
+
+
+# ==== 5. Pictures ====
+
+def _tile(image: Image.Image, boxes_xyxy, labels: list[str] | None, max_boxes: int) -> Image.Image:
+    """The image at height TILE (at most 2 TILE wide) with its first `max_boxes` boxes; the first lies on top."""
+    scale = min(TILE / image.height, 2 * TILE / image.width)
+    tile = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(11)
+    boxes = (torch.as_tensor(boxes_xyxy).detach().cpu().double().reshape(-1, 4)[:max_boxes] * scale).round().tolist()
+    limits = (tile.width - 1, tile.height - 1) * 2
+    corners = [[int(min(max(v, 0), limit)) for v, limit in zip(box, limits)] for box in boxes]
+    ranked = [(i, PALETTE[i % len(PALETTE)], *box) for i, box in enumerate(corners) if box[2] > box[0] and box[3] > box[1]][::-1]
+    for _, colour, x1, y1, x2, y2 in ranked:
+        draw.rectangle([x1, y1, x2, y2], outline="black", width=4)  # a dark edge on both sides keeps the colour apart from the picture
+        draw.rectangle([x1 + 1, y1 + 1, max(x2 - 1, x1 + 1), max(y2 - 1, y1 + 1)], outline=colour, width=2)
+    for i, colour, x1, y1, *_ in ranked if labels is not None else ():  # after all boxes, so that none crosses a label
+        w, h = math.ceil(draw.textlength(labels[i], font)) + 5, 14
+        x, y = max(0, min(x1, tile.width - w)), y1 - h + 1 if y1 >= h else y1  # above the box if there is room
+        draw.rectangle([x, y, x + w - 1, y + h - 1], fill=colour)
+        draw.text((x + 3, y + h / 2), labels[i], "white" if colour in DARK else "black", font, anchor="lm")
+    return tile
+
+
+def draw_boxes_figure(path, images: list, columns: dict[str, list], max_boxes: int = 10) -> None:
+    """PNG contact sheet: one row per image, one column per entry of `columns`, its key as the title.
+
+    images: PIL images. columns: title -> one (boxes_xyxy [n, 4] px of that image, labels of length n or None) per image; the first
+    `max_boxes` are drawn, boxes of equal rank in equal colours across columns.
+    """
+    if not images or any(len(entries) != len(images) for entries in columns.values()):
+        raise UserError(f"a figure needs images and as many entries per column: {len(images)} images, "
+                        f"columns {({title: len(entries) for title, entries in columns.items()})}")
+    font = ImageFont.load_default(16)
+    tiles = [[_tile(image, *entries[i], max_boxes) for entries in columns.values()] for i, image in enumerate(images)]
+    widths = [max(math.ceil(font.getlength(title)), *(row[c].width for row in tiles)) for c, title in enumerate(columns)]
+    sheet = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1), HEADER + sum(row[0].height + GAP for row in tiles)), "white")
+    draw, x = ImageDraw.Draw(sheet), GAP
+    for c, (title, w) in enumerate(zip(columns, widths)):
+        draw.text((x + w / 2, HEADER / 2), title, "black", font, anchor="mm")
+        y = HEADER
+        for row in tiles:
+            sheet.paste(row[c], (x + (w - row[c].width) // 2, y))
+            y += row[c].height + GAP
+        x += w + GAP
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, format="PNG")

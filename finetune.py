@@ -1,0 +1,382 @@
+"""Fine-tuning: any checkpoint -> a detector -> COCO and VOC numbers.
+
+Idea: the pretrained detector loses its class head and its pretext heads, gets a class head with one row per category of the labelled set, and is
+    trained as Deformable DETR is (Zhu et al., ICLR 2021, arXiv 2010.04159; DETReg, Sec. 6 "Fine-tuning stage").
+
+Run:
+    python finetune.py --preset demo --init_from out/detreg-demo/last.pt          # 40 labelled synthetic images, about a minute
+    torchrun --nproc_per_node=8 finetune.py --data coco --init_from FILE          # 50 epochs, batch 32
+    torchrun --nproc_per_node=8 finetune.py --data coco --labels_percent 1 --init_from FILE
+    python finetune.py --data voc --data_root VOCDEVKIT --init_from FILE
+    python finetune.py --data coco --init_from FILE --eval_only                   # numbers of a fine-tuned detector
+    python finetune.py --data coco --init_from FILE --eval_only --class_agnostic  # DETReg, Table 6
+
+The architecture is read off the checkpoint; the class list comes from the annotation files and is saved in the checkpoint.
+
+Schedules (epochs / drop at / batch), released configurations unless --protocol says otherwise:
+    COCO            50 / 40 / 32
+    COCO  1 %       2000, 2 % 1000, 5 % 500, 10 % 400, never dropped, batch 24
+        --protocol semi_supervised   1-2 %: 200 / 150, 5-10 %: 100 / 40 (DETReg, Sec. 6.1);  --protocol low_data   150, never dropped (Fig. 3)
+    VOC             100 / 70 / 32;  10 %: 200 / 150 / 8
+
+Deviations (released code / here):
+    F1  One class row per category / 91 rows for COCO, 21 for VOC. A released head is still evaluated: its rows are mapped to category ids.
+    F2  Each process drew its own x % subset until 2022-04, which invalidates DETReg's Table 4 / one subset, from --seed alone.
+    F3  VOC: COCO-style AP and the VOC07 11-point metric are both printed (released: the latter, averaged over ten IoU thresholds).
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import common
+import convert
+import data
+import evaluation
+from common import UserError
+
+# ==== 1. Hyperparameters ====
+
+
+@dataclass
+class Config:
+    # data
+    data: str = "coco"  # coco, voc, synthetic, a COCO json, or a folder in VOC layout or with train.json and test.json
+    data_root: str | None = None  # where a named data set lies; else $DATA_ROOT, else data/<name>
+    labels_percent: float = 100  # use this share of the training images, the same on every process (DETReg, Sec. 6.1)
+    protocol: Literal["released", "semi_supervised", "low_data"] = "released"  # schedule of the COCO shares
+    synthetic_images: int = 40  # labelled synthetic images
+    synthetic_test_images: int = 100  # test images of the synthetic set
+    synthetic_size: int = 160  # side of a synthetic scene, pixels
+    out: str | None = None  # output folder; else out/finetune-<preset or data>
+    preset: str | None = None  # demo
+    # what to do
+    init_from: str | None = None  # checkpoint of a detector, ours or released; without one training starts from --backbone_weights
+    eval_only: bool = False  # only evaluate --init_from
+    class_agnostic: bool = False  # evaluate boxes without categories (DETReg, Table 6)
+    # images
+    scales: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short side in training, pixels (Deformable DETR)
+    max_size: int = 1333  # longest side, pixels
+    crop_scales: tuple[int, ...] = (400, 500, 600)  # short side before a random crop
+    crop_range: tuple[int, ...] = (384, 600)  # smallest and largest side of the crop
+    eval_size: int = 800  # short side in evaluation, pixels
+    # model (read off --init_from when given)
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone
+    backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file; only without --init_from (released: swav)
+    backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen)
+    num_feature_levels: int = 4  # 1 = single scale
+    hidden_dim: int = 256  # transformer width
+    nheads: int = 8  # attention heads
+    enc_layers: int = 6  # encoder layers
+    dec_layers: int = 6  # decoder layers
+    dim_feedforward: int = 1024  # width of the feed-forward layers
+    dropout: float = 0.1  # in the transformer
+    num_queries: int = 300  # object queries
+    with_box_refine: bool = False  # iterative box refinement (Deformable DETR, Sec. 4.2)
+    # loss
+    lambda_f: float = 2.0  # focal loss and its matching cost
+    lambda_l1: float = 5.0  # L1 box loss and its matching cost
+    lambda_giou: float = 2.0  # GIoU loss and its matching cost
+    # optimisation
+    batch_size: int = 32  # images per step over all processes (released: 4 per GPU x 8)
+    accumulate: int = 1  # micro-batches per step: one GPU reaches the global batch
+    epochs: int = 50  # see Schedules above
+    lr_drop: float = 40  # epoch after which the rate is x 0.1
+    lr: float = 2e-4  # Deformable DETR
+    lr_backbone: float = 2e-5  # Deformable DETR
+    lr_linear_proj_mult: float = 0.1  # rate of sampling offsets and reference points
+    weight_decay: float = 1e-4  # on every parameter
+    clip_max_norm: float = 0.1  # gradient norm
+    amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling and losses stay fp32
+    # run
+    seed: int = 42  # everything random follows from it
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    num_workers: int = 8  # loader processes per training process
+    max_steps: int | None = None  # stop after this many steps
+    save_every: int = 1000  # steps between checkpoints
+    log_every: int = 50  # steps between lines of log.jsonl
+    eval_every: int = 10  # epochs between evaluations, 0 = only at the end
+    allow_config_change: bool = False  # continue a run although the configuration differs
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "data": "synthetic", "scales": (128, 144, 160), "max_size": 200, "crop_scales": (160, 192), "crop_range": (96, 160), "eval_size": 160,
+        "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 2e-4, "hidden_dim": 128, "enc_layers": 2,
+        "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0, "num_queries": 100, "with_box_refine": True, "batch_size": 8, "epochs": 50,
+        "lr_drop": 40, "lr": 4e-4, "num_workers": 2, "log_every": 10, "eval_every": 0,
+    },
+}
+
+
+def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
+    """Schedules that follow from the data set and the share of its labels (module docstring)."""
+    share = values["labels_percent"]
+    if values["data"] == "voc":
+        return {"epochs": 200, "lr_drop": 150, "batch_size": 8} if share == 10 else {"epochs": 100, "lr_drop": 70}
+    if values["data"] == "coco" and share < 100:
+        epochs, drop = {"released": ({1: 2000, 2: 1000, 5: 500}.get(share, 400),) * 2, "low_data": (150, 150),
+                        "semi_supervised": (200, 150) if share <= 2 else (100, 40)}[values["protocol"]]
+        return {"epochs": epochs, "lr_drop": drop, "batch_size": 24}
+    return {}
+
+
+# ==== 2. Data ====
+
+
+class LabelledDataset(torch.utils.data.Dataset):
+    """Augmented training samples; crowd regions are left out, difficult objects are kept (released). Random as a function of (seed, epoch, index)."""
+
+    def __init__(self, cfg: Config, labelled: data.DetectionSet):
+        self.cfg, self.labelled = cfg, labelled
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        rng = data.sample_rng(self.cfg.seed, epoch, index)
+        skipped: list[str] = []
+        (image, target), _ = data.load_usable(self.labelled, index, rng, skipped)
+        use = ~target["crowd"]
+        geometry = data.draw_geometry(rng, (image.height, image.width), scales=self.cfg.scales, max_size=self.cfg.max_size,
+                                      crop_scales=self.cfg.crop_scales, crop_range=self.cfg.crop_range)
+        view, boxes, keep = data.apply_geometry(image, target["boxes_xyxy"][use], geometry)
+        target = {"boxes": data.normalized_cxcywh(boxes, (view.height, view.width)), "labels": target["labels"][use][keep]}
+        return {"image": data.to_normalized_tensor(view), "target": target, "skipped": skipped}
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+
+# ==== 3. Model ====
+
+
+def adopt_architecture(cfg: Config, checkpoint: dict, state: dict[str, Tensor], given: set[str]) -> Config:
+    """The configuration with the model fields of the checkpoint. A flag on the command line that says otherwise is a UserError."""
+    arch = convert.architecture(state, cfg.init_from)
+    if "nheads" in checkpoint.get("config", {}):
+        arch["nheads"] = checkpoint["config"]["nheads"]
+    wrong = [f"--{k} {getattr(cfg, k)} (it has {v})" for k, v in arch.items() if k in given and getattr(cfg, k) != v]
+    if wrong:
+        raise UserError(f"{cfg.init_from} was trained with another architecture than {', '.join(wrong)}; leave these flags out")
+    return dataclasses.replace(cfg, **arch)
+
+
+def head_rows(checkpoint: dict, rows: int, categories: list[dict], source: str) -> list[int] | None:
+    """Which category (position in `categories`) each row of a checkpoint's class head stands for, -1 = none; None when the head is of other classes.
+
+    Our checkpoints carry their categories. Released heads carry none: 91 rows are COCO ids, 21 rows the sorted VOC names (F1).
+    """
+    if checkpoint.get("categories"):
+        position = {c["name"]: i for i, c in enumerate(categories)}
+        mapped = [position.get(c["name"], -1) for c in checkpoint["categories"]]
+        return mapped if sorted(mapped) == list(range(len(categories))) else None
+    if rows == 91 and len(categories) == 80 and max(c["id"] for c in categories) == 90:
+        position = {c["id"]: i for i, c in enumerate(categories)}
+        return [position.get(row, -1) for row in range(rows)]
+    if rows == 21 and len(categories) == 20:
+        return [*range(20), -1]
+    return None
+
+
+def build_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], categories: list[dict]) -> tuple[nn.Module, list[int]]:
+    """The detector on CPU and its head's rows -> categories map. Heads that do not fit the categories are made anew; everything else must load."""
+    torch.manual_seed(cfg.seed)
+    if checkpoint is None:
+        model = common.build_detector(cfg, len(categories))
+        common.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
+        return model, list(range(len(categories)))
+    rows = state["class_embed.0.weight"].shape[0]
+    mapped = head_rows(checkpoint, rows, categories, cfg.init_from)
+    drop = {r"^feature_embed\.": "head of the pretext task"}
+    if cfg.class_agnostic:
+        mapped = [-1] * rows
+    elif cfg.eval_only and mapped is None:
+        raise UserError(f"{cfg.init_from}: its classifier has {rows} rows, and nothing says which of the {len(categories)} categories of {cfg.data} "
+                        "they are; fine-tune it first, or evaluate its boxes with --class_agnostic")
+    elif mapped is None or (not cfg.eval_only and -1 in mapped):
+        drop[r"^class_embed\."] = f"class head, made anew for {len(categories)} categories"
+        mapped, rows = list(range(len(categories))), len(categories)
+    model = common.build_detector(cfg, rows)
+    common.load_matching(model, state, drop=drop, source=cfg.init_from)
+    return model, mapped
+
+
+# ==== 4. Loss ====
+
+
+def build_criterion(cfg: Config, num_classes: int) -> common.SetCriterion:
+    return common.SetCriterion(num_classes, common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou),
+                               cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou)
+
+
+# ==== 5. Training step ====
+
+
+def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion, optimizer: torch.optim.Optimizer, micro_batches: list[dict],
+               step: int, device: torch.device) -> dict[str, Tensor]:
+    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms summed over them, the total and the gradient norm."""
+    num_boxes = common.normalizer(sum(len(t["labels"]) for batch in micro_batches for t in batch["targets"]), device)
+    optimizer.zero_grad()
+    terms: dict[str, Tensor] = {}
+    for i, batch in enumerate(micro_batches):
+        images, mask = batch["images"].to(device, non_blocking=True), batch["mask"].to(device, non_blocking=True)
+        targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in batch["targets"]]
+        with common.gradient_sync(model, i == len(micro_batches) - 1):
+            with common.autocast(device, cfg.amp):
+                outputs = model(images, mask)
+            losses, _ = criterion(outputs, targets, num_boxes)
+            loss = criterion.total(losses)
+            loss.backward()
+        for name, value in {"loss": loss, **losses}.items():
+            terms[name] = terms.get(name, 0) + value.detach()
+    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step), device=device)
+    optimizer.step()
+    return terms
+
+
+# ==== 6. Evaluation ====
+
+
+def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set, device: torch.device, write: bool) -> dict[str, Any]:
+    """All metrics of the test set; on rank 0 also detections.json (COCO results format) and predictions.png when `write`. All processes call it."""
+    found = []
+    ids = [c["id"] for c in test_set.categories]
+    for target, logits, boxes_xyxy in evaluation.predict(model, test_set, size=cfg.eval_size, max_size=cfg.max_size, device=device, batch_size=8,
+                                                         num_workers=cfg.num_workers, text="evaluation"):
+        if cfg.class_agnostic:
+            found += evaluation.class_agnostic_detections(logits, boxes_xyxy, target["image_id"], object_class=min(1, logits.shape[-1] - 1))
+        else:
+            found += category_detections(logits, boxes_xyxy, mapped, ids, target["image_id"])
+    found = evaluation.gather(found)
+    if common.rank() != 0:
+        return {}
+    truth = test_set.coco_ground_truth()
+    metrics = evaluation.detection_metrics(truth, found, class_agnostic=cfg.class_agnostic, per_class=not cfg.class_agnostic)
+    if not cfg.class_agnostic and any("difficult" in a for a in truth["annotations"]):
+        metrics |= evaluation.voc07_metrics(truth, found)
+    if write:
+        evaluation.write_json(Path(cfg.out) / "detections.json", found)
+        draw_predictions(Path(cfg.out) / "predictions.png", test_set, found, truth)
+    return metrics
+
+
+def category_detections(logits: Tensor, boxes_xyxy: Tensor, mapped: list[int], category_ids: list[int], image_id: int) -> list[dict]:
+    """The 100 best (query, class) pairs of one image; rows of a released head that stand for no category are dropped."""
+    best = common.top_detections(logits, boxes_xyxy)
+    keep = [(s, mapped[l], b) for s, l, b in zip(best["scores"].tolist(), best["labels"].tolist(), best["boxes"].tolist()) if mapped[l] >= 0]
+    return [{"image_id": image_id, "category_id": category_ids[l], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": s} for s, l, (x1, y1, x2, y2) in keep]
+
+
+def draw_predictions(path: Path, test_set, detections: list[dict], truth: dict, rows: int = 6) -> None:
+    """One row per image: ground truth beside the best predictions, with category names and scores."""
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    images, columns = [], {"ground truth": [], "predictions (best 10)": []}
+    for i in range(min(rows, len(test_set))):
+        image, target = test_set.load(i)
+        images.append(image)
+        true = [a for a in truth["annotations"] if a["image_id"] == target["image_id"]]
+        best = sorted((d for d in detections if d["image_id"] == target["image_id"]), key=lambda d: -d["score"])[:10]
+        for column, some in zip(columns.values(), (true, best)):
+            boxes = torch.tensor([d["bbox"] for d in some]).reshape(-1, 4)
+            labels = [names.get(d["category_id"], "") + (f" {d['score']:.2f}" if "score" in d else "") for d in some]
+            column.append((torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), labels))
+    evaluation.draw_boxes_figure(path, images, columns, max_boxes=30)
+
+
+# ==== 7. Main ====
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    argv = sys.argv[1:] if argv is None else argv
+    cfg = common.parse_config(Config, PRESETS, argv, script="finetune", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+    device = common.setup_distributed(cfg.device)
+    checkpoint, state = None, {}
+    if cfg.init_from:
+        checkpoint = convert.read_checkpoint(cfg.init_from)
+        state = convert.state_of(checkpoint, cfg.init_from)
+        cfg = adopt_architecture(cfg, checkpoint, state, {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")})
+    elif cfg.eval_only:
+        raise UserError("--eval_only needs --init_from FILE: the checkpoint to evaluate")
+    train_set, test_set = open_sets(cfg)
+    if cfg.eval_only:
+        model, mapped = build_model(cfg, checkpoint, state, train_set.categories)
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        return finish(cfg, evaluate(cfg, model.to(device), mapped, test_set, device, write=True))
+
+    sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
+    data.StepSampler(len(train_set), cfg.batch_size, 1, **sampler_args)      # complains about sizes before anything is written
+    out, run = Path(cfg.out), common.open_run(cfg, "finetune")
+    steps_per_epoch = len(train_set) // cfg.batch_size
+    total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
+    if run and run["step"] >= total_steps and (out / "metrics.json").exists():
+        common.say(f"this run is finished ({run['step']} steps)")
+        return finish(cfg, json.loads((out / "metrics.json").read_text()))
+    model, mapped = build_model(cfg, checkpoint, state, train_set.categories)
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(common.param_groups(model, cfg.lr, cfg.lr_backbone, cfg.lr_linear_proj_mult), cfg.lr, weight_decay=cfg.weight_decay)
+    start = common.restore(run, model, optimizer) if run else 0
+    wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg, len(mapped))
+    sampler = data.StepSampler(len(train_set), cfg.batch_size, total_steps, start_step=start, **sampler_args)
+    batches = iter(data.make_loader(LabelledDataset(cfg, train_set), sampler, num_workers=cfg.num_workers, collate=data.collate))
+    log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(train_set)), 0
+    common.say(f"{len(train_set)} labelled images, {len(mapped)} categories, {steps_per_epoch} steps per epoch, steps {start}..{total_steps}; "
+               f"batch {cfg.batch_size} = {common.world_size()} processes x {cfg.accumulate} x "
+               f"{cfg.batch_size // (common.world_size() * cfg.accumulate)}; {device}")
+    bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="fine-tuning")
+    for step in bar:
+        common.seed_step(cfg.seed, step)
+        wrapped.train()
+        lr = common.set_lr(optimizer, common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,)))
+        micro_batches = [next(batches) for _ in range(cfg.accumulate)]
+        for batch in micro_batches:
+            skipped.add(batch["skipped"])
+            seen += len(batch["targets"])
+        terms = train_step(cfg, wrapped, criterion, optimizer, micro_batches, step, device)
+        if step % cfg.log_every == 0 or step == total_steps - 1:
+            line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
+            bar.set_postfix(loss=f"{line['loss']:.2f}", ce=f"{line['loss_ce']:.3f}", box=f"{line['loss_bbox']:.3f}")
+            seen = 0
+        if (step + 1) % cfg.save_every == 0 or step == total_steps - 1:
+            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, script="finetune", categories=train_set.categories)
+        epoch, rest = divmod(step + 1, steps_per_epoch)
+        if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step < total_steps - 1:
+            metrics = evaluate(cfg, model, mapped, test_set, device, write=False)
+            common.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float)))
+    return finish(cfg, evaluate(cfg, model, mapped, test_set, device, write=True))
+
+
+def open_sets(cfg: Config) -> tuple[data.DetectionSet, data.DetectionSet]:
+    """Training set (the --labels_percent share of it) and test set, which has the training set's categories."""
+    train_set = data.open_detection(cfg.data, cfg.data_root, "train", synthetic_images=cfg.synthetic_images, synthetic_size=cfg.synthetic_size,
+                                    seed=cfg.seed)
+    test_set = data.open_detection(cfg.data, cfg.data_root, "test", categories=train_set.categories, synthetic_images=cfg.synthetic_test_images,
+                                   synthetic_size=cfg.synthetic_size, seed=cfg.seed)
+    if not 0 < cfg.labels_percent <= 100:
+        raise UserError(f"--labels_percent {cfg.labels_percent:g}: must lie above 0 and not above 100")
+    if cfg.labels_percent < 100:
+        train_set = train_set.subset(cfg.labels_percent, cfg.seed)           # F2
+    for note in dict.fromkeys([*train_set.notes, *test_set.notes]):
+        common.say(f"note: {note}")
+    return train_set, test_set
+
+
+def finish(cfg: Config, metrics: dict[str, Any]) -> dict[str, Any]:
+    if common.rank() == 0:
+        evaluation.write_json(Path(cfg.out) / "metrics.json", metrics)
+        columns = [k for k in metrics if k != "per_class"]
+        common.say(evaluation.metrics_table({"class-agnostic" if cfg.class_agnostic else "detection": metrics}, columns))
+        if metrics.get("per_class"):
+            common.say("AP per class: " + ", ".join(f"{name} {'-' if ap is None or ap != ap else f'{ap:.3f}'}" for name, ap in metrics["per_class"].items()))
+        common.say(f"wrote {cfg.out}/metrics.json, detections.json, predictions.png")
+    common.barrier()
+    return metrics
+
+
+if __name__ == "__main__":
+    common.cli(main)

@@ -1,0 +1,578 @@
+"""data.py: values by hand, trees built on the spot; real images where ../shared/data exists."""
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import box_iou
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data as D  # noqa: E402
+from common import UserError  # noqa: E402
+
+REAL = ROOT.parent / "shared" / "data"
+PARITY = ROOT.parent / "shared" / "parity" / "detreg"
+
+
+def picture(path, size=(20, 10), colour=(10, 20, 30), **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **kwargs)
+    return path
+
+
+# ==== decoding ====
+def test_decode_modes(tmp_path):
+    ramp = np.array([[0, 257, 257 * 200, 65535]], np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "i16.png")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "i32.tif")
+    Image.fromarray(np.array([[-1.0, 0.0, 1.0, 3.0]], np.float32)).save(tmp_path / "f.tif")
+    Image.fromarray(np.array([[0, 1, 200, 255]], np.uint8)).save(tmp_path / "l.png")
+    Image.fromarray(np.array([[0, 255, 0, 255]], np.uint8)).convert("1").save(tmp_path / "one.png")
+    for name, values in (("i16.png", [0, 1, 200, 255]), ("i32.tif", [0, 1, 200, 255]), ("f.tif", [0, 64, 128, 255]), ("l.png", [0, 1, 200, 255]),
+                         ("one.png", [0, 255, 0, 255])):
+        image = D.decode_image(tmp_path / name)
+        assert image.mode == "RGB" and np.asarray(image)[0].tolist() == [[v] * 3 for v in values], name
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 200])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "p.png")
+    palette.save(tmp_path / "pt.png", transparency=0)
+    assert np.asarray(D.decode_image(tmp_path / "p.png")).tolist() == [[[255, 0, 0], [0, 0, 200]]]
+    assert np.asarray(D.decode_image(tmp_path / "pt.png")).tolist() == [[[255, 255, 255], [0, 0, 200]]]  # alpha on white
+    Image.new("RGBA", (1, 1), (100, 0, 0, 128)).save(tmp_path / "rgba.png")
+    assert np.abs(np.asarray(D.decode_image(tmp_path / "rgba.png")).ravel().astype(int) - [177, 127, 127]).max() <= 1
+    Image.new("LA", (1, 1), (100, 0)).save(tmp_path / "la.png")
+    assert D.decode_image(tmp_path / "la.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=95)
+    assert np.abs(np.array(D.decode_image(tmp_path / "cmyk.jpg").getpixel((4, 4))) - [255, 0, 0]).max() < 8
+
+
+def test_decode_exif(tmp_path):
+    image = Image.new("RGB", (4, 2))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side: turn by 90 degrees clockwise to view
+    image.save(tmp_path / "a.png", exif=exif)
+    turned = D.decode_image(tmp_path / "a.png")
+    assert turned.size == (2, 4) and turned.getpixel((1, 0)) == (255, 0, 0)
+    assert D.decode_image(tmp_path / "a.png", exif=False).size == (4, 2)
+
+
+def test_decode_unreadable(tmp_path):
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole, "JPEG")
+    for name, content in (("cut.jpg", whole.getvalue()[:900]), ("text.png", b"hello"), ("empty.jpg", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(D.UnreadableImage) as error:
+            D.decode_image(tmp_path / name)
+        assert name in error.value.path and error.value.reason
+    with pytest.raises(D.UnreadableImage):
+        D.decode_image(tmp_path / "absent.jpg")
+
+
+# ==== unlabelled sources ====
+def test_folder(tmp_path):
+    for name in ("b/x.JPEG", "a.PNG", "b/c/y.webp", "z.bmp", "b/.hidden.jpg"):
+        picture(tmp_path / "t" / name, format={"EG": "JPEG", "NG": "PNG", "bp": "WEBP", "mp": "BMP", "pg": "JPEG"}[name[-2:]])
+    (tmp_path / "t" / "notes.txt").write_text("x")
+    picture(tmp_path / "elsewhere" / "l.jpg")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "t" / "link")
+    os.symlink(tmp_path / "t", tmp_path / "t" / "b" / "loop")
+    images = D.open_images(str(tmp_path / "t"), None)
+    assert images.keys == ["a.PNG", "b/c/y.webp", "b/x.JPEG", "link/l.jpg", "z.bmp"] and len(images) == 5 and images.key(1) == "b/c/y.webp"
+    assert images.load(4).getpixel((0, 0)) == (10, 20, 30)
+    assert images.fingerprint() == D.ImageFiles("other", "/nowhere", images.keys[::-1]).fingerprint() != D.ImageFiles("t", ".", ["a"]).fingerprint()
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty", "x.json", "no.txt"])
+def test_folder_errors(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=name.split(".")[0]):
+        D.open_images(str(tmp_path / name), None)
+
+
+def test_list(tmp_path):
+    inside, outside = picture(tmp_path / "l" / "im" / "a.jpg"), picture(tmp_path / "b.jpg")
+    (tmp_path / "l" / "list.txt").write_text(f"# mine\n\nim/a.jpg\n{outside}\n")
+    images = D.open_images(str(tmp_path / "l" / "list.txt"), None)
+    assert images.keys == sorted(["im/a.jpg", outside.as_posix()]) and all(images.load(i).size == (20, 10) for i in range(2))
+    assert images.root == inside.parents[1]
+    (tmp_path / "l" / "list.txt").write_text("im/a.jpg\n\nim/gone.jpg\n")
+    with pytest.raises(UserError, match=r"list.txt, line 3: .*gone.jpg"):
+        D.open_images(str(tmp_path / "l" / "list.txt"), None)
+    (tmp_path / "l" / "list.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="list.txt"):
+        D.open_images(str(tmp_path / "l" / "list.txt"), None)
+
+
+def test_imagenet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(D.IMAGENET100) == len(set(D.IMAGENET100)) == 100
+    picture(tmp_path / "one.jpg")
+    for k, wnid in enumerate((*D.IMAGENET100, "n99999999")):
+        (tmp_path / "store" / wnid).mkdir(parents=True)
+        os.link(tmp_path / "one.jpg", tmp_path / "store" / wnid / "i.JPEG")
+        (tmp_path / "r" / "ILSVRC/Data/CLS-LOC/train").mkdir(parents=True, exist_ok=True)
+        os.symlink(tmp_path / "store" / wnid, tmp_path / "r" / "ILSVRC/Data/CLS-LOC/train" / wnid)
+    images = D.open_images("imagenet100", str(tmp_path / "r"))
+    assert images.keys == sorted(f"{w}/i.JPEG" for w in D.IMAGENET100) and images.load(0).size == (20, 10)
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "r"))
+    assert len(D.open_images("imagenet", None)) == 101
+    os.remove(tmp_path / "r" / "ILSVRC/Data/CLS-LOC/train" / D.IMAGENET100[0])
+    with pytest.raises(UserError, match=f"1 of the 100 class folders .*{D.IMAGENET100[0]}"):
+        D.open_images("imagenet100", None)
+    with pytest.raises(UserError, match="val"):
+        D.open_images("imagenet", None, split="val")
+    monkeypatch.delenv("DATA_ROOT")
+    with pytest.raises(UserError, match=r"data/imagenet, data/imagenet/imagenet, data/imagenet/ILSVRC/Data/CLS-LOC .*<root>/train/<wnid>"):
+        D.open_images("imagenet100", None)
+
+
+def test_named_coco_voc_unlabelled(tmp_path):
+    picture(tmp_path / "coco" / "train2017" / "1.jpg")
+    assert D.open_images("coco", str(tmp_path)).keys == ["1.jpg"]
+    make_voc(tmp_path / "VOCdevkit/VOC2007", {"a": [], "b": []}, {"trainval": "a", "test": "b"})
+    make_voc(tmp_path / "VOCdevkit/VOC2012", {"c": []}, {"trainval": "c"})
+    for file in tmp_path.rglob("*.xml"):
+        file.unlink()  # unlabelled use never opens annotations
+    assert D.open_images("voc", str(tmp_path)).keys == ["VOC2007/JPEGImages/a.jpg", "VOC2012/JPEGImages/c.jpg"]
+    assert D.open_images("voc", str(tmp_path / "VOCdevkit"), split="test").keys == ["VOC2007/JPEGImages/b.jpg"]
+    with pytest.raises(UserError, match="val2017"):
+        D.open_images("coco", str(tmp_path), split="val")
+
+
+# ==== synthetic scenes ====
+def test_synthetic():
+    scenes, again = D.SyntheticScenes(12, 160, seed=5), D.SyntheticScenes(4, 160, seed=5, offset=3)
+    for i in range(4):
+        a, b = scenes.scene(i + 3), again.scene(i)
+        assert np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1]) and np.array_equal(a[2], b[2]) and scenes.key(i + 3) == again.key(i)
+    for i in range(12):
+        image, boxes, labels = scenes.scene(i)
+        assert image.size == (160, 160) and boxes.dtype == np.float32 and labels.dtype == np.int64 and 1 <= len(boxes) == len(labels) <= 6
+        assert boxes.min() >= 0 and boxes.max() <= 160 and (boxes[:, 2:] > boxes[:, :2]).all() and labels.max() < len(scenes.CLASSES)
+    assert not np.array_equal(scenes.load(0), D.SyntheticScenes(1, 160, seed=6).load(0))
+    assert D.SyntheticScenes(2, 64).fingerprint() != D.SyntheticScenes(2, 64, offset=2).fingerprint()
+    sets = [D.open_images("synthetic", None, synthetic_images=3, split=s) for s in ("train", "test")]
+    sets += [D.open_detection("synthetic", None, s, synthetic_images=3).scenes for s in ("train", "test")]
+    assert len({s.key(i) for s in sets for i in range(3)}) == 12
+    assert len(D.SyntheticScenes(1, 40).scene(0)[1]) >= 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_synthetic_boxes_are_exact(seed, monkeypatch):
+    """Every object painted in its own flat colour on black, without blur and noise: the boxes are those of the pixels of each colour."""
+    painted = []
+
+    def flat(self, rng, canvas, original=D.SyntheticScenes._object):
+        label, mask, colours, full = original(self, rng, canvas)
+        painted.append(mask)
+        return label, mask, np.full_like(colours, len(painted)), full
+    monkeypatch.setattr(D.SyntheticScenes, "_object", flat)
+    monkeypatch.setattr(D.SyntheticScenes, "_background", lambda self, rng: np.zeros((160, 160, 3), np.float32))
+    monkeypatch.setattr(D.cv2, "GaussianBlur", lambda canvas, *_: final.append(canvas.copy()) or canvas)
+    for i in range(6):
+        painted, final = [], []
+        _, boxes, labels = D.SyntheticScenes(6, 160, seed).scene(i)
+        ids = [int(v) for v in np.unique(final[0]) if v]
+        assert len(ids) == len(boxes) == len(labels)
+        for box, value in zip(boxes, ids):
+            y, x = np.nonzero(final[0][..., 0] == value)
+            assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+            assert len(y) >= 0.3 * np.count_nonzero(painted[value - 1])  # half of the whole shape, of which at least 60 % are in the image
+
+
+def test_selective_search_finds_objects():
+    found = []
+    for i in range(8):
+        image, boxes, _ = D.SyntheticScenes(8).scene(i)
+        search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+        search.setBaseImage(cv2.resize(np.asarray(image), (128, 128)))
+        search.switchToSelectiveSearchFast()
+        regions = torch.from_numpy(search.process()).float() * 160 / 128
+        regions[:, 2:] += regions[:, :2]
+        found += (box_iou(torch.from_numpy(boxes), regions).amax(1) > 0.5).tolist()
+    assert np.mean(found) > 0.7
+
+
+# ==== labelled sets ====
+def make_coco(folder, boxes, override=(), size=(100, 80), files=("im/a.jpg", "b.jpg")):
+    for file in files:
+        picture(folder / "images" / file, size)
+    content = {"images": [{"id": 20 - k, "width": size[0], "height": size[1], "file_name": f} for k, f in enumerate(files)],
+               "annotations": [{"id": 0, "image_id": 20, "category_id": 7, **a} for a in boxes],
+               "categories": [{"id": i, "name": n} for i, n in ((7, "cat"), (3, "dog"))], **dict(override)}
+    (folder / "train.json").write_text(json.dumps(content))
+    return str(folder / "train.json")
+
+
+def test_coco_json(tmp_path):
+    file = make_coco(tmp_path, [{"bbox": [10, 20, 30, 40], "area": 600}, {"bbox": [-5, 70, 20, 30], "category_id": 3, "iscrowd": 1}])
+    for data in (file, str(tmp_path)):
+        found = D.open_detection(data, None, "train")
+        assert found.categories == [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}] and found.image_ids == [19, 20] and found.notes == []
+        image, target = found.load(1)
+        assert image.size == (100, 80) and target["orig_size"].tolist() == [80, 100] and target["image_id"] == 20
+        assert target["boxes_xyxy"].tolist() == [[10, 20, 40, 60], [0, 70, 15, 80]] and target["boxes_xyxy"].dtype == torch.float32
+        assert target["labels"].tolist() == [1, 0] and target["ignore"].tolist() == target["crowd"].tolist() == [False, True]
+        empty = found.load(0)[1]
+        assert empty["boxes_xyxy"].shape == (0, 4) and empty["labels"].dtype == torch.int64 and empty["ignore"].dtype == torch.bool
+    truth = found.coco_ground_truth()
+    assert [(a["id"], a["image_id"], a["category_id"], a["bbox"], a["area"], a["iscrowd"]) for a in truth["annotations"]] == [
+        (1, 20, 7, [10, 20, 30, 40], 600, 0), (2, 20, 3, [0, 70, 15, 10], 150, 1)]
+    assert truth["images"][1] == {"id": 20, "width": 100, "height": 80, "file_name": "a.jpg"} and truth["categories"] == found.categories
+    from pycocotools.coco import COCO
+    coco = COCO()
+    coco.dataset = truth
+    coco.createIndex()
+    assert len(coco.getAnnIds(imgIds=[20])) == 2 and all(isinstance(v, (int, float)) for a in truth["annotations"] for v in a["bbox"])
+    json.dumps(truth)
+
+
+def test_coco_named_and_renumbered_test(tmp_path):
+    for part, ids in (("train", ((1, "a"), (5, "b"))), ("val", ((1, "b"), (2, "a")))):
+        picture(tmp_path / f"{part}2017" / "1.jpg", (50, 50))
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / f"annotations/instances_{part}2017.json").write_text(json.dumps({
+            "images": [{"id": 1, "width": 50, "height": 50, "file_name": "1.jpg"}], "categories": [{"id": i, "name": n} for i, n in ids],
+            "annotations": [{"id": 9, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "area": 1}]}))
+    train = D.open_detection("coco", str(tmp_path), "train")
+    test = D.open_detection("coco", str(tmp_path), "test", categories=train.categories)
+    assert train.load(0)[1]["labels"].tolist() == [0] and test.load(0)[1]["labels"].tolist() == [1]  # id 1 is "b" there: names decide
+    assert test.coco_ground_truth()["annotations"][0]["category_id"] == 5
+    with pytest.raises(UserError, match=r"instances_val2017.json: category 1 \(b\)"):
+        D.open_detection("coco", str(tmp_path), "test", categories=[{"id": 1, "name": "a"}])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"annotations": [{"image_id": 20, "category_id": 99, "bbox": [0, 0, 5, 5]}]}, "category 99"),
+    ({"annotations": [{"image_id": 77, "category_id": 7, "bbox": [0, 0, 5, 5]}]}, "KeyError 77"),
+    ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [0, 0, 5]}]}, "bbox of 4 numbers"),
+    ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [0, 0, 0, 5]}]}, "1 of 1 boxes .*im/a.jpg, object 1"),
+    ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [200, 0, 5, 5]}]}, "outside"),
+    ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [float("nan"), 0, 5, 5]}]}, "1 of 1 boxes"),
+    ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [float("inf"), 0, 5, 5]}]}, "1 of 1 boxes"),
+    ({"images": [{"id": 20, "width": 9, "height": 9, "file_name": "gone.jpg"}]}, "gone.jpg"),
+    ({"images": [{"id": 20, "file_name": "b.jpg"}]}, "width, height"),
+    ({"images": [{"id": 20, "width": 9, "height": 9, "file_name": "b.jpg"}] * 2}, "twice"),
+    ({"images": []}, "0 images"), ({"categories": None}, "categories"), ({"annotations": "x"}, "no COCO")])
+def test_coco_errors(tmp_path, change, message):
+    file = make_coco(tmp_path, [], change)
+    with pytest.raises(UserError, match=message) as error:
+        D.open_detection(file, None, "train")
+    assert "train.json" in str(error.value)
+
+
+def test_broken_and_absent_files(tmp_path):
+    (tmp_path / "x.json").write_text('{"images": [')
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "latin.json").write_bytes(b'"\xff"')
+    for name in ("x.json", "list.json", "latin.json", "absent.json", "nofolder"):
+        with pytest.raises(UserError, match=name):
+            D.open_detection(str(tmp_path / name), None, "train")
+    for name in ("coco", "voc"):
+        with pytest.raises(UserError, match="Expected layout"):
+            D.open_detection(name, str(tmp_path), "test")
+
+
+def test_one_percent_of_boxes(tmp_path):
+    good = [{"bbox": [1, 1, 5, 5]}] * 199
+    found = D.open_detection(make_coco(tmp_path, [*good, {"bbox": [1, 1, 0, 5]}]), None, "train")
+    assert len(found.load(1)[1]["boxes_xyxy"]) == 199 and "1 of 200" in found.notes[0] and "im/a.jpg, object 200" in found.notes[0]
+    with pytest.raises(UserError, match="3 of 200"):
+        D.open_detection(make_coco(tmp_path, good[:197] + [{"bbox": [1, 1, 0, 5]}] * 3), None, "train")
+
+
+def test_size_mismatch_and_exif(tmp_path):
+    found = D.open_detection(make_coco(tmp_path, [{"bbox": [1, 1, 5, 5]}]), None, "train")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(tmp_path / "images/b.jpg", (100, 80), exif=exif)  # annotated as stored: read as stored
+    assert found.load(0)[0].size == (100, 80)
+    picture(tmp_path / "images/b.jpg", (80, 100), exif=exif)  # annotated as seen
+    assert found.load(0)[0].size == (100, 80)
+    picture(tmp_path / "images/b.jpg", (50, 40))
+    with pytest.raises(UserError, match="50x40"):
+        found.load(0)
+
+
+def make_voc(year, annotations, splits):
+    """annotations: {stem: [(name, (xmin, ymin, xmax, ymax), difficult)]}"""
+    (year / "Annotations").mkdir(parents=True)
+    (year / "ImageSets/Main").mkdir(parents=True)
+    for stem, objects in annotations.items():
+        picture(year / "JPEGImages" / f"{stem}.jpg", (100, 80))
+        inner = "".join(f"<object><name>{n}</name><difficult>{d}</difficult><bndbox><xmin>{b[0]}</xmin><ymin>{b[1]}</ymin><xmax>{b[2]}</xmax>"
+                        f"<ymax>{b[3]}</ymax></bndbox></object>" for n, b, d in objects)
+        tag = "wrong.jpg" if stem == "b" else f"{stem}.jpg"
+        (year / "Annotations" / f"{stem}.xml").write_text(
+            f"<annotation><filename>{tag}</filename><size><width>100</width><height>80</height></size>{inner}</annotation>")
+    for name, stems in splits.items():
+        (year / "ImageSets/Main" / f"{name}.txt").write_text("".join(f"{s}\n" for s in stems))
+
+
+def test_voc(tmp_path):
+    objects = {"a": [("cat", (1, 1, 10, 20), 0), ("ant", (5, 6, 120, 80), 1)], "b": [], "t": [("cat", (2, 2, 9, 9), 0)]}
+    make_voc(tmp_path / "VOCdevkit/VOC2007", objects, {"trainval": "ba", "test": "t"})
+    found = D.open_detection("voc", str(tmp_path), "train")
+    assert found.categories == [{"id": 1, "name": "ant"}, {"id": 2, "name": "cat"}] and found.image_ids == [1, 2]
+    assert len(found.load(0)[1]["labels"]) == 0
+    target = found.load(1)[1]
+    assert target["boxes_xyxy"].tolist() == [[0, 0, 10, 20], [4, 5, 100, 80]] and target["labels"].tolist() == [1, 0]
+    assert target["ignore"].tolist() == [False, True] and target["crowd"].tolist() == [False, False]
+    first, second = found.coco_ground_truth()["annotations"]
+    assert "ignore" not in first and (second["ignore"], second["difficult"], second["iscrowd"], second["area"]) == (1, 1, 0, 96 * 75)
+    assert len(found.notes) == 2 and "VOC2012 is not there" in found.notes[0] and "1 annotations name another image" in found.notes[1]
+    for root in (str(tmp_path / "VOCdevkit"), str(tmp_path)):
+        test = D.open_detection("voc", root, "test")
+        assert test.categories == found.categories and test.load(0)[1]["labels"].tolist() == [1]
+    assert len(D.open_detection(str(tmp_path), None, "train")) == len(D.open_detection(str(tmp_path / "VOCdevkit/VOC2007"), None, "train")) == 2
+    with pytest.raises(UserError, match=r"t.xml: category cat"):
+        D.open_detection("voc", str(tmp_path), "test", categories=[{"id": 1, "name": "ant"}])
+    make_voc(tmp_path / "VOCdevkit/VOC2012", {"z": [("cat", (1, 1, 2, 2), 0)]}, {"trainval": "z"})
+    both = D.open_detection("voc", str(tmp_path), "train")
+    assert len(both) == 3 and both.records[2].image.stem == "z" and len(both.notes) == 1
+
+
+def test_voc_errors(tmp_path):
+    year = tmp_path / "VOC2007"
+    make_voc(year, {"a": [("cat", (1, 1, 10, 20), 0)]}, {"trainval": "a"})
+    with pytest.raises(UserError, match="test.txt"):
+        D.open_detection("voc", str(tmp_path), "test")
+    for change, message in (("<annotation>", "a.xml is no VOC"), ("<annotation><size/></annotation>", "is no VOC"), (None, "a.xml cannot be read")):
+        (year / "Annotations/a.xml").write_text(change) if change else (year / "Annotations/a.xml").unlink()
+        with pytest.raises(UserError, match=message):
+            D.open_detection("voc", str(tmp_path), "train")
+    (year / "ImageSets/Main/trainval.txt").write_text("a\nghost\n")
+    with pytest.raises(UserError, match="no image ghost"):
+        D.open_detection("voc", str(tmp_path), "train")
+
+
+def test_label_subset():
+    ids = [7 * i + 3 for i in range(2000)]
+    assert D.label_subset(ids, 0.01, 42)[:5] == [10734, 10020, 2803, 13604, 11749]  # parity case detreg/label_subset
+    assert D.label_subset(ids, 0.1, 42)[:3] == [4847, 6926, 6205] and len(D.label_subset(ids, 0.05, 42)) == 100
+    if (PARITY / "label_subset.npz").exists():
+        for key, values in np.load(PARITY / "label_subset.npz").items():
+            assert D.label_subset(ids, float(key.split("_")[1]), 42) == values.tolist()
+    found = D.open_detection("synthetic", None, "train", synthetic_images=10, synthetic_size=40)
+    half = found.subset(50, 1)
+    assert half.image_ids == D.label_subset(found.image_ids, 0.5, 1) and half.notes == ["5 of 10 images"]
+    assert np.array_equal(half.load(2)[0], found.load(half.image_ids[2] - 1)[0]) and len(half.coco_ground_truth()["images"]) == 5
+    for percent in (1, 0, -5, 300):
+        with pytest.raises(UserError):
+            found.subset(percent, 0)
+
+
+def test_real_data():
+    if not REAL.is_dir():
+        pytest.skip("../shared/data is not here")
+    train, test = (D.open_detection("voc", str(REAL / "bccd"), s) for s in ("train", "test"))
+    assert [c["name"] for c in train.categories] == ["Platelets", "RBC", "WBC"] == [c["name"] for c in test.categories]
+    assert len(train) == 292 and len(test) == 72 and test.notes == []
+    assert sum(len(r.boxes) for s in (train, test) for r in s.records) == 4888 - 2 and "2 of " in train.notes[0]
+    assert train.load(0)[0].size == (640, 480)
+    images = D.open_images("imagenet", str(REAL / "imagenet_sample"))
+    assert len(images) == 400 and images.load(3).mode == "RGB"
+    with pytest.raises(UserError, match="of the 100 class folders are missing"):
+        D.open_images("imagenet100", str(REAL / "imagenet_sample"))
+
+
+# ==== transforms ====
+def test_resized_hw():
+    for hw, size, longest, expected in (((480, 640), 800, 1333, (800, 1066)), ((200, 1000), 480, 600, (120, 600)), ((100, 50), 50, None, (100, 50)),
+                                        ((214, 758), 352, None, (352, 1246)), ((750, 286), 600, 600, (600, 229)), ((1, 5000), 400, 600, (1, 5000))):
+        assert D.resized_hw(hw, size, longest) == expected
+    if (PARITY / "box_transforms.npz").exists():
+        for w, h, size, longest, new_w, new_h in np.load(PARITY / "box_transforms.npz")["resize_table"].tolist():
+            assert D.resized_hw((h, w), size, longest or None) == (new_h, new_w)
+
+
+def test_boxes_by_hand():
+    boxes = torch.tensor([[10.0, 20, 30, 60], [0, 0, 5, 5], [50, 30, 100, 80]])
+    cropped, keep = D.crop_boxes(boxes, (25, 10, 40, 60))
+    assert cropped.tolist() == [[0, 0, 20, 35], [40, 5, 60, 40]] and keep.tolist() == [0, 2]
+    assert D.flip_boxes(boxes, 100)[0].tolist() == [70, 20, 90, 60]
+    assert D.resize_boxes(boxes, (80, 100), (160, 50))[0].tolist() == [5, 40, 15, 120]
+    assert torch.allclose(D.normalized_cxcywh(boxes, (80, 100))[0], torch.tensor([0.2, 0.5, 0.2, 0.5]))
+    assert D.crop_boxes(boxes[:0], (0, 0, 5, 5))[0].shape == (0, 4) and D.flip_boxes(boxes[:0], 5).shape == (0, 4)
+
+
+def test_boxes_parity():
+    if not (PARITY / "box_transforms.npz").exists():
+        pytest.skip("parity cases are not here")
+    case = np.load(PARITY / "box_transforms.npz")
+    boxes, (w, h), region = torch.from_numpy(case["boxes"]), case["image_wh"].tolist(), case["region"].tolist()
+    cropped, keep = D.crop_boxes(boxes, region)
+    assert keep.tolist() == case["crop_kept"].tolist() and np.abs(cropped.numpy() - case["crop_boxes"]).max() < 1e-3
+    assert np.abs(D.flip_boxes(boxes, w).numpy() - case["flip_boxes"]).max() < 1e-3
+    image, resized, _ = D.apply_geometry(Image.new("RGB", (w, h)), boxes, D.Geometry(False, None, None, D.resized_hw((h, w), 336, 600)))
+    assert list(image.size) == case["resized_wh"].tolist() and np.abs(resized.numpy() - case["resize_boxes"]).max() < 1e-3
+    assert np.abs(D.normalized_cxcywh(resized, image.size[::-1]).numpy() - case["normalised_boxes"]).max() < 1e-6
+
+
+def test_apply_geometry_moves_pixels_with_boxes():
+    array = np.zeros((80, 100, 3), np.uint8)
+    array[20:40, 10:40] = 255
+    boxes = torch.tensor([[0.0, 60, 5, 80], [10, 20, 40, 40]])
+    image, moved, keep = D.apply_geometry(Image.fromarray(array), boxes, D.Geometry(True, (160, 200), (20, 100, 80, 96), (160, 192)))
+    # flip: x 60..90; doubled: 120..180, 40..80; crop: 20..80, 20..60; doubled: 40..160, 40..120. The other box: 190..200, 120..160 -> below the crop
+    assert image.size == (192, 160) and keep.tolist() == [1] and moved.tolist() == [[40, 40, 160, 120]]
+    bright = np.argwhere(np.asarray(image)[..., 0] > 127)
+    assert np.abs(bright.min(0) - [40, 40]).max() <= 1 and np.abs(bright.max(0) + 1 - [120, 160]).max() <= 1
+    same, _, keep = D.apply_geometry(image, moved, D.Geometry(False, None, None, (160, 192)))
+    assert np.array_equal(same, image) and keep.tolist() == [0]
+
+
+def test_draw_geometry():
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(400):
+        g = D.draw_geometry(rng, (480, 640), scales=(320, 480), max_size=600)
+        seen.append((g.flip, g.crop is not None))
+        if g.crop:
+            top, left, h, w = g.crop
+            assert min(g.first_hw) in (400, 500, 600) and 384 <= h <= 600 and 384 <= w <= 600
+            assert 0 <= top <= g.first_hw[0] - h and 0 <= left <= g.first_hw[1] - w and g.hw in [D.resized_hw((h, w), s, 600) for s in (320, 480)]
+        else:
+            assert g.first_hw is None and g.hw in [(320, 426), (450, 600)]
+    assert all(150 < sum(column) < 250 for column in zip(*seen))
+    small = [D.draw_geometry(rng, (30, 40), scales=(32,), max_size=None, crop_scales=(36,), crop_range=(384, 600)) for _ in range(20)]
+    assert {g.crop for g in small} == {None, (0, 0, 36, 48)}
+    assert all(D.draw_geometry(rng, (30, 40), scales=(32,), max_size=None, crop_range=None, flip=0).crop is None for _ in range(9))
+    twice = [D.draw_geometry(np.random.default_rng(1), (9, 9), scales=[8], max_size=8) for _ in range(2)]
+    assert twice[0] == twice[1]
+
+
+def test_to_normalized_tensor():
+    tensor = D.to_normalized_tensor(Image.new("RGB", (3, 2), (0, 255, 51)))
+    assert tensor.shape == (3, 2, 3) and tensor.dtype == torch.float32
+    assert torch.allclose(tensor[:, 0, 0], torch.tensor([-0.485 / 0.229, (1 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]))
+
+
+def test_photometric():
+    spec = D.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=0.5, p_solarize=0.2)
+    draws = [D.draw_photometric(np.random.default_rng(k), spec) for k in range(500)]
+    assert draws[3] == D.draw_photometric(np.random.default_rng(3), spec) and json.dumps(draws)
+    rates = [np.mean([bool(d[k]) for d in draws]) for k in ("order", "gray", "blur", "solarize")]
+    assert np.allclose(rates, [0.8, 0.2, 0.5, 0.2], atol=0.06)
+    assert all(0.6 <= d["brightness"] <= 1.4 and -0.1 <= d["hue"] <= 0.1 and 0.1 <= (d["blur"] or 1) <= 2 for d in draws)
+    assert len({tuple(d["order"]) for d in draws}) == 25  # 24 orders and none
+    image, plain = Image.new("RGB", (4, 4), (100, 50, 200)), {"order": [], "gray": False, "blur": None, "solarize": False}
+    assert D.apply_photometric(image, plain).getpixel((0, 0)) == (100, 50, 200)
+    assert D.apply_photometric(image, plain | {"order": ["brightness"], "brightness": 0.5}).getpixel((0, 0)) == (50, 25, 100)
+    assert D.apply_photometric(image, plain | {"solarize": True}).getpixel((0, 0)) == (100, 50, 55)
+    grey = D.apply_photometric(image, plain | {"gray": True, "blur": 1.0}).getpixel((0, 0))
+    assert grey == (82, 82, 82)  # .299 R + .587 G + .114 B
+    first = D.apply_photometric(image, plain | {"order": ["brightness", "contrast"], "brightness": 1.4, "contrast": 0.6}).getpixel((0, 0))
+    other = D.apply_photometric(image, plain | {"order": ["contrast", "brightness"], "brightness": 1.4, "contrast": 0.6}).getpixel((0, 0))
+    assert first != other
+    assert D.draw_photometric(np.random.default_rng(0), D.Photometric(0, 0, 0, 0, 1, 0, 0))["order"] == []
+
+
+# ==== loader ====
+@pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_sampler_invariance(world, accumulate):
+    n, batch, steps = 40, 12, 8
+    one = list(D.StepSampler(n, batch, steps, seed=3))
+    ranks = [list(D.StepSampler(n, batch, steps, seed=3, world=world, rank=r, accumulate=accumulate)) for r in range(world)]
+    for step in range(steps):
+        pieces = [ranks[r][step * accumulate + a] for a in range(accumulate) for r in range(world)]
+        assert sum(pieces, []) == one[step] and len({len(p) for p in pieces}) == 1
+    assert len(ranks[0]) == len(D.StepSampler(n, batch, steps, world=world, accumulate=accumulate))
+    resumed = list(D.StepSampler(n, batch, steps, seed=3, start_step=5, world=world, rank=0, accumulate=accumulate))
+    assert resumed == ranks[0][5 * accumulate:]
+
+
+def test_sampler_epochs():
+    sampler = D.StepSampler(10, 3, 6, seed=1)
+    batches = list(sampler)
+    assert sampler.steps_per_epoch == 3 and [b[0][0] for b in batches] == [0, 0, 0, 1, 1, 1]
+    for epoch in (batches[:3], batches[3:]):
+        assert len({i for b in epoch for _, i in b}) == 9
+    assert [i for b in batches[:3] for _, i in b] != [i for b in batches[3:] for _, i in b]
+    assert list(D.StepSampler(4, 2, 2, shuffle=False)) == [[(0, 0), (0, 1)], [(0, 2), (0, 3)]]
+    assert list(D.StepSampler(10, 3, 6, seed=2)) != batches and len(D.StepSampler(10, 3, 6, start_step=9)) == 0
+    with pytest.raises(UserError, match="fewer than one batch of 8"):
+        D.StepSampler(7, 8, 1)
+    with pytest.raises(UserError, match="8 or 12 would work"):
+        D.StepSampler(100, 10, 1, world=2, accumulate=2)
+    with pytest.raises(UserError, match="For example 4 "):
+        D.StepSampler(100, 0, 1, world=4)
+
+
+class Noise:
+    """A dataset of augmented scenes; index 5 is bad input when asked for."""
+
+    def __init__(self, bad=None):
+        self.scenes, self.bad = D.SyntheticScenes(16, 48), bad
+
+    def __getitem__(self, key):
+        epoch, index = key
+        if index == 5 and self.bad:
+            raise self.bad
+        rng = D.sample_rng(0, epoch, index)
+        image, boxes, _ = self.scenes.scene(index)
+        geometry = D.draw_geometry(rng, (48, 48), scales=(32, 40), max_size=64, crop_scales=(48, 60), crop_range=(30, 60))
+        image, boxes, _ = D.apply_geometry(image, torch.from_numpy(boxes), geometry)
+        image = D.apply_photometric(image, D.draw_photometric(rng, D.Photometric(0.4, 0.4, 0.4, 0.1, 0.8, 0.2, 0.5)))
+        return {"image": D.to_normalized_tensor(image), "target": {"boxes": boxes}, "skipped": [f"s{index}"] if index == 1 else []}
+
+
+def test_loader_is_the_same_with_workers_and_resumes():
+    def run(workers, start=0):
+        return list(D.make_loader(Noise(), D.StepSampler(16, 4, 7, start_step=start, seed=2), num_workers=workers, collate=D.collate))
+    state = torch.get_rng_state()
+    zero, two, resumed = run(0), run(2), run(0, 5)
+    assert torch.equal(state, torch.get_rng_state()) and len(zero) == len(two) == 7
+    for a, b in [*zip(zero, two), *zip(zero[5:], resumed)]:
+        assert torch.equal(a["images"], b["images"]) and torch.equal(a["mask"], b["mask"]) and a["skipped"] == b["skipped"]
+        assert all(torch.equal(s["boxes"], t["boxes"]) for s, t in zip(a["targets"], b["targets"]))
+    assert sum((b["skipped"] for b in zero[:4]), []) == ["s1"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("bad", [UserError("file x is bad."), D.UnreadableImage("x.jpg", "cut")])
+def test_loader_errors_stay_one_sentence(workers, bad):
+    with pytest.raises(UserError) as error:
+        list(D.make_loader(Noise(bad), D.StepSampler(16, 4, 4), num_workers=workers, collate=D.collate))
+    assert "x" in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_collate():
+    samples = [{"image": torch.ones(3, *hw), "target": {"k": k}, "skipped": s} for hw, k, s in (((2, 5), 1, ["a"]), ((4, 3), 2, []))]
+    batch = D.collate(samples)
+    assert batch["images"].shape == (2, 3, 4, 5) and batch["images"].sum((1, 2, 3)).tolist() == [30, 36]
+    assert batch["mask"].dtype == torch.bool and (~batch["mask"]).sum((1, 2)).tolist() == [10, 12] and not batch["mask"][0, :2].any()
+    assert batch["targets"] == [{"k": 1}, {"k": 2}] and batch["skipped"] == ["a"]
+
+
+def test_load_usable(tmp_path, capsys):
+    picture(tmp_path / "good.jpg")
+    (tmp_path / "bad.jpg").write_bytes(b"x")
+    source, skipped = D.open_images(str(tmp_path), None), []
+    image, used = D.load_usable(source, 0, np.random.default_rng(0), skipped)
+    assert used == 1 and image.size == (20, 10) and skipped and all(s.startswith(f"{tmp_path / 'bad.jpg'}: ") for s in skipped)
+    (tmp_path / "good.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="good.jpg|bad.jpg"):
+        D.load_usable(source, 0, np.random.default_rng(0), [])
+
+
+def test_skip_count(capsys):
+    count = D.SkipCount(200)
+    count.add(["a.jpg: cut", "a.jpg: cut", "b: c.jpg: cut"])
+    count.add(["a.jpg: cut"])
+    assert capsys.readouterr().err.splitlines() == ["warning: skipped a.jpg: cut", "warning: skipped b: c.jpg: cut"]
+    with pytest.raises(UserError, match=r"3 of 200 .*a.jpg: cut; b: c.jpg: cut"):
+        count.add(["c.jpg: cut"])
+
+
+def test_sample_rng_streams_differ():
+    draws = {D.sample_rng(*k).integers(2**40) for k in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0))}
+    assert len(draws) == 4 and D.sample_rng(1, 2, 3).integers(2**40) == D.sample_rng(1, 2, 3).integers(2**40)

@@ -1,0 +1,360 @@
+"""Proposals: values by hand, seeded order, edge boxes on a known picture, and the store under kills, truncation and wrong data."""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import proposals as P  # noqa: E402
+from common import UserError  # noqa: E402
+from data import UnreadableImage  # noqa: E402
+
+
+class Pictures:
+    """n noisy pictures with two patches each; `bad` indices cannot be read, `slow` seconds per load."""
+
+    def __init__(self, n: int = 12, name: str = "pictures", bad: tuple[int, ...] = (), prefix: str = "a", slow: float = 0.0):
+        self.n, self.name, self.bad, self.prefix, self.slow = n, name, bad, prefix, slow
+
+    def __len__(self) -> int:
+        return self.n
+
+    def key(self, i: int) -> str:
+        return f"{self.prefix}/{i:05d}.png"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(map(self.key, range(self.n))).encode()).hexdigest()
+
+    def load(self, i: int) -> Image.Image:
+        time.sleep(self.slow)
+        if i in self.bad:
+            raise UnreadableImage(self.key(i), "truncated")
+        rng = np.random.default_rng(i)
+        image = rng.integers(100, 130, (50 + i, 70, 3), dtype=np.uint8)
+        image[5:25, 8:30], image[20:45, 35:60] = rng.integers(0, 255, 3), rng.integers(0, 255, 3)
+        return Image.fromarray(image)
+
+
+CHEAP = P.Generator(method="random", grid=128)
+
+
+def same_store(a: P.ProposalStore, b: P.ProposalStore, hw=(50, 70)) -> bool:
+    return len(a) == len(b) and all(np.array_equal(a.boxes(i, hw), b.boxes(i, hw)) for i in range(len(a)))
+
+
+def iou(box, boxes):
+    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
+    inter = (high - low).clip(0).prod(1)
+    return inter / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - inter)
+
+
+# ---- values by hand ----
+def test_rects_to_boxes_by_hand():
+    rects = np.array([[0, 0, 128, 128], [32, 64, 16, 32]])
+    assert P.rects_to_boxes(rects, (100, 200), 128).tolist() == [[0, 0, 200, 100], [50, 50, 75, 75]]
+    assert P.rects_to_boxes(rects, (100, 200), None).tolist() == [[0, 0, 128, 128], [32, 64, 48, 96]]
+    empty = P.rects_to_boxes(np.zeros((0, 4), int), (5, 5), 128)
+    assert empty.shape == (0, 4) and empty.dtype == np.float32
+
+
+def test_importance_probability_closed_form():
+    ln2 = math.log(2)
+    assert np.allclose(P.importance_probability(2, 1), [1, 0])  # w = ln 2, 0
+    total = math.log(4) + ln2 + math.log(4 / 3)  # n = 4: w = ln 4, ln 2, ln 4/3, 0
+    assert np.allclose(P.importance_probability(4, 1), [2 * ln2 / total, ln2 / total, math.log(4 / 3) / total, 0])
+    assert np.allclose(P.importance_probability(4, 2)[:2], [1, 2 * ln2 / total])  # 4 ln 2 / total = 1.18, cut to 1
+    assert P.importance_probability(1, 30).tolist() == [1] and P.importance_probability(0, 30).shape == (0,)
+    assert P.importance_probability(1000, 30).sum() == pytest.approx(30)
+    released = P.importance_probability(400, 30, released=True)
+    assert released[0] == pytest.approx(math.log(301) / 10) and released[299] == pytest.approx(math.log(301 / 300) / 10)
+    assert (released[300:] == 0).all() and released.dtype == np.float64
+
+
+def test_select():
+    boxes, rng = np.repeat(np.arange(100, dtype=np.float32)[:, None], 4, 1), np.random.default_rng(0)
+    assert P.select(boxes, "topk", 3, rng)[:, 0].tolist() == [0, 1, 2]
+    chosen = P.select(boxes, "randomk", 30, rng)[:, 0]
+    assert len(set(chosen.tolist())) == 30 and (np.diff(chosen) > 0).all()
+    for policy in ("topk", "randomk", "importance"):
+        assert len(P.select(boxes[:5], policy, 30, rng)) == 5 and len(P.select(boxes[:1], policy, 1, rng)) == 1
+        assert len(P.select(boxes[:0], policy, 30, rng)) == 0
+    for policy in ("importance", "importance_released"):
+        drawn = [P.select(boxes, policy, 20, rng)[:, 0].astype(int) for _ in range(2000)]
+        assert all((np.diff(d) > 0).all() for d in drawn if len(d) > 1)
+        p = P.importance_probability(100, 20, released=policy.endswith("released"))
+        assert np.abs(np.bincount(np.concatenate(drawn), minlength=100) / 2000 - p).max() < 0.06  # 5 standard deviations
+    with pytest.raises(ValueError):
+        P.select(boxes, "best", 3, rng)
+
+
+def test_rank_nms():
+    big, near, other = [10, 10, 60, 60], [11, 10, 61, 60], [5, 65, 95, 95]
+    unusable = [[0, 0, 100, 100], [0, 0, 5, 5], [0, 50, 100, 55]]  # > 95 %, < 0.5 %, aspect 20
+    boxes = np.array([*unusable, big, near, other], np.float32)
+    ranked = P.rank_nms(boxes, (100, 100), np.random.default_rng(3))
+    assert len(ranked) == 2 and other in ranked.tolist() and (big in ranked.tolist()) != (near in ranked.tolist())
+    again = P.rank_nms(boxes[::-1], (100, 100), np.random.default_rng(3))
+    assert np.array_equal(ranked, again)  # the order that came in does not matter
+    orders = {tuple(map(tuple, P.rank_nms(boxes, (100, 100), np.random.default_rng(s)).tolist())) for s in range(20)}
+    assert len(orders) == 4  # (big | near) x (before | after other)
+    fallen_back = P.rank_nms(boxes[:3], (100, 100), np.random.default_rng(0))
+    assert sorted(fallen_back.tolist()) == sorted(boxes[:3].tolist())
+    assert len(P.rank_nms(boxes[:0], (100, 100), np.random.default_rng(0))) == 0
+
+
+def test_random_boxes():
+    rng = np.random.default_rng(0)
+    boxes = P.random_boxes(rng, (60, 200), 500)
+    assert boxes.dtype == np.float32 and boxes.shape == (500, 4) and (boxes >= 0).all() and (boxes <= [200, 60, 200, 60]).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    pool = np.array([[0.5, 0.25], [0.1, 1.0]])
+    boxes = P.random_boxes(rng, (60, 200), 500, pool)
+    sizes = {tuple(s) for s in (boxes[:, 2:] - boxes[:, :2]).round().astype(int).tolist()}
+    assert sizes == {(100, 15), (20, 60)} and boxes[:, 0].max() > 150
+
+
+# ---- selective search ----
+def test_selective_search_order_is_seeded_and_set_is_not():
+    image = np.asarray(Pictures().load(3))
+    first, again, other = (P.selective_search(image, seed=s) for s in (7, 7, 8))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert sorted(first.tolist()) == sorted(other.tolist()) and len(first) > 4
+    assert first.dtype == np.float32 and (first <= [70, 53, 70, 53]).all() and (first >= 0).all()
+
+
+def test_selective_search_without_a_seedable_c_library(monkeypatch):
+    image = np.asarray(Pictures().load(3))
+    ordinary = P.selective_search(image, seed=7)
+    monkeypatch.setattr(P, "_c_srand", lambda: None)
+    first, again, other = (P.selective_search(image, seed=s) for s in (7, 7, 8))
+    assert np.array_equal(first, again) and not np.array_equal(first, other) and sorted(first.tolist()) == sorted(ordinary.tolist())
+    assert "shuffle" in P.Generator().header()["order"]
+
+
+@pytest.mark.parametrize("shape", [(40, 60, 3), (1, 50, 3), (50, 1, 3), (1, 1, 3), (3, 3, 3)])
+@pytest.mark.parametrize("grid", [128, None])
+def test_flat_and_tiny_images_give_the_full_box(shape, grid):
+    boxes = P.selective_search(np.full(shape, 9, np.uint8), grid=grid, seed=1)
+    assert boxes.tolist() == [[0, 0, shape[1], shape[0]]]
+
+
+def test_image_seed():
+    assert P.image_seed(1, "a") == P.image_seed(1, "a") == 146712746
+    seeds = {P.image_seed(s, e, i) for s in range(5) for e in range(5) for i in range(40)}
+    assert len(seeds) == 1000 and all(0 <= s < 2**31 for s in seeds) and P.image_seed(1, 23) != P.image_seed(12, 3)
+
+
+# ---- edge boxes ----
+@pytest.mark.parametrize("short_side", [None, 100])
+def test_edge_boxes_find_a_rectangle(short_side):
+    image = np.full((160, 220, 3), 40, np.uint8)
+    image[40:120, 60:150] = (250, 240, 200)
+    boxes = P.edge_boxes(image, short_side=short_side)
+    assert iou(np.array([60, 40, 150, 120]), boxes[:10]).max() > 0.5
+    assert np.array_equal(boxes, boxes.round()) and (boxes >= 0).all() and (boxes <= [220, 160, 220, 160]).all() and len(boxes) <= 300
+    assert np.array_equal(boxes, P.edge_boxes(image, short_side=short_side, seed=5))
+
+
+def test_edge_boxes_last_resort_is_the_centre():
+    assert P.edge_boxes(np.full((80, 120, 3), 90, np.uint8)).tolist() == [[30, 20, 90, 60]]
+    for shape in [(1, 50, 3), (50, 1, 3), (1, 1, 3)]:
+        boxes = P.edge_boxes(np.zeros(shape, np.uint8))
+        assert (boxes[:, 2:] > boxes[:, :2]).all() and (boxes <= [shape[1], shape[0]] * 2).all()
+
+
+def test_edge_model_errors_say_where_the_file_is(tmp_path):
+    (tmp_path / "broken.yml").write_text("not a forest")
+    for file in ("missing.yml.gz", "broken.yml"):
+        with pytest.raises(UserError, match=f"{file}.*opencv_extra"):
+            P.edge_boxes(np.zeros((40, 40, 3), np.uint8), edge_model=str(tmp_path / file))
+
+
+# ---- store ----
+@pytest.mark.parametrize("method,grid,dtype", [("selective_search", 128, "uint8"), ("random", 300, "uint16"), ("selective_search", None, "uint16"),
+                                               ("edge_boxes", None, "uint16"), ("random", None, "uint16"), ("random", 255, "uint8")])
+@pytest.mark.parametrize("rank", ["opencv", "nms"])
+def test_store_returns_what_the_generator_gives(tmp_path, method, grid, dtype, rank):
+    source, generator = Pictures(3), P.Generator(method=method, grid=grid, rank=rank)
+    store = P.build_store(tmp_path / "s", source, generator, progress=False)
+    assert store.header["dtype"] == dtype and len(store) == 3
+    for i in range(3):
+        image = source.load(i)
+        boxes = generator(image, P.image_seed(42, source.key(i)))
+        assert np.array_equal(store.boxes(i, image.size[::-1]), boxes) and boxes.dtype == np.float32  # bit for bit
+        assert (boxes >= 0).all() and (boxes[:, 2:] > boxes[:, :2]).all() and (boxes <= np.array([70, 50 + i] * 2) + 1e-4).all()
+    with pytest.raises(IndexError):
+        store.boxes(3, (50, 70))
+
+
+def test_header_and_reopening(tmp_path, capsys):
+    source = Pictures(4)
+    store = P.build_store(tmp_path / "s", source, CHEAP, progress=False)
+    assert "4 images" in capsys.readouterr().out
+    meta = json.loads((tmp_path / "s/meta.json").read_text())
+    assert meta == store.header and meta["opencv"] == cv2.__version__ and meta["seed"] == 42 and meta["fingerprint"] == source.fingerprint()
+    assert {f.name for f in (tmp_path / "s").iterdir()} == {"meta.json", "boxes.bin", "offsets.npy"}
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "s").iterdir()}
+    P.build_store(tmp_path / "s", source, CHEAP, progress=False)
+    assert "already complete" in capsys.readouterr().out and before == {f: f.stat().st_mtime_ns for f in before}
+
+
+def test_opening_maps_and_does_not_read(tmp_path):
+    store = P.build_store(tmp_path / "s", Pictures(2), CHEAP, progress=False)
+    assert isinstance(store._rects, np.memmap) and isinstance(store._offsets, np.memmap)
+    copy = pickle.dumps(store)
+    assert len(copy) < 2000 and same_store(pickle.loads(copy), store)  # a spawned worker gets the path, not the boxes
+    n = 20_000_000  # 160 MB of offsets and 800 MB of boxes, as sparse files: reading them would show
+    with open(tmp_path / "s/offsets.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (n + 1,)})
+        file.seek(8 * n, os.SEEK_CUR)
+        file.write(np.int64(10 * n).tobytes())
+    os.truncate(tmp_path / "s/boxes.bin", 40 * n)
+    (tmp_path / "s/meta.json").write_text(json.dumps(store.header | {"images": n}))
+    began = time.perf_counter()
+    assert len(P.ProposalStore.open(tmp_path / "s")) == n and time.perf_counter() - began < 0.05
+
+
+def test_unreadable_images_have_no_boxes_and_are_limited(tmp_path, capsys):
+    store = P.build_store(tmp_path / "s", Pictures(200, bad=(7,)), CHEAP, progress=False)
+    assert store.boxes(7, (57, 70)).shape == (0, 4) and len(store.boxes(8, (58, 70))) == 300 and store.header["unreadable"] == 1
+    assert "a/00007.png" in capsys.readouterr().err
+    with pytest.raises(UserError, match="a/0000"):
+        P.build_store(tmp_path / "t", Pictures(200, bad=(3, 4, 5)), CHEAP, progress=False)
+    whole = P.build_store(tmp_path / "t", Pictures(200), CHEAP, progress=False)  # repaired: the tail of failures is tried again
+    assert same_store(whole, P.build_store(tmp_path / "u", Pictures(200), CHEAP, progress=False)) and whole.header["unreadable"] == 0
+
+
+def test_store_of_nothing_but_empty_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(P.Generator, "rects", lambda *_: np.zeros((0, 4), np.int32))
+    store = P.build_store(tmp_path / "s", Pictures(3), CHEAP, progress=False)
+    assert [len(store.boxes(i, (50, 70))) for i in range(3)] == [0, 0, 0]
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(path: Path, source: Pictures, at: int) -> None:
+    """A build that stops at image `at`; chunks are made one image small."""
+    load = source.load
+    source.load = lambda i: (_ for _ in ()).throw(Killed()) if i == at else load(i)
+    with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(P, "min", lambda *v: 1 if v[0] == 16 else min(*v), raising=False)
+        P.build_store(path, source, CHEAP, progress=False)
+    source.load = load
+
+
+@pytest.mark.parametrize("cut_boxes,cut_counts", [(0, 0), (1, 0), (1199, 0), (1200, 0), (0, 1), (0, 5), (3001, 9), (10**6, 0), (0, 10**6)])
+def test_resume_after_truncation_anywhere(tmp_path, cut_boxes, cut_counts):
+    whole = P.build_store(tmp_path / "whole", Pictures(10), CHEAP, progress=False)
+    interrupted(tmp_path / "s", Pictures(10), 8)
+    with pytest.raises(UserError, match="unfinished.*python proposals.py"):
+        P.ProposalStore.open(tmp_path / "s")
+    for name, cut in (("boxes.partial", cut_boxes), ("counts.partial", cut_counts)):
+        file = tmp_path / "s" / name
+        assert file.stat().st_size == (8 * 1200 if name[0] == "b" else 8 * 4)
+        os.truncate(file, max(file.stat().st_size - cut, 0))
+    source, loaded = Pictures(10), []
+    load = source.load
+    source.load = lambda i: loaded.append(i) or load(i)
+    store = P.build_store(tmp_path / "s", source, CHEAP, progress=False)
+    assert same_store(store, whole)
+    left = max(min((9600 - cut_boxes) // 1200, (32 - cut_counts) // 4), 0)
+    assert loaded == list(range(left, 10))  # finished images are not done again
+
+
+def test_resume_between_the_last_steps(tmp_path, monkeypatch):
+    whole = P.build_store(tmp_path / "whole", Pictures(5), CHEAP, progress=False)
+    write = P._write_json
+    with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(P, "_write_json", lambda path, v: (_ for _ in ()).throw(Killed()) if path.name == "meta.json" else write(path, v))
+        P.build_store(tmp_path / "s", Pictures(5), CHEAP, progress=False)
+    assert (tmp_path / "s/boxes.bin").exists()
+    source = Pictures(5, bad=tuple(range(5)))  # nothing is left to load
+    assert same_store(P.build_store(tmp_path / "s", source, CHEAP, progress=False), whole)
+
+
+def test_sigkill_of_a_build_with_workers(tmp_path):
+    code = (f"import sys; sys.path[:0] = {[str(Path(P.__file__).parent), str(Path(__file__).parent)]!r}\n"
+            f"import proposals as P, test_proposals as T\n"
+            f"P.build_store({str(tmp_path / 's')!r}, T.Pictures(100, slow=.01), T.CHEAP, workers=2, progress=False)")
+    process = subprocess.Popen([sys.executable, "-c", code])
+    counts = tmp_path / "s/counts.partial"
+    deadline = time.time() + 60
+    while time.time() < deadline and not (counts.exists() and counts.stat().st_size > 4 * 20):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 20 < counts.stat().st_size // 4 < 100
+    whole = P.build_store(tmp_path / "whole", Pictures(100), CHEAP, progress=False)
+    assert same_store(P.build_store(tmp_path / "s", Pictures(100), CHEAP, progress=False), whole)
+
+
+def test_refusals_say_why(tmp_path):
+    with pytest.raises(UserError, match="does not exist.*python proposals.py"):
+        P.ProposalStore.open(tmp_path / "s")
+    P.build_store(tmp_path / "s", Pictures(5), CHEAP, progress=False)
+    assert len(P.ProposalStore.open(tmp_path / "s", Pictures(5, name="elsewhere"))) == 5  # the files count, not the name
+    with pytest.raises(UserError, match="made from 5 images of pictures, this has 6"):
+        P.ProposalStore.open(tmp_path / "s", Pictures(6))
+    with pytest.raises(UserError, match="same number of images.*another list of files"):
+        P.ProposalStore.open(tmp_path / "s", Pictures(5, prefix="b"))
+    with pytest.raises(UserError, match="seed: 42 there, 1 now"):
+        P.build_store(tmp_path / "s", Pictures(5), P.Generator(method="random", grid=128, seed=1), progress=False)
+    interrupted(tmp_path / "t", Pictures(5), 3)
+    with pytest.raises(UserError, match="grid: 128 there, 64 now"):
+        P.build_store(tmp_path / "t", Pictures(5), P.Generator(method="random", grid=64), progress=False)
+    os.truncate(tmp_path / "s/boxes.bin", 17)
+    with pytest.raises(UserError, match="damaged"):
+        P.ProposalStore.open(tmp_path / "s")
+    (tmp_path / "s/meta.json").write_text("{")
+    with pytest.raises(UserError, match="meta.json"):
+        P.ProposalStore.open(tmp_path / "s")
+
+
+def test_two_workers_equal_none(tmp_path):
+    source, generator = Pictures(9), P.Generator(grid=64)
+    alone = P.build_store(tmp_path / "a", source, generator, workers=0, progress=False)
+    threads = cv2.getNumThreads()
+    assert same_store(alone, P.build_store(tmp_path / "b", source, generator, workers=2, progress=False)) and cv2.getNumThreads() == threads
+    assert (tmp_path / "a/boxes.bin").read_bytes() == (tmp_path / "b/boxes.bin").read_bytes()
+    with pytest.raises(UserError, match="opencv_extra"):  # before any worker starts
+        P.build_store(tmp_path / "c", source, P.Generator(method="edge_boxes", grid=None, edge_model="none.yml"), workers=2)
+
+
+class Dying(Pictures):
+    def load(self, i: int) -> Image.Image:
+        os._exit(9)
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
+    with pytest.raises(UserError, match="fewer --workers"):
+        P.build_store(tmp_path / "s", Dying(4), CHEAP, workers=1, progress=False)
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        (tmp_path / "some-pictures").mkdir(exist_ok=True)
+        Pictures().load(i).save(tmp_path / f"some-pictures/{i}.png")
+    for _ in range(2):
+        store = P.main(["--data=some-pictures", "--method", "selective-search", "--limit", "3"])
+    assert len(store) == 3 and store.path == Path("proposals/some-pictures-selective_search-128")
+    assert "already complete, 3 images" in capsys.readouterr().out
+    store = P.main(["--data", "some-pictures", "--data-root=x-y", "--method", "edge_boxes", "--rank", "nms", "--out", "my-store"])
+    assert store.header["units"] == "pixels" and store.path == Path("my-store")
+    with pytest.raises(UserError, match="grid"):
+        P.main(["--data", "some-pictures", "--grid", "-1"])
