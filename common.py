@@ -48,8 +48,7 @@ def cli(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        if rank() == 0 or world_size() == 1:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}" if rank() == 0 else f"error (process {rank()}): {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -419,12 +418,12 @@ def multi_scale_deformable_attention(value: Tensor, shapes: list[tuple[int, int]
     """
     B, S, M, D = value.shape
     Q, P = locations.shape[1], locations.shape[4]
-    value = value.transpose(1, 2).reshape(B * M, S, D)
+    value = value.permute(0, 2, 3, 1).reshape(B * M, D, S)                    # one copy; a level is then a view of it
     grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)                  # [B*M, Q, L, P, 2] in -1..1
     weights = weights.transpose(1, 2).reshape(B * M, 1, Q, -1, P)             # [B*M, 1, Q, L, P]
     output, start = 0.0, 0
     for level, (H, W) in enumerate(shapes):
-        v = value[:, start:start + H * W].transpose(1, 2).unflatten(2, (H, W))     # a channels-last view: no copy per level
+        v = value[:, :, start:start + H * W].unflatten(2, (H, W))
         samples = F.grid_sample(v, grid[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
         output = output + (samples * weights[:, :, :, level]).sum(-1)         # [B*M, D, Q]
         start += H * W
@@ -799,6 +798,12 @@ def param_groups(model: nn.Module, lr: float, lr_backbone: float, lr_linear_proj
             group["names"].append(name)
             group["params"].append(parameter)
     return groups
+
+
+def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW as released; one kernel updates all parameters of a group (fused), which on CPU saves a tenth of a small model's step."""
+    groups = param_groups(model, cfg.lr, cfg.lr_backbone, cfg.lr_linear_proj_mult)
+    return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=next(model.parameters()).device.type in ("cpu", "cuda"))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:

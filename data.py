@@ -198,19 +198,13 @@ _SHAPES = {  # inside of a unit-radius shape at (u, v), r and a the same point i
     "square": lambda u, v, r, a: np.maximum(abs(u), abs(v)) < 0.78,
     "triangle": lambda u, v, r, a: r * np.cos((a + np.pi / 3) % (2 * np.pi / 3) - np.pi / 3) < 0.5,
     "star": lambda u, v, r, a: _star(r, a),
-    "ring": lambda u, v, r, a: (r < 1) & (r > 0.5),
-    "cross": lambda u, v, r, a: (np.minimum(abs(u), abs(v)) < 0.32) & (np.maximum(abs(u), abs(v)) < 0.95),
-    "crescent": lambda u, v, r, a: (r < 1) & (np.hypot(u - 0.55, v) > 0.75),
-    "bar": lambda u, v, r, a: (abs(u) < 1) & (abs(v) < 0.36)}
+    "ring": lambda u, v, r, a: (r < 1) & (r > 0.5)}
 _TEXTURES = {  # each class's own family at a frequency f: the weight of the object's second colour
     "disc": lambda u, v, r, a, f, rng: (u + 1) / 2,  # gradient
     "square": lambda u, v, r, a, f, rng: np.sin(f * u) * np.sin(f * v) > 0,  # checks
     "triangle": lambda u, v, r, a, f, rng: np.sin(1.4 * f * u) > 0,  # stripes
     "star": lambda u, v, r, a, f, rng: np.cos(1.5 * f * u) + np.cos(1.5 * f * v) > 0.6,  # dots
-    "ring": lambda u, v, r, a, f, rng: np.sin(round(f) * a) > 0,  # wedges
-    "cross": lambda u, v, r, a, f, rng: cv2.resize(rng.random((7, 7)), u.shape[::-1], interpolation=cv2.INTER_CUBIC),  # blotches
-    "crescent": lambda u, v, r, a, f, rng: 0.5 + 0.5 * np.sin(2 * f * r),  # circles
-    "bar": lambda u, v, r, a, f, rng: np.sin(1.2 * f * (u + 0.3 * abs(np.sin(4 * v)))) > 0}  # chevrons
+    "ring": lambda u, v, r, a, f, rng: np.sin(round(f) * a) > 0}  # wedges
 
 
 class SyntheticScenes:
@@ -318,6 +312,7 @@ class DetectionSet:
     records: list[_Record]
     notes: list[str]
     scenes: SyntheticScenes | None = None
+    voc: bool = False  # VOC annotations: the 11-point metric applies
 
     @property
     def image_ids(self) -> list[int]:
@@ -360,7 +355,7 @@ class DetectionSet:
         if not drawn:
             raise UserError(f"{percent} % of the {len(self)} images of {self.name} are no usable part; give one that leaves 1 to all of them.")
         notes = [*self.notes, f"{len(drawn)} of {len(self)} images"]
-        return DetectionSet(self.name, self.categories, [self.records[i] for i in drawn], notes, self.scenes)
+        return DetectionSet(self.name, self.categories, [self.records[i] for i in drawn], notes, self.scenes, self.voc)
 
 
 def label_subset(ids: Sequence[int], fraction: float, seed: int) -> list[int]:
@@ -496,7 +491,7 @@ def _open_voc(root: Path, split: str, name: str, categories: list[dict] | None) 
         notes.append(f"{root}: VOC2012 is not there, training on the trainval of {years[0]} alone.")
     if renamed:
         notes.append(f"{root}: {renamed} annotations name another image in their <filename> tag; the annotation file's own name decides.")
-    return DetectionSet(name, [dict(c) for c in categories], records, notes)
+    return DetectionSet(name, [dict(c) for c in categories], records, notes, voc=True)
 
 
 def _open_synthetic(split: str, n: int, size: int, seed: int) -> DetectionSet:
@@ -707,15 +702,16 @@ def collate(samples: list[dict]) -> dict:
     return {"images": images, "mask": mask, "targets": [s["target"] for s in samples], "skipped": [p for s in samples for p in s["skipped"]]}
 
 
-def load_usable(source: ImageFiles | SyntheticScenes | DetectionSet, index: int, rng: np.random.Generator, skipped: list) -> tuple:
-    """-> (what source.load gives, index used). An unreadable image is appended to `skipped` ("path: reason") and another index drawn, at most
-    10 times; then UserError."""
+def load_usable(source: ImageFiles | SyntheticScenes | DetectionSet, index: int, rng: np.random.Generator, skipped: list,
+                candidates: Sequence[int] | None = None) -> tuple:
+    """-> (what source.load gives, index used). An unreadable image is appended to `skipped` ("path: reason") and another index drawn (from
+    `candidates`, else from the whole source), at most 10 times; then UserError."""
     for _ in range(11):
         try:
             return source.load(index), index
         except UnreadableImage as error:
             skipped.append(str(error))
-            index = int(rng.integers(len(source)))
+            index = int(rng.choice(len(source) if candidates is None else candidates))
     raise UserError(f"11 images in a row cannot be read, the last: {'; '.join(skipped[-3:])}. Repair or remove the unreadable files.")
 
 

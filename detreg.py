@@ -148,14 +148,14 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"batch_size": 224},                                            # D5
-    "official": {"embedding_mean": "local", "strategy": "topk"},             # D4
+    "paper": {"batch_size": 224, "num_classes": 2},                          # D5, D3
+    "official": {"embedding_mean": "local"},                                 # D4
     "demo": {
-        "data": "synthetic", "cache_proposals": True, "proposal_rank": "nms", "scales": (128, 144, 160), "max_size": 200,
-        "crop_scales": (160, 192), "crop_range": (96, 160), "patch_size": 64, "arch": "resnet18", "backbone_weights": "random",
-        "backbone_norm": "bn", "lr_backbone": 2e-4, "hidden_dim": 128, "enc_layers": 2, "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0,
-        "num_queries": 100, "with_box_refine": True, "num_classes": 2, "batch_size": 8, "epochs": 6, "lr_drop": 5, "lr": 4e-4, "num_workers": 2,
-        "log_every": 20, "save_every": 200, "probe_images": 100,
+        "data": "synthetic", "synthetic_images": 400, "max_prop": 20, "cache_proposals": True, "proposal_rank": "nms", "scales": (96, 112),
+        "max_size": 144, "crop_scales": (112, 144), "crop_range": (72, 112), "patch_size": 32, "arch": "resnet18", "backbone_weights": "random",
+        "backbone_norm": "bn", "lr_backbone": 6e-4, "hidden_dim": 128, "enc_layers": 2, "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0,
+        "num_queries": 100, "with_box_refine": True, "num_classes": 2, "batch_size": 8, "epochs": 6, "lr_drop": 5, "lr": 6e-4, "num_workers": 2,
+        "log_every": 20, "save_every": 100, "probe_images": 100,
     },
 }
 
@@ -187,7 +187,7 @@ class RegionDataset(torch.utils.data.Dataset):
         """Policies of Sec. 4. `other_image`: the boxes of another image, stretched to this one (Table 5, first row)."""
         width, height = image.size
         if self.cfg.strategy == "other_image":
-            other, index = data.load_usable(self.source, int(rng.choice(self.indices)), rng, [])
+            other, index = data.load_usable(self.source, int(rng.choice(self.indices)), rng, [], self.indices)
             boxes = self.all_boxes(other, index, epoch) * np.float32([width / other.width, height / other.height] * 2)
             return proposals.select(boxes, "topk", self.cfg.max_prop, rng)
         return proposals.select(self.all_boxes(image, index, epoch), self.cfg.strategy, self.cfg.max_prop, rng)
@@ -202,7 +202,7 @@ class RegionDataset(torch.utils.data.Dataset):
         rng = data.sample_rng(self.cfg.seed, epoch, position)
         skipped: list[str] = []
         for attempt in range(11):
-            image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped)
+            image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices)
             boxes = torch.from_numpy(self.propose(image, index, epoch, rng))
             if attempt == 10:                                                # D9
                 boxes = jittered_full_boxes((image.height, image.width), rng)
@@ -372,11 +372,15 @@ class HeldOut:
     """Unlabelled images kept out of training, scored on their own proposals: a stand-in where nobody drew boxes. Same interface as a DetectionSet."""
 
     def __init__(self, cfg: Config, source, indices: np.ndarray):
-        self.source, self.indices, self.image_ids = source, indices, [int(i) for i in indices]
-        generator = proposal_generator(cfg)
+        self.source, self.image_ids, generator = source, [], proposal_generator(cfg)
         self.ground_truth = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "proposal"}]}
-        for i in self.image_ids:
-            image = source.load(i)
+        for i in indices.tolist():
+            try:
+                image = source.load(i)
+            except data.UnreadableImage as error:
+                common.say(f"warning: left out of the probe: {error}")
+                continue
+            self.image_ids.append(i)
             boxes = generator(image, proposals.image_seed(cfg.seed, source.key(i)))[:cfg.max_prop]
             self.ground_truth["images"].append({"id": i, "width": image.width, "height": image.height, "file_name": source.key(i)})
             for x1, y1, x2, y2 in boxes.tolist():
@@ -384,7 +388,7 @@ class HeldOut:
                                                          "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.image_ids)
 
     def load(self, i: int):
         image = self.source.load(self.image_ids[i])
@@ -493,7 +497,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         common.say("the backbone starts random: " + ("it is trained, with ordinary BatchNorm" if cfg.lr_backbone > 0 else "and it is FROZEN")
                    + "; the descriptors z come from a frozen copy of it as it is now")
     model, descriptor = model.to(device), descriptor.to(device)
-    optimizer = torch.optim.AdamW(common.param_groups(model, cfg.lr, cfg.lr_backbone, cfg.lr_linear_proj_mult), cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = common.build_optimizer(cfg, model)
     start = common.restore(state, model, optimizer) if state else 0
     wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)

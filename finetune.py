@@ -9,7 +9,7 @@ Run:
     torchrun --nproc_per_node=8 finetune.py --data coco --labels_percent 1 --init_from FILE
     python finetune.py --data voc --data_root VOCDEVKIT --init_from FILE
     python finetune.py --data coco --init_from FILE --eval_only                   # numbers of a fine-tuned detector
-    python finetune.py --data coco --init_from FILE --eval_only --class_agnostic  # DETReg, Table 6
+    python finetune.py --data coco --init_from FILE --class_agnostic              # a pretrained one: DETReg, Table 6
 
 The architecture is read off the checkpoint; the class list comes from the annotation files and is saved in the checkpoint.
 
@@ -60,7 +60,7 @@ class Config:
     # what to do
     init_from: str | None = None  # checkpoint of a detector, ours or released; without one training starts from --backbone_weights
     eval_only: bool = False  # only evaluate --init_from
-    class_agnostic: bool = False  # evaluate boxes without categories (DETReg, Table 6)
+    class_agnostic: bool = False  # evaluate the boxes of --init_from without categories (DETReg, Table 6); no training
     # images
     scales: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short side in training, pixels (Deformable DETR)
     max_size: int = 1333  # longest side, pixels
@@ -108,10 +108,10 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "data": "synthetic", "scales": (128, 144, 160), "max_size": 200, "crop_scales": (160, 192), "crop_range": (96, 160), "eval_size": 160,
-        "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 2e-4, "hidden_dim": 128, "enc_layers": 2,
+        "data": "synthetic", "scales": (96, 112), "max_size": 144, "crop_scales": (112, 144), "crop_range": (72, 112), "eval_size": 112,
+        "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 4e-4, "hidden_dim": 128, "enc_layers": 2,
         "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0, "num_queries": 100, "with_box_refine": True, "batch_size": 8, "epochs": 50,
-        "lr_drop": 40, "lr": 4e-4, "num_workers": 2, "log_every": 10, "eval_every": 0,
+        "lr_drop": 40, "lr": 4e-4, "num_workers": 2, "log_every": 10, "save_every": 100, "eval_every": 0,
     },
 }
 
@@ -258,11 +258,12 @@ def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set, device:
         return {}
     truth = test_set.coco_ground_truth()
     metrics = evaluation.detection_metrics(truth, found, class_agnostic=cfg.class_agnostic, per_class=not cfg.class_agnostic)
-    if not cfg.class_agnostic and any("difficult" in a for a in truth["annotations"]):
+    if test_set.voc and not cfg.class_agnostic:
         metrics |= evaluation.voc07_metrics(truth, found)
     if write:
         evaluation.write_json(Path(cfg.out) / "detections.json", found)
-        draw_predictions(Path(cfg.out) / "predictions.png", test_set, found, truth)
+        names = {} if cfg.class_agnostic else {c["id"]: c["name"] for c in test_set.categories}
+        draw_predictions(Path(cfg.out) / "predictions.png", test_set, found, truth, names)
     return metrics
 
 
@@ -273,9 +274,8 @@ def category_detections(logits: Tensor, boxes_xyxy: Tensor, mapped: list[int], c
     return [{"image_id": image_id, "category_id": category_ids[l], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": s} for s, l, (x1, y1, x2, y2) in keep]
 
 
-def draw_predictions(path: Path, test_set, detections: list[dict], truth: dict, rows: int = 6) -> None:
+def draw_predictions(path: Path, test_set, detections: list[dict], truth: dict, names: dict[int, str], rows: int = 6) -> None:
     """One row per image: ground truth beside the best predictions, with category names and scores."""
-    names = {c["id"]: c["name"] for c in truth["categories"]}
     images, columns = [], {"ground truth": [], "predictions (best 10)": []}
     for i in range(min(rows, len(test_set))):
         image, target = test_set.load(i)
@@ -296,13 +296,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     cfg = common.parse_config(Config, PRESETS, argv, script="finetune", description=__doc__.split("\n\n")[0], by_data=recipe_of)
     device = common.setup_distributed(cfg.device)
+    cfg.eval_only |= cfg.class_agnostic
     checkpoint, state = None, {}
     if cfg.init_from:
         checkpoint = convert.read_checkpoint(cfg.init_from)
         state = convert.state_of(checkpoint, cfg.init_from)
         cfg = adopt_architecture(cfg, checkpoint, state, {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")})
     elif cfg.eval_only:
-        raise UserError("--eval_only needs --init_from FILE: the checkpoint to evaluate")
+        raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
     train_set, test_set = open_sets(cfg)
     if cfg.eval_only:
         model, mapped = build_model(cfg, checkpoint, state, train_set.categories)
@@ -319,7 +320,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return finish(cfg, json.loads((out / "metrics.json").read_text()))
     model, mapped = build_model(cfg, checkpoint, state, train_set.categories)
     model = model.to(device)
-    optimizer = torch.optim.AdamW(common.param_groups(model, cfg.lr, cfg.lr_backbone, cfg.lr_linear_proj_mult), cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = common.build_optimizer(cfg, model)
     start = common.restore(run, model, optimizer) if run else 0
     wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg, len(mapped))
     sampler = data.StepSampler(len(train_set), cfg.batch_size, total_steps, start_step=start, **sampler_args)

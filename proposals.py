@@ -11,7 +11,7 @@ Deviations:
   D1  OpenCV expects BGR; DETReg's released code hands it the RGB array, which gives other boxes. Here: RGB, as released.
   D2  OpenCV ranks a box by C rand() * level, which its boxes do not tell. Released: another order in every call. Here: srand(seed of the image),
       so an order can be drawn again. A store keeps ONE order per image; DETReg's default (no store) draws anew in each epoch.
-  D3  Importance sampling (DETReg Sec. 3.1) normalises over the n boxes there are; released: -ln(i/301)/10 whatever n ("importance_released").
+  D3  Importance sampling (DETReg, Sec. 4) normalises over the n boxes there are; released: -ln(i/301)/10 whatever n ("importance_released").
   D4  Edge boxes without the structured forest (its file may not be passed on): Lab gradients, and parameters measured for them.
   D5  Edge boxes' last resort is a centre box w/4..3w/4 (released: converted to xyxy twice). Boxes are clipped to the image; those found on a
       resized copy are rounded to pixels of the original (released: truncated); the retry's upscaling is bounded (released: 1 x 500 px explodes).
@@ -64,7 +64,7 @@ def rects_to_boxes(rects: np.ndarray, image_hw: tuple[int, int], grid: int | Non
     return boxes
 
 
-# ==== 1. Selective search (DETReg Sec. 3.1, SoCo Sec. 3.1) ====
+# ==== 1. Selective search (DETReg, Sec. 4, SoCo Sec. 3.1) ====
 def _search(image: np.ndarray, mode: str, before: Callable[[], Any]) -> np.ndarray:
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.ascontiguousarray(image))
@@ -203,7 +203,7 @@ def rank_nms(boxes: np.ndarray, image_hw: tuple[int, int], rng: np.random.Genera
 
 
 def importance_probability(n: int, m: int, released: bool = False) -> np.ndarray:
-    """float64 [n]: chance of rank i = 1..n when about `m` are wanted. p_i = min(1, m w_i / sum w), w_i = -ln(i/n) (DETReg Sec. 3.1; D3).
+    """float64 [n]: chance of rank i = 1..n when about `m` are wanted. p_i = min(1, m w_i / sum w), w_i = -ln(i/n) (DETReg, Sec. 4; D3).
     `released`: -ln(i/301)/10 for i <= 300 and 0 beyond, whatever n and m."""
     rank = np.arange(1, n + 1, dtype=np.float64)
     if released:

@@ -352,7 +352,7 @@ def train_steps(case, arrays, seen):
         for b, t in enumerate(targets):
             t["patches"] = tensor(f"target_features{b}", (len(t["labels"]), 512), seed).abs()
     batch = {**to_batch([tensor(f"img{i}", (3, *hw), seed) for i, hw in enumerate(case["images_hw"])]), "targets": targets}
-    optimizer = torch.optim.AdamW(common.param_groups(model, cfg.lr, cfg.lr_backbone, cfg.lr_linear_proj_mult), cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = common.build_optimizer(cfg, model)
     identity = torch.nn.Identity()
     for step, expected in enumerate(case["losses_per_step"]):
         args = (cfg, model, identity, detreg.build_criterion(dataclasses.replace(cfg, num_classes=c["num_classes"]))) if pretrain \

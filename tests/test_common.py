@@ -1,0 +1,736 @@
+"""common.py and convert.py: values against float64 numpy and hand calculation, the command line, checkpoints."""
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import urllib.error
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, small_config
+from fill import fill
+from torch import nn
+
+import common
+import convert
+import detreg
+import finetune
+from common import UserError
+
+CPU = torch.device("cpu")
+
+
+def tensor(name, *shape):
+    return torch.from_numpy(fill(f"input:{name}", shape))
+
+
+def filled(module):
+    """The module with weights that depend on their names alone."""
+    module.load_state_dict({k: torch.from_numpy(fill(k, tuple(v.shape))) for k, v in module.state_dict().items()})
+    return module
+
+
+# ==== Command line =================================================================================================
+
+@dataclass
+class Knobs:
+    data: str = "x/set.json"  # what to read
+    out: str | None = None  # where to write
+    preset: str | None = None  # a
+    box_count: int = 3  # how many, 5 % of them
+    rate: float = 0.5  # speed
+    limit: int | None = 7  # at most
+    flag: bool = False  # on or off
+    sizes: tuple[int, ...] = (1, 2)  # sides
+    mode: Literal["slow", "fast"] = "slow"  # how
+
+
+def parse(*argv, by_data=None):
+    presets = {"a": {"rate": 2.0, "flag": True}}
+    return common.parse_config(Knobs, presets, list(argv), script="s", description="d", by_data=by_data)
+
+
+def test_precedence_default_data_preset_flag():
+    def recipe(values):
+        assert values["data"] in ("x/set.json", "big")
+        return {"box_count": 10, "rate": 10.0, "limit": 10} if values["data"] == "big" else {}
+
+    assert parse(by_data=recipe) == Knobs(out="out/s-set")
+    assert parse("--data", "big", by_data=recipe) == Knobs("big", "out/s-big", None, 10, 10.0, 10)
+    assert parse("--data=big", "--preset", "a", by_data=recipe) == Knobs("big", "out/s-a", "a", 10, 2.0, 10, True)
+    assert parse("--data", "big", "--preset", "a", "--rate", "3", "--limit", "4", by_data=recipe) == Knobs("big", "out/s-a", "a", 10, 3.0, 4, True)
+
+
+def test_flag_spellings():
+    assert parse("--box-count", "5").box_count == parse("--box_count=5").box_count == parse("--box-count=5").box_count == 5
+    assert parse("--data", "my-set", "--out=a-b") == Knobs("my-set", "a-b")                           # values keep their hyphens
+    assert [parse(*a).flag for a in (["--flag"], ["--flag", "true"], ["--flag=yes"], ["--flag", "false"], ["--flag", "0"])] == [True] * 3 + [False] * 2
+    assert parse("--preset", "a").flag and not parse("--preset", "a", "--no_flag").flag and not parse("--preset", "a", "--no-flag").flag
+    assert parse("--sizes", "4", "5", "6").sizes == (4, 5, 6)
+    assert parse("--limit", "none").limit is None and parse("--out", "None").out == "out/s-set"
+    assert parse("--mode", "fast").mode == "fast"
+
+
+@pytest.mark.parametrize("argv", (["--mode", "quick"], ["--flag", "perhaps"], ["--box_count", "x"], ["--box", "5"], ["--nothing"], ["--preset", "b"]))
+def test_bad_flags_end_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    assert caught.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_help_shows_the_comments(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "how many, 5 % of them (default: 3)" in text and "sides (default: (1, 2))" in text
+
+
+@pytest.mark.parametrize("script", (detreg, finetune))
+def test_every_knob_is_explained_and_read(script):
+    code = "\n".join(path.read_text() for path in sorted(ROOT.glob("*.py")))
+    explained = common._knob_help(script.Config)
+    for field in dataclasses.fields(script.Config):
+        assert explained.get(field.name), f"{field.name} has no comment"
+        read = re.search(rf"""\b(cfg|config)\.{field.name}\b|values\[["']{field.name}["']\]""", code)
+        assert read, f"nothing reads {script.__name__}.Config.{field.name}"
+    for preset in script.PRESETS.values():
+        assert preset.keys() <= explained.keys()
+
+
+def test_shared_knobs_have_one_order():
+    names = [[f.name for f in dataclasses.fields(script.Config)] for script in (detreg, finetune)]
+    shared = set(names[0]) & set(names[1])
+    assert [n for n in names[0] if n in shared] == [n for n in names[1] if n in shared]
+
+
+# ==== Deformable attention =========================================================================================
+
+def sample(level, x, y):
+    """float64 bilinear sample of level [H, W, D] at (x, y) in 0..1: pixel i has its centre at (i + .5) / W, outside is zero."""
+    H, W, D = level.shape
+    column, row = x * W - 0.5, y * H - 0.5
+    total = np.zeros(D)
+    for j in (math.floor(row), math.floor(row) + 1):
+        for i in (math.floor(column), math.floor(column) + 1):
+            if 0 <= j < H and 0 <= i < W:
+                total += (1 - abs(row - j)) * (1 - abs(column - i)) * level[j, i]
+    return total
+
+
+def sampled(value, shapes, locations, weights):
+    """value [B, S, M, D], locations [B, Q, M, L, P, 2], weights [B, Q, M, L, P] -> [B, Q, M * D], loop by loop."""
+    B, _, M, D = value.shape
+    output = np.zeros((B, locations.shape[1], M, D))
+    for b, q, m, p in itertools.product(range(B), range(locations.shape[1]), range(M), range(locations.shape[4])):
+        start = 0
+        for l, (H, W) in enumerate(shapes):
+            level = value[b, start:start + H * W, m].reshape(H, W, D)
+            output[b, q, m] += weights[b, q, m, l, p] * sample(level, *locations[b, q, m, l, p])
+            start += H * W
+    return output.reshape(B, locations.shape[1], M * D)
+
+
+SHAPES = [(3, 5), (2, 2)]
+
+
+def test_deformable_sampling_against_loops():
+    rng = np.random.default_rng(0)
+    value, weights = rng.standard_normal((2, 19, 2, 3)), rng.random((2, 4, 2, 2, 3))
+    locations = rng.uniform(-0.4, 1.4, (2, 4, 2, 2, 3, 2))                # a good part lies outside
+    locations[0, 0, 0, 0, 0], locations[0, 0, 0, 0, 1] = (0.1, 0.5), (0.0, 0.0)      # a pixel centre, the corner: a quarter of one pixel
+    assert sample(np.ones((3, 5, 1)), 0.0, 0.0) == 0.25 and sample(np.arange(15.0).reshape(3, 5, 1), 0.1, 0.5) == 5.0
+    output = common.multi_scale_deformable_attention(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+                                                       for v in (value, SHAPES, locations, weights)))
+    np.testing.assert_allclose(output.numpy(), sampled(value, SHAPES, locations, weights), atol=1e-12)
+
+
+@pytest.mark.parametrize("coordinates", (2, 4))
+def test_deformable_attention_module(coordinates):
+    module = filled(common.MSDeformAttn(8, 2, 2, 3))
+    query, source = tensor("query", 2, 4, 8), tensor("source", 2, 19, 8)
+    mask = torch.zeros(2, 19, dtype=torch.bool)
+    mask[1, [4, 9, 14, 16, 18]] = True
+    reference = torch.from_numpy(np.random.default_rng(1).uniform(0.05, 0.95, (2, 4, 2, coordinates))).float()
+    w = {k: v.double().numpy() for k, v in module.state_dict().items()}
+    q, s, r = query.double().numpy(), source.double().numpy(), reference.double().numpy()
+    value = s @ w["value_proj.weight"].T + w["value_proj.bias"]
+    value[mask.numpy()] = 0                                               # after the projection: its bias does not come back
+    offsets = (q @ w["sampling_offsets.weight"].T + w["sampling_offsets.bias"]).reshape(2, 4, 2, 2, 3, 2)      # head, level, point, (x, y)
+    logits = np.exp(q @ w["attention_weights.weight"].T + w["attention_weights.bias"]).reshape(2, 4, 2, 6)
+    weights = (logits / logits.sum(-1, keepdims=True)).reshape(2, 4, 2, 2, 3)
+    locations = np.zeros((2, 4, 2, 2, 3, 2))
+    for l, (H, W) in enumerate(SHAPES):
+        around = r[:, :, None, l, None, :2]
+        step = 1 / np.array([W, H]) if coordinates == 2 else r[:, :, None, l, None, 2:] / 2 / 3
+        locations[:, :, :, l] = around + offsets[:, :, :, l] * step
+    expected = sampled(value.reshape(2, 19, 2, 4), SHAPES, locations, weights) @ w["output_proj.weight"].T + w["output_proj.bias"]
+    np.testing.assert_allclose(module(query, reference, source, SHAPES, mask).detach().numpy(), expected, atol=2e-6)
+
+
+def test_sine_position_of_one_row():
+    mask = torch.tensor([[[False, False, False, True]]])
+    encoded = common.PositionEmbeddingSine(4)(mask)[0, :, 0, :3].double().numpy()             # the padded column is never read
+    y = math.pi                                                           # (1 - .5) / 1 * 2 pi; frequencies 1, 1, 100, 100
+    for i, x in enumerate(((k - 0.5) / 3 * 2 * math.pi for k in (1, 2, 3))):
+        wanted = [math.sin(y), math.cos(y), math.sin(y / 100), math.cos(y / 100), math.sin(x), math.cos(x), math.sin(x / 100), math.cos(x / 100)]
+        np.testing.assert_allclose(encoded[:, i], wanted, atol=1e-5)
+    np.testing.assert_allclose(common.PositionEmbeddingSine(4, offset=0.0)(mask)[0, 4, 0, :3], np.sin([2 * math.pi / 3, 4 * math.pi / 3, 2 * math.pi]),
+                               atol=1e-5)
+
+
+# ==== Models =======================================================================================================
+
+@pytest.mark.parametrize("norm", ("frozen", "bn"))
+@pytest.mark.parametrize(("trainable", "learning"), ((0, set()), (3, {"layer2", "layer3", "layer4"}),
+                                                     (5, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"})))
+def test_what_of_the_backbone_learns(norm, trainable, learning):
+    body = common.Backbone("resnet18", norm=norm, trainable=trainable).body
+    names = {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
+    assert names == learning - ({"bn1"} if norm == "frozen" else set())    # frozen BatchNorm has buffers only
+    fixed = {name.split(".")[0] for name, p in body.named_parameters() if not p.requires_grad}
+    assert not fixed & learning
+
+
+@pytest.mark.parametrize(("arch", "channels"), (("resnet18", (64, 128, 256, 512)), ("resnet50", (256, 512, 1024, 2048))))
+def test_backbone_outputs(arch, channels):
+    with torch.no_grad():
+        for layers in ((1, 2, 3, 4), (2, 3)):
+            backbone = common.Backbone(arch, layers).eval()
+            shapes = [tuple(f.shape) for f in backbone(torch.zeros(1, 3, 32, 64))]
+            assert shapes == [(1, channels[i - 1], 32 >> i + 1, 64 >> i + 1) for i in layers]    # strides 4, 8, 16, 32
+            assert backbone.num_channels == [channels[i - 1] for i in layers]
+            assert [n for n, _ in backbone.body.named_children() if n.startswith("layer")] == [f"layer{i}" for i in range(1, max(layers) + 1)]
+
+
+def test_build_detector_follows_lr_backbone_and_norm():
+    def learning(**values):
+        model = common.build_detector(small_config(finetune.Config, **values), 3)
+        return {n.split(".")[3] for n, p in model.named_parameters() if n.startswith("backbone.0") and p.requires_grad}
+
+    assert learning(lr_backbone=0.0) == learning(lr_backbone=0.0, backbone_norm="bn") == set()
+    assert learning() == {"layer2", "layer3", "layer4"}
+    assert learning(backbone_norm="bn") == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+
+
+def batch(*sizes):
+    """Images of the given (h, w), padded as data.collate does."""
+    height, width = (max(s[i] for s in sizes) for i in (0, 1))
+    images, mask = torch.zeros(len(sizes), 3, height, width), torch.ones(len(sizes), height, width, dtype=torch.bool)
+    for i, (h, w) in enumerate(sizes):
+        images[i, :, :h, :w], mask[i, :h, :w] = tensor(f"image{i}", 3, h, w), False
+    return images, mask
+
+
+@pytest.mark.parametrize("levels", (1, 4, 5))
+@pytest.mark.parametrize("refine", (False, True))
+def test_detector_outputs_and_initial_values(levels, refine):
+    torch.manual_seed(0)
+    model = common.build_detector(small_config(finetune.Config, num_feature_levels=levels, with_box_refine=refine), 3).eval()
+    with torch.no_grad():
+        outputs = model(*batch((64, 96), (80, 64)))
+    assert set(outputs) == {"pred_logits", "pred_boxes", "aux_outputs", "hs"} and len(outputs["aux_outputs"]) == 1
+    for layer in (outputs, *outputs["aux_outputs"]):
+        assert layer["pred_logits"].shape == (2, 8, 3) and layer["pred_boxes"].shape == (2, 8, 4)
+        assert ((layer["pred_boxes"] > 0) & (layer["pred_boxes"] < 1)).all()
+    assert outputs["hs"].shape == (2, 8, 64)
+    # the box head starts at zero: every box stands on its reference point, as large as its bias says
+    references = torch.sigmoid(model.transformer.reference_points(model.query_embed.weight[:, :64]))
+    size = torch.sigmoid(torch.tensor(-2.0)).item()
+    for layer in (outputs, *outputs["aux_outputs"]):
+        torch.testing.assert_close(layer["pred_boxes"][..., :2], references.expand(2, 8, 2), atol=1e-5, rtol=0)
+        assert (layer["pred_boxes"][..., 2:] - size).abs().max() < 1e-5
+    assert all((c.bias - -4.59511985).abs().max() < 1e-5 for c in model.class_embed)
+    last = [b.layers[-1] for b in model.bbox_embed]
+    assert not any(l.weight.any() for l in last)
+    assert [l.bias.tolist() for l in last] == [[0, 0, -2, -2], [0, 0, 0, 0] if refine else [0, 0, -2, -2]]
+    assert (model.class_embed[0] is model.class_embed[1]) != refine and (model.bbox_embed[0] is model.bbox_embed[1]) != refine
+    assert len(model.input_proj) == levels and model.transformer.level_embed.shape == (levels, 64)
+    assert [p[0].in_channels for p in model.input_proj] == ([512] if levels == 1 else [128, 256, 512, 512, 64][:levels])
+    names = model.state_dict()
+    assert ("transformer.decoder.bbox_embed.0.layers.0.weight" in names) == refine and "bbox_embed.1.layers.2.bias" in names
+
+
+@pytest.mark.parametrize("refine", (False, True))
+def test_padding(refine):
+    model = filled(common.build_detector(small_config(finetune.Config, with_box_refine=refine), 3)).eval()
+    images, mask = batch((32, 40), (64, 48))
+    with torch.no_grad():
+        both, alone = model(images, mask), model(images[:1], mask[:1])
+        for key in ("pred_logits", "pred_boxes", "hs"):                    # what else is in the batch plays no part
+            torch.testing.assert_close(both[key][:1], alone[key], atol=2e-5, rtol=1e-5)
+
+
+def pyramid():
+    """Two levels, batch of two; the right third and the lower half of image 1 are padding."""
+    masks = [torch.zeros(2, 4, 6, dtype=torch.bool), torch.zeros(2, 2, 3, dtype=torch.bool)]
+    masks[0][1, :, 4:], masks[1][1, :, 2:] = True, True
+    masks[0][1, 2:], masks[1][1, 1:] = True, True
+    sources = [tensor(f"source{l}", 2, 16, *m.shape[1:]) for l, m in enumerate(masks)]
+    return sources, masks, [common.PositionEmbeddingSine(8)(m) for m in masks]
+
+
+def small_transformer(refine):
+    model = common.DeformableTransformer(16, 2, 1, 2, 24, 0.0, 2, 2).eval()
+    if refine:
+        model.decoder.bbox_embed = nn.ModuleList(common.MLP(16, 16, 4, 3) for _ in range(2))
+    return filled(model)
+
+
+@pytest.mark.parametrize("refine", (False, True))
+def test_content_of_padding_does_not_reach_the_transformer(refine):
+    model, (sources, masks, positions), query = small_transformer(refine), pyramid(), tensor("query_embed", 5, 32)
+    with torch.no_grad():
+        first = model(sources, masks, positions, query)
+        other = [torch.where(m[:, None], torch.full_like(s, 30.0), s) for s, m in zip(sources, masks)]
+        second = model(other, masks, positions, query)
+        for a, b in zip(first[:3], second[:3]):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        valid = ~torch.cat([m.flatten(1) for m in masks], 1)
+        torch.testing.assert_close(first[3][valid], second[3][valid], atol=1e-6, rtol=0)
+        # the same image without its padding: positions, centres and references are relative to the image, a sample beyond its border is zero
+        cut = [s[1:, :, :h, :w] for s, (h, w) in zip(sources, ((2, 4), (1, 2)))], [torch.zeros(1, *hw, dtype=torch.bool) for hw in ((2, 4), (1, 2))]
+        alone = model(*cut, [common.PositionEmbeddingSine(8)(m) for m in cut[1]], query)
+        for a, b in zip(alone[:3], (first[0][:, 1:], first[1][1:], first[2][:, 1:])):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("refine", (False, True))
+def test_queries_per_image(refine):
+    model, inputs = small_transformer(refine), pyramid()
+    queries = tensor("queries_per_image", 2, 5, 32)
+    with torch.no_grad():
+        both = model(*inputs, queries)
+        for b in range(2):
+            single = model(*[[t[b:b + 1] for t in part] for part in inputs], queries[b])
+            for together, one in zip(both[:3], single[:3]):
+                batch_axis = together.dim() - 3
+                torch.testing.assert_close(together.narrow(batch_axis, b, 1), one, atol=1e-6, rtol=0)
+        shared = model(*inputs, queries[0])
+        repeated = model(*inputs, queries[:1].expand(2, -1, -1))
+        assert all(torch.equal(a, b) for a, b in zip(shared, repeated))
+
+
+# ==== Matching, losses, post-processing ============================================================================
+
+@pytest.mark.parametrize(("cost", "pairs"), (
+    ([[1, 2], [2, 10], [9, 9]], ([0, 1], [1, 0])),                         # greedy would take (0, 0) and pay 10
+    ([[5, 1], [4, 4], [1, 3]], ([0, 2], [1, 0])),
+    ([[3, 1, 2], [1, 9, 9]], ([0, 1], [1, 0])),                            # more targets than queries
+    (np.zeros((3, 0)), ([], []))))
+def test_assignment_of_a_given_cost(cost, pairs):
+    matcher = common.HungarianMatcher()
+    matcher.costs = lambda outputs, targets: [torch.as_tensor(np.float32(cost)), torch.tensor([[2.0], [1.0]])]
+    (query, target), other = matcher({}, [])
+    assert (query.tolist(), target.tolist()) == pairs and query.dtype == target.dtype == torch.int64
+    assert [t.tolist() for t in other] == [[1], [0]]
+
+
+def test_assignment_refuses_nan():
+    outputs = {"pred_logits": torch.full((1, 2, 1), torch.nan), "pred_boxes": torch.full((1, 2, 4), 0.5)}
+    with pytest.raises(FloatingPointError, match="not finite"):
+        common.HungarianMatcher()(outputs, [{"labels": torch.tensor([0]), "boxes": torch.full((1, 4), 0.3)}])
+
+
+def giou64(a, b):
+    """Generalised IoU of two cxcywh boxes, float64."""
+    (ax, ay, aX, aY), (bx, by, bX, bY) = ((c[0] - c[2] / 2, c[1] - c[3] / 2, c[0] + c[2] / 2, c[1] + c[3] / 2) for c in (a, b))
+    inter = max(0, min(aX, bX) - max(ax, bx)) * max(0, min(aY, bY) - max(ay, by))
+    union = (aX - ax) * (aY - ay) + (bX - bx) * (bY - by) - inter
+    hull = (max(aX, bX) - min(ax, bx)) * (max(aY, bY) - min(ay, by))
+    return inter / union - (hull - union) / hull
+
+
+def losses64(logits, boxes, targets, num_boxes, cost=(2.0, 5.0, 2.0)):
+    """Focal, L1 and GIoU losses of one layer, matched by trying every assignment; plus (pairs, cost matrices)."""
+    total, all_pairs, matrices = np.zeros(3), [], []
+    for s, b, (labels, true) in zip(logits, boxes, targets):
+        p = 1 / (1 + np.exp(-s))
+        C = np.zeros((len(s), len(labels)))
+        for q, (t, label) in itertools.product(range(len(s)), enumerate(labels)):
+            x = p[q, label]
+            focal = 0.25 * (1 - x) ** 2 * -math.log(x + 1e-8) - 0.75 * x ** 2 * -math.log(1 - x + 1e-8)
+            C[q, t] = cost[0] * focal + cost[1] * np.abs(b[q] - true[t]).sum() - cost[2] * giou64(b[q], true[t])
+        few = min(C.shape)
+        ways = [list(zip(qs, ts)) for qs in itertools.combinations(range(C.shape[0]), few) for ts in itertools.permutations(range(C.shape[1]), few)]
+        pairs = min(ways, key=lambda way: sum(C[q, t] for q, t in way))
+        onehot = np.zeros_like(p)
+        for q, t in pairs:
+            onehot[q, labels[t]] = 1
+            total[1] += np.abs(b[q] - true[t]).sum()
+            total[2] += 1 - giou64(b[q], true[t])
+        right = np.where(onehot == 1, p, 1 - p)
+        total[0] += (np.where(onehot == 1, 0.25, 0.75) * (1 - right) ** 2 * -np.log(right)).sum()
+        all_pairs.append(pairs)
+        matrices.append(C)
+    return total / num_boxes, all_pairs, matrices
+
+
+def criterion_case(counts=(2, 0, 4), layers=2, Q=3, C=2):
+    rng = np.random.default_rng(3)
+    def boxes(*shape):
+        return np.concatenate([rng.uniform(0.3, 0.7, (*shape, 2)), rng.uniform(0.1, 0.5, (*shape, 2))], -1)
+    targets = [(rng.integers(0, C, n), boxes(n)) for n in counts]
+    return [(rng.standard_normal((len(counts), Q, C)), boxes(len(counts), Q)) for _ in range(layers)], targets
+
+
+def torch_case(predictions, targets):
+    outputs = [{"pred_logits": torch.tensor(l, dtype=torch.float32, requires_grad=True), "pred_boxes": torch.tensor(b, dtype=torch.float32, requires_grad=True)}
+               for l, b in predictions]
+    targets = [{"labels": torch.as_tensor(l), "boxes": torch.as_tensor(b, dtype=torch.float32)} for l, b in targets]
+    return outputs, {**outputs[-1], "aux_outputs": outputs[:-1]}, targets
+
+
+def test_criterion_against_numpy():
+    predictions, targets = criterion_case()                               # an empty image, and one with more targets than queries
+    layers, outputs, torch_targets = torch_case(predictions, targets)
+    criterion = common.SetCriterion(2, common.HungarianMatcher(2, 5, 2), 1.5, 4.0, 3.0)
+    losses, pairs = criterion(outputs, torch_targets, 6.0)
+    assert set(losses) == {"loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "loss_ce_0", "loss_bbox_0", "loss_giou_0",
+                           "cardinality_error_0"}
+    total = 0.0
+    for suffix, (logits, boxes), layer in (("", predictions[1], layers[1]), ("_0", predictions[0], layers[0])):
+        expected, wanted_pairs, matrices = losses64(logits, boxes, targets, 6.0)
+        for name, value in zip(("loss_ce", "loss_bbox", "loss_giou"), expected):
+            assert losses[name + suffix].item() == pytest.approx(value, rel=1e-5)
+        for mine, C in zip(criterion.matcher.costs(layer, torch_targets), matrices):
+            np.testing.assert_allclose(mine.numpy(), C, atol=1e-5)
+        total += expected @ [1.5, 4.0, 3.0]
+        if not suffix:
+            assert [list(zip(q.tolist(), t.tolist())) for q, t in pairs] == wanted_pairs
+            hits = [logits[i, q].argmax() == targets[i][0][t] for i, image in enumerate(wanted_pairs) for q, t in image]
+            assert losses["class_error"].item() == pytest.approx(100 - 100 * np.mean(hits))
+            assert [t.tolist() for t in common.matched_index(pairs)] == [[0, 0, 2, 2, 2], [q for image in wanted_pairs for q, _ in image]]
+    assert criterion.total(losses).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_criterion_without_any_target():
+    predictions, targets = criterion_case(counts=(0, 0))
+    layers, outputs, targets = torch_case(predictions, targets)
+    criterion = common.SetCriterion(2, common.HungarianMatcher())
+    losses, _ = criterion(outputs, targets, common.normalizer(0, CPU))
+    logits = predictions[1][0]
+    p = 1 / (1 + np.exp(-logits))
+    assert losses["loss_ce"].item() == pytest.approx((0.75 * p ** 2 * -np.log(1 - p)).sum(), rel=1e-5)
+    assert losses["loss_bbox"].item() == losses["loss_giou_0"].item() == 0 and losses["class_error"].item() == 100
+    assert all(v.isfinite() for v in losses.values())
+    criterion.total(losses).backward()
+    for layer in layers:
+        assert layer["pred_logits"].grad.abs().sum() > 0 and not layer["pred_boxes"].grad.any()
+
+
+def test_normalizer(monkeypatch):
+    assert [common.normalizer(n, CPU) for n in (0, 1, 7)] == [1, 1, 7]
+    monkeypatch.setattr(common, "world_size", lambda: 4)
+    monkeypatch.setattr(common, "all_reduce_sum", lambda t: t + 5)         # the other three processes hold 5
+    assert common.normalizer(3, CPU) == 2.0                               # (3 + 5) / 4
+    monkeypatch.setattr(common, "all_reduce_sum", lambda t: t)
+    assert common.normalizer(0, CPU) == 0.25                              # at least one box over all processes
+
+
+def test_detections_and_pixels():
+    logits = torch.tensor([[2.0, -1.0], [0.0, 3.0], [-4.0, 1.0]])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0], [0.9, 0.1, 0.4, 0.2]])
+    best = common.post_process({"pred_logits": logits[None], "pred_boxes": boxes[None]}, torch.tensor([[50, 100]]), top=4)[0]
+    assert best["labels"].tolist() == [1, 0, 1, 0]                        # 3, 2, 1, 0: query 1 appears twice
+    np.testing.assert_allclose(best["scores"], 1 / (1 + np.exp([-3.0, -2.0, -1.0, 0.0])), atol=1e-6)
+    pixels = [[0, 0, 50, 50], [40, 15, 60, 35], [70, 0, 110, 10], [0, 0, 50, 50]]
+    np.testing.assert_allclose(best["boxes"], pixels, atol=1e-4)
+    assert len(common.top_detections(logits, boxes)["scores"]) == 6       # fewer than 100 candidates
+
+
+# ==== Optimisation =================================================================================================
+
+def test_parameter_groups():
+    cfg = small_config(finetune.Config, lr=1e-3, lr_backbone=1e-4, lr_linear_proj_mult=0.5, weight_decay=0.25)
+    for lr_backbone in (1e-4, 0.0):
+        model = common.build_detector(dataclasses.replace(cfg, lr_backbone=lr_backbone), 3)
+        rest, backbone, linear = common.param_groups(model, 1e-3, lr_backbone, 0.5)
+        assert [g["base_lr"] for g in (rest, backbone, linear)] == [g["lr"] for g in (rest, backbone, linear)] == [1e-3, lr_backbone, 5e-4]
+        assert len(linear["names"]) == 2 * 3 + 2                           # 1 encoder, 2 decoder layers: weight and bias; and the reference points
+        assert all("sampling_offsets" in n or "reference_points" in n for n in linear["names"])
+        assert all(n.startswith("backbone.0.body.layer") for n in backbone["names"]) and bool(backbone["names"]) == (lr_backbone > 0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert sorted(map(id, trained)) == sorted(id(p) for g in (rest, backbone, linear) for p in g["params"])     # each once
+        assert "class_embed.0.weight" in rest["names"] and "query_embed.weight" in rest["names"]
+    optimizer = common.build_optimizer(cfg, model)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.25] * 3
+    assert common.set_lr(optimizer, 0.1) == pytest.approx(1e-4)
+    assert common.set_lr(optimizer, 0.1) == pytest.approx(1e-4)           # of the base rate, not of the last one
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1e-4, 1e-5, 5e-5])
+
+
+def test_schedule_and_clipping():
+    values = [common.step_schedule(s, 10, (4, 6)) for s in (0, 39, 40, 59, 60, 1000)]
+    assert values == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert common.step_schedule(14, 10, (1.5,)) == 1 and common.step_schedule(15, 10, (1.5,)) == pytest.approx(0.1)
+    model = nn.Linear(1, 2, bias=False)
+    for limit, after in ((0, [3, 4]), (10, [3, 4]), (0.5, [0.3, 0.4])):
+        model.weight.grad = torch.tensor([[3.0], [4.0]])
+        assert common.finite_gradient_norm(model, limit, 1.0, 0) == pytest.approx(5)
+        np.testing.assert_allclose(model.weight.grad.flatten(), after, rtol=1e-5)
+    for gradient, loss in ((torch.inf, 1.0), (1.0, math.nan)):
+        model.weight.grad = torch.full((2, 1), gradient)
+        with pytest.raises(FloatingPointError, match="step 17"):
+            common.finite_gradient_norm(model, 0.1, loss, 17)
+
+
+def test_step_seed(monkeypatch):
+    draws = []
+    for seed, step, rank in ((1, 5, 0), (1, 5, 0), (1, 6, 0), (2, 5, 0), (1, 5, 1)):
+        monkeypatch.setattr(common, "rank", lambda r=rank: r)
+        common.seed_step(seed, step)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[1] and len(set(draws)) == 4
+
+
+# ==== Log and checkpoints ==========================================================================================
+
+@dataclass
+class RunConfig:
+    out: str
+    lr: float = 1.0
+    scales: tuple[int, ...] = (1, 2)
+    max_steps: int | None = None
+    allow_config_change: bool = False
+
+
+def test_files_appear_whole(tmp_path):
+    common.write_atomic(tmp_path / "a.json", b"one")
+    common.write_atomic(tmp_path / "a.json", b"two")
+    model = nn.Linear(2, 3)
+    wrapped = nn.Sequential()
+    wrapped.module = model                                                # as DistributedDataParallel names it
+    common.save_checkpoint(tmp_path / "last.pt", wrapped, torch.optim.AdamW(model.parameters()), 7, RunConfig("x"), script="s", categories=[{"id": 3}])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "last.pt"] and (tmp_path / "a.json").read_bytes() == b"two"
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert set(state) == {"model", "optimizer", "step", "config", "script", "categories"} and state["step"] == 7
+    assert set(state["model"]) == {"weight", "bias"} and torch.equal(state["model"]["weight"], model.weight)
+    assert state["config"] == {"out": "x", "lr": 1.0, "scales": (1, 2), "max_steps": None, "allow_config_change": False}
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = nn.Linear(2, 3)
+    common.save_checkpoint(tmp_path / "last.pt", model, None, 1, RunConfig("x"))
+    monkeypatch.setattr(torch, "save", lambda state, file: (file.write(b"half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        common.save_checkpoint(tmp_path / "last.pt", model, None, 2, RunConfig("x"))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_open_run(tmp_path, capsys):
+    out = tmp_path / "deep" / "run"
+    cfg = RunConfig(str(out))
+    assert common.open_run(cfg, "s") is None and out.is_dir()
+    model = nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    common.save_checkpoint(out / "last.pt", model, optimizer, 7, cfg, script="s")
+    state = common.open_run(dataclasses.replace(cfg, max_steps=9), "s")    # how long a run lasts is no part of what it is
+    assert "at step 7" in capsys.readouterr().out
+    other = nn.Linear(2, 3)
+    restored = torch.optim.AdamW(other.parameters())
+    assert common.restore(state, other, restored) == 7 and torch.equal(other.weight, model.weight)
+    assert torch.equal(restored.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"]) and restored.param_groups[0]["lr"] == 0.3
+    changed = dataclasses.replace(cfg, lr=2.0, scales=(1, 3))
+    with pytest.raises(UserError, match=r"lr: 1.0 -> 2.0; scales: \(1, 2\) -> \(1, 3\).*--allow_config_change") as caught:
+        common.open_run(changed, "s")
+    assert str(out) in str(caught.value)
+    assert common.open_run(dataclasses.replace(changed, allow_config_change=True), "s")["step"] == 7
+    with pytest.raises(UserError, match=r"holds a run of s\.py"):
+        common.open_run(cfg, "t")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out .*file"):
+        common.open_run(RunConfig(str(tmp_path / "file" / "below")), "s")
+
+
+def test_log_is_cut_back(tmp_path):
+    log = common.Log(tmp_path, 0, CPU)
+    for step in range(6):
+        log.write(step, {"loss": torch.tensor(1.0 / 3), "loss_ce": torch.tensor(2.0)}, images=4, lr=0.1, epoch=step // 2)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    first = json.loads(lines[3])
+    assert [json.loads(l)["step"] for l in lines] == list(range(6)) and first["loss"] == 0.333333 and first["loss_ce"] == 2 and first["epoch"] == 1
+    assert first.keys() == {"step", "lr", "epoch", "loss", "loss_ce", "images_per_s", "memory_gib", "seconds"}
+    assert first["images_per_s"] > 0 and first["memory_gib"] > 0
+    log = common.Log(tmp_path, 4, CPU)                                     # the checkpoint knows 4 finished steps: 0..3
+    log.write(4, {"loss": torch.tensor(5.0)}, images=4)
+    kept = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert kept[:4] == lines[:4] and [json.loads(l)["step"] for l in kept] == [0, 1, 2, 3, 4] and json.loads(kept[4])["loss"] == 5
+    common.Log(tmp_path, 0, CPU)
+    assert (tmp_path / "log.jsonl").read_text() == ""                     # a new run begins a new log
+
+
+def test_load_matching(capsys):
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    state = {k: torch.full_like(v, i + 1.0) for i, (k, v) in enumerate(model.state_dict().items())}
+    extra = {**state, "head.a": torch.zeros(1), "head.b": torch.zeros(1), "1.bias": torch.zeros(9)}
+    common.load_matching(model, extra, drop={r"^head\.": "pretext head", r"^1\.bias": "other size"}, source="FILE")
+    said = capsys.readouterr().out
+    assert "loaded 3 tensors from FILE" in said and "left out 2: pretext head (head.a, ...)" in said and "left out 1: other size (1.bias)" in said
+    assert (model[0].weight == 1).all() and (model[1].weight == 3).all() and not (model[1].bias == 4).any()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    bad = {"0.weight": torch.zeros(3, 5), "0.bias": torch.zeros(3), **{f"x{i}": torch.zeros(1) for i in range(6)}}
+    with pytest.raises(UserError) as caught:
+        common.load_matching(model, bad, drop={}, source="FILE")
+    message = str(caught.value)
+    assert message.startswith("FILE is a checkpoint of another architecture. missing there: 1.bias, 1.weight; unknown here: x0, x1, x2, x3 and 2 more; ")
+    assert "0.weight (3, 5) -> (3, 2)" in message
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())              # nothing was loaded
+
+
+# ==== Command: exit codes ==========================================================================================
+
+def test_cli_exit_codes(fails, capsys):
+    def refuse(argv):
+        raise UserError(f"{argv[0]} is wrong")
+
+    assert fails(refuse, ["this"]) == "error: this is wrong"
+    with pytest.raises(SystemExit) as caught:
+        common.cli(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert caught.value.code == 130
+    with pytest.raises(ZeroDivisionError):                                # our own faults keep their traceback
+        common.cli(lambda: 1 / 0)
+    assert common.cli(lambda: 5) is None
+
+
+# ==== Foreign files ================================================================================================
+
+@functools.cache
+def random_resnet():
+    return filled(torchvision.models.resnet18(weights=None)).state_dict()
+
+
+FAMILIES = {
+    "SwAV ResNet": lambda r: {"state_dict": {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")}
+                              | {"module.projection_head.0.weight": torch.ones(2), "module.prototypes.weight": torch.ones(2)}, "epoch": 1},
+    "SwAV ResNet, bare": lambda r: {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")} | {"module.projection_head.0.weight": torch.ones(2)},
+    "MoCo encoder": lambda r: {"state_dict": {f"module.encoder_q.{k}": v for k, v in r.items()}
+                               | {f"module.encoder_k.{k}": v + 1 for k, v in r.items()} | {"module.queue": torch.ones(2)}},
+    "torchvision ResNet": lambda r: dict(r),
+    "detector": lambda r: {"model": {f"backbone.0.body.{k}": v for k, v in r.items() if not k.startswith("fc.")}
+                           | {"transformer.level_embed": torch.ones(2), "class_embed.0.weight": torch.ones(2)}},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("norm", ("frozen", "bn"))
+def test_backbone_files(family, norm, tmp_path, capsys):
+    weights = random_resnet()
+    torch.save(FAMILIES[family](weights), tmp_path / "file.pth")
+    body = common.Backbone("resnet18", norm=norm).body
+    common.load_backbone_weights(body, str(tmp_path / "file.pth"), "resnet18")
+    own = {k: v for k, v in body.state_dict().items() if "num_batches" not in k}
+    assert own.keys() == {k for k in weights if "num_batches" not in k and not k.startswith("fc.")}
+    assert all(torch.equal(v, weights[k]) for k, v in own.items())
+    assert f"({family.split(',')[0]})" in capsys.readouterr().out
+    short = common.Backbone("resnet18", (2,), norm).body                   # what lies behind the last wanted stage is left out, and said
+    convert.load_backbone(short, tmp_path / "file.pth")
+    assert all(torch.equal(v, weights[k]) for k, v in short.state_dict().items() if "num_batches" not in k)
+    assert "a later stage that is not used" in capsys.readouterr().out
+
+
+def test_backbone_files_that_do_not_fit(tmp_path):
+    weights = random_resnet()
+    torch.save(weights, tmp_path / "r18.pth")
+    with pytest.raises(UserError, match="r18.pth.*another architecture"):
+        convert.load_backbone(common.Backbone("resnet34").body, tmp_path / "r18.pth")
+    torch.save({k: v for k, v in weights.items() if k != "layer3.0.conv1.weight"}, tmp_path / "hole.pth")
+    with pytest.raises(UserError, match=r"missing there: layer3\.0\.conv1\.weight"):
+        convert.load_backbone(common.Backbone("resnet18").body, tmp_path / "hole.pth")
+    torch.save({"a.weight": torch.zeros(1)}, tmp_path / "else.pth")
+    with pytest.raises(UserError, match="else.pth: no ResNet found.*SwAV"):
+        convert.load_backbone(common.Backbone("resnet18").body, tmp_path / "else.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="empty.pth: holds no tensors.*epoch"):
+        convert.load_backbone(common.Backbone("resnet18").body, tmp_path / "empty.pth")
+
+
+def test_download_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    asked = []
+
+    def download(url, path, progress):
+        asked.append((url, path))
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    swav = tmp_path / "checkpoints" / "swav_800ep_pretrain.pth.tar"
+    with pytest.raises(UserError) as caught:
+        common.backbone_file("swav", "resnet50")
+    for part in ("--backbone_weights swav", "no route to host", common.BACKBONE_URLS["swav"], str(swav), "random"):
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match=r"download\.pytorch\.org/models/resnet18-.*put it at"):
+        common.backbone_file("imagenet", "resnet18")
+    with pytest.raises(UserError, match="swav exists for resnet50 only, not for resnet18"):
+        common.backbone_file("swav", "resnet18")
+    assert asked[0] == (common.BACKBONE_URLS["swav"], str(swav)) and len(asked) == 2
+    swav.write_bytes(b"")
+    assert common.backbone_file("swav", "resnet50") == swav and len(asked) == 2                 # the cache is looked into first
+    assert common.backbone_file("some/file.pth", "resnet18") == Path("some/file.pth")
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    victim = tmp_path / "ran"
+
+    class System:
+        def __reduce__(self):
+            return os.system, (f"touch {victim}",)
+
+    torch.save({"model": System()}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"model": System()}))
+    for name in ("zip.pth", "plain.pkl"):
+        with pytest.raises(UserError, match=rf"{name}: refused") as caught:
+            convert.read_checkpoint(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert not victim.exists()
+    torch.load(tmp_path / "zip.pth", weights_only=False)                   # it would have run
+    assert victim.exists()
+
+
+@pytest.mark.parametrize("content", (b"", b"not a checkpoint", b"PK\x03\x04 cut", bytes(range(256)) * 4))
+def test_what_is_no_checkpoint(content, tmp_path):
+    (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(UserError, match="file.pth") as caught:
+        convert.read_checkpoint(tmp_path / "file.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_checkpoint_and_a_cut_one(tmp_path):
+    with pytest.raises(UserError, match="nowhere.pth: no such checkpoint"):
+        convert.read_checkpoint(tmp_path / "nowhere.pth")
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:2000])
+    with pytest.raises(UserError, match="cut.pth"):
+        convert.read_checkpoint(tmp_path / "cut.pth")
+
+
+@pytest.mark.parametrize("values", ({}, {"with_box_refine": True, "num_feature_levels": 1}, {"backbone_norm": "bn", "arch": "resnet34", "lr_backbone": 0.0},
+                                    {"arch": "resnet50", "enc_layers": 3, "dec_layers": 1, "dim_feedforward": 48, "num_queries": 5}))
+def test_architecture_of_a_state(values):
+    cfg = small_config(finetune.Config, **values)
+    expected = {k: getattr(cfg, k) for k in ("arch", "backbone_norm", "num_queries", "hidden_dim", "num_feature_levels", "enc_layers", "dec_layers",
+                                             "dim_feedforward", "with_box_refine")}
+    assert convert.architecture(common.build_detector(cfg, 3).state_dict(), "file") == expected
+
+
+def test_architecture_refuses_by_name():
+    one = torch.zeros(1)
+    detr = {"query_embed.weight": one, "transformer.encoder.layers.0.self_attn.in_proj_weight": one, "backbone.0.body.conv1.weight": one}
+    with pytest.raises(UserError, match="FILE: this is a DETR checkpoint, not a Deformable DETR"):
+        convert.architecture(detr, "FILE")
+    with pytest.raises(UserError, match="FILE: this is a torchvision ResNet.*--backbone_weights"):
+        convert.architecture(random_resnet(), "FILE")
+    with pytest.raises(UserError, match="FILE: this is a MoCo encoder.*--backbone_weights"):
+        convert.architecture({"module.encoder_q.conv1.weight": one}, "FILE")
+    with pytest.raises(UserError, match="FILE: this is an unknown model"):
+        convert.architecture({"a": one}, "FILE")
