@@ -26,6 +26,8 @@ import urllib.error
 from pathlib import Path
 from typing import Any, Callable, Literal
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # read when torch is loaded: threads must not spin for long on cores the loader needs
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -59,6 +61,9 @@ def cli(main: Callable[[], Any]) -> None:
 
 # What may differ between a run and its continuation: it changes neither the data nor the arithmetic.
 RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change", "data_root", "eval_every"}
+
+AT_LEAST_ONE = {"batch_size", "accumulate", "epochs", "max_prop", "num_queries", "num_feature_levels", "enc_layers",
+                "dec_layers", "log_every", "save_every", "max_steps"}
 
 
 def _knob_help(config_class: type) -> dict[str, str]:
@@ -115,6 +120,11 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] |
     chosen = {name: field.default for name, field in fields.items()} | preset | flags
     values = {name: field.default for name, field in fields.items()} | (by_data(chosen) if by_data else {}) | preset | flags
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name in AT_LEAST_ONE & values.keys():
+        if values[name] is not None and values[name] < 1:
+            raise UserError(f"--{name} {values[name]}: must be at least 1")
+    if "crop_range" in values and not (len(values["crop_range"]) == 2 and values["crop_range"][0] <= values["crop_range"][1]):
+        raise UserError(f"--crop_range {' '.join(map(str, values['crop_range']))}: give the smallest and the largest side, in this order")
     if values["out"] is None:
         values["out"] = f"out/{script}-{values['preset'] or Path(values['data']).stem}"
     return config_class(**values)
@@ -206,7 +216,15 @@ class Log:
         self.start = self.last = time.perf_counter()
         if rank() == 0:
             lines = self.path.read_text().splitlines() if self.path.exists() and resume_step else []
-            write_atomic(self.path, "".join(line + "\n" for line in lines if json.loads(line)["step"] < resume_step).encode())
+            write_atomic(self.path, "".join(line + "\n" for line in lines if self.step_of(line) < resume_step).encode())
+
+    @staticmethod
+    def step_of(line: str) -> float:
+        """The step of a line; a line that a kill cut in two belongs to no finished step."""
+        try:
+            return json.loads(line)["step"]
+        except json.JSONDecodeError:
+            return math.inf
 
     def write(self, step: int, terms: dict[str, Tensor], images: int, **values: float) -> dict[str, float]:
         """terms: scalars of this process; images: how many the process saw since the last line."""
@@ -271,7 +289,8 @@ def open_run(config: Any, script: str) -> dict | None:
         raise UserError(f"--out {out}: cannot make this folder ({error.strerror}); give another one") from error
     if not (out / "last.pt").exists():
         return None
-    state = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
+    import convert                                                          # its reader turns a damaged file into one sentence
+    state = convert.read_checkpoint(out / "last.pt")
     if state.get("script") != script:
         raise UserError(f"{out} holds a run of {state.get('script')}.py; give {script}.py another --out")
     now, before = dataclasses.asdict(config), state["config"]
@@ -660,8 +679,10 @@ def build_detector(cfg: Any, num_classes: int, detector: type = DeformableDETR, 
 
     What of the backbone learns: nothing at lr_backbone 0; layer2-4 under frozen BatchNorm (released); all of it under ordinary BatchNorm.
     """
+    if cfg.hidden_dim % cfg.nheads or cfg.hidden_dim % 32:
+        raise UserError(f"--hidden_dim {cfg.hidden_dim} with --nheads {cfg.nheads}: the width must be a multiple of the heads and of 32")
     trainable = 0 if cfg.lr_backbone <= 0 else 5 if cfg.backbone_norm == "bn" else 3
-    backbone = Backbone(cfg.arch, (2, 3, 4) if cfg.num_feature_levels > 1 else (4,), cfg.backbone_norm, trainable)
+    backbone = Backbone(cfg.arch, (2, 3, 4)[-cfg.num_feature_levels:], cfg.backbone_norm, trainable)
     transformer = DeformableTransformer(cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout,
                                         cfg.num_feature_levels)
     return detector(backbone, transformer, num_classes=num_classes, num_queries=cfg.num_queries, with_box_refine=cfg.with_box_refine, **kwargs)

@@ -33,12 +33,15 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: no such checkpoint file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("GLOBAL ")[-1].split(" was")[0] if "GLOBAL" in str(error) else "not a PyTorch checkpoint"
         raise UserError(f"{path}: refused, because loading it would run code or it is no checkpoint ({reason.splitlines()[0]})") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable PyTorch checkpoint ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not a readable PyTorch checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, a checkpoint is a dict of tensors")
+    return checkpoint
 
 
 def state_of(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
@@ -59,7 +62,8 @@ def load_backbone(body: nn.Module, path: str | Path) -> None:
     if not found:
         raise UserError(f"{path}: no ResNet found in it; known are " + ", ".join(f"{n} ({p}conv1.weight)" for n, p, _ in BACKBONES))
     name, prefix = found[0]
-    tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix) and k.removeprefix(prefix).startswith(("conv1", "bn1", "layer"))}
+    parts = tuple(prefix + part for part in ("conv1", "bn1", "layer"))
+    tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(parts)}
     stages = tuple(f"{child}." for child, _ in body.named_children())
     drop = {r"^layer\d\.": "a later stage that is not used"} if not all(k.startswith(stages) for k in tensors) else {}
     drop = {rf"^(?!{'|'.join(stages)})": "a later stage that is not used"} if drop else {}
@@ -80,17 +84,19 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
         return 1 + max(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix))
 
     body = "backbone.0.body."
-    blocks = tuple(count(f"{body}layer{i}.") for i in (1, 2, 3, 4))
-    bottleneck = body + "layer1.0.conv3.weight" in state
-    arch = {(False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34", (True, (3, 4, 6, 3)): "resnet50", (True, (3, 4, 23, 3)): "resnet101"}
-    return {
-        "arch": arch[bottleneck, blocks],
-        "backbone_norm": "bn" if any(k.endswith("num_batches_tracked") for k in state) else "frozen",
-        "num_queries": state["query_embed.weight"].shape[0],
-        "hidden_dim": state["query_embed.weight"].shape[1] // 2,
-        "num_feature_levels": state["transformer.level_embed"].shape[0],
-        "enc_layers": count("transformer.encoder.layers."),
-        "dec_layers": count("transformer.decoder.layers."),
-        "dim_feedforward": state["transformer.encoder.layers.0.linear1.weight"].shape[0],
-        "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state,
-    }
+    kinds = {(False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34",
+             (True, (3, 4, 6, 3)): "resnet50", (True, (3, 4, 23, 3)): "resnet101"}
+    try:
+        return {
+            "arch": kinds[body + "layer1.0.conv3.weight" in state, tuple(count(f"{body}layer{i}.") for i in (1, 2, 3, 4))],
+            "backbone_norm": "bn" if any(k.endswith("num_batches_tracked") for k in state) else "frozen",
+            "num_queries": state["query_embed.weight"].shape[0],
+            "hidden_dim": state["query_embed.weight"].shape[1] // 2,
+            "num_feature_levels": state["transformer.level_embed"].shape[0],
+            "enc_layers": count("transformer.encoder.layers."),
+            "dec_layers": count("transformer.decoder.layers."),
+            "dim_feedforward": state["transformer.encoder.layers.0.linear1.weight"].shape[0],
+            "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state,
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: a Deformable DETR checkpoint that lacks parts, or whose backbone is none of {', '.join(kinds.values())}") from error

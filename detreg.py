@@ -49,10 +49,13 @@ Deviations (paper / released code / here):
     D10 Number of boxes below the number of processes: clamped to 1 per process (released) / 1 over all processes.
     D11 The descriptor network stops after res3 (released: res4 and res5 are computed and thrown away); the values are the same.
 
-Expected: with C = 91 outputs the first losses are near loss_ce 1.0, loss_bbox 0.9, loss_giou 1.3 per layer; loss_ce falls first, then the box terms.
-    Paper, Table 6 (COCO val, class-agnostic AP / R@100): 1.0 / 12.7, selective search 0.2 / 10.9. The demo's own numbers stand in README.md.
+Expected: the demo logs, at step 0 and at its end, loss 19.4 -> 7.2, loss_ce 1.07 -> 0.23, loss_bbox 0.51 -> 0.19, loss_giou 0.86 -> 0.46,
+    loss_object_embedding 0.37 -> 0.12; loss_ce falls within the first 20 steps, the box terms to the end. Its table stands in README.md.
+    Paper, Table 6 (COCO val, class-agnostic AP / R@100): 1.0 / 12.7, selective search 0.2 / 10.9. Not rerun here: no ImageNet, no COCO.
 """
 from __future__ import annotations
+
+import common  # first: it tells OpenMP how to wait before torch is loaded
 
 import copy
 import json
@@ -68,7 +71,6 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-import common
 import data
 import evaluation
 import proposals
@@ -326,7 +328,7 @@ def detreg_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targ
     """Eq. (3): returns (weighted total, unweighted terms). num_boxes, num_pairs: this process's normalisers (common.normalizer)."""
     losses, pairs = criterion(outputs, targets, num_boxes)                   # sigma of Eq. (2); lambda_f L_focal + lambda_b L_box of Eq. (3)
     if cfg.embedding_mean == "local":
-        num_pairs = max(sum(len(q) for q, _ in pairs), 1)
+        num_pairs = max(sum(len(q) for q, _ in pairs), 1) * cfg.accumulate
     z = outputs["pred_features"]
     losses["loss_object_embedding"] = embedding_loss(z, targets, pairs, num_pairs * z.shape[-1])
     return criterion.total(losses) + cfg.lambda_e * losses["loss_object_embedding"], losses                 # Eq. (3)
@@ -337,7 +339,7 @@ def detreg_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targ
 
 def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: common.SetCriterion, optimizer: torch.optim.Optimizer,
                micro_batches: list[dict], step: int, device: torch.device) -> dict[str, Tensor]:
-    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms summed over them, the total and the gradient norm.
+    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and the gradient norm.
 
     Normalisers cover all processes and micro-batches, so the gradient is that of one process on the whole batch (tested).
     """
@@ -359,7 +361,8 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
                 loss, losses = detreg_loss(cfg, criterion, outputs, targets, num_boxes, num_pairs)
             loss.backward()
         for name, value in {"loss": loss, **losses}.items():
-            terms[name] = terms.get(name, 0) + value.detach()
+            share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
+            terms[name] = terms.get(name, 0) + share * value.detach()
     terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step), device=device)
     optimizer.step()
     return terms
@@ -428,8 +431,8 @@ def probe(cfg: Config, model: nn.Module, train_set: RegionDataset, probe_set, de
     rng = np.random.default_rng(cfg.seed)
     pool = []                                                                # relative sizes of training proposals, for random boxes
     for i in rng.choice(train_set.indices, min(50, len(train_set)), replace=False):
-        image = train_set.source.load(int(i))
-        boxes = train_set.propose(image, int(i), 0, rng)
+        image, i = data.load_usable(train_set.source, int(i), rng, [], train_set.indices)
+        boxes = train_set.propose(image, i, 0, rng)
         pool.append((boxes[:, 2:] - boxes[:, :2]) / np.float32([image.width, image.height]))
     pool = np.concatenate(pool)
     searched, drawn = [], []
@@ -472,6 +475,10 @@ def draw_predictions(path: Path, probe_set, train_set: RegionDataset, detections
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     cfg = common.parse_config(Config, PRESETS, argv, script="detreg", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+    if cfg.num_classes < 2:
+        raise UserError(f"--num_classes {cfg.num_classes}: at least 2 rows are needed, the object is row 1 (D3)")
+    if cfg.probe_images == 1:
+        raise UserError("--probe_images 1: the row `shuffled` needs at least 2 images; 0 means no probe")
     device = common.setup_distributed(cfg.device)
     out = Path(cfg.out)
     source = data.open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
@@ -485,8 +492,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     state = common.open_run(cfg, "detreg")
     steps_per_epoch = len(indices) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
-    if state and state["step"] >= total_steps and (out / "metrics.json").exists():
-        metrics = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").exists() else {}
+    if state and state["step"] >= total_steps and metrics.get("steps") == state["step"]:
         common.say(f"this run is finished ({state['step']} steps)\n{summary(metrics)}")
         return metrics
 
@@ -523,7 +530,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if (step + 1) % cfg.save_every == 0 or step == total_steps - 1:
             common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, script="detreg")
 
-    metrics: dict[str, Any] = {"steps": total_steps}
+    if fallbacks:
+        common.say(f"{fallbacks} samples had no image with two proposals after ten draws and were given the full box (D9)")
+    metrics = {"steps": total_steps}
     probe_set = open_probe(cfg, source, held_out)
     if probe_set is not None:
         metrics |= probe(cfg, model, train_set, probe_set, device)
@@ -551,7 +560,8 @@ def summary(metrics: dict[str, Any]) -> str:
     if not rows:
         return f"finished after {metrics['steps']} steps (no probe: give --probe_data or --probe_images)"
     return evaluation.metrics_table(rows, ["AP", "AP50", "AP75", "AR1", "AR10", "AR100"],
-                                    title=f"class-agnostic boxes on unseen images (ground truth: {metrics['ground_truth']}; primary: {metrics['primary']})")
+                                    title=f"class-agnostic boxes on unseen images (ground truth: {metrics['ground_truth']}; "
+                                          f"primary: {metrics['primary']})")
 
 
 if __name__ == "__main__":

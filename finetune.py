@@ -26,6 +26,8 @@ Deviations (released code / here):
 """
 from __future__ import annotations
 
+import common  # first: it tells OpenMP how to wait before torch is loaded
+
 import dataclasses
 import json
 import sys
@@ -36,7 +38,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import common
 import convert
 import data
 import evaluation
@@ -119,6 +120,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
     """Schedules that follow from the data set and the share of its labels (module docstring)."""
     share = values["labels_percent"]
+    if values["eval_only"] or values["class_agnostic"]:
+        return {"out": f"out/finetune-{values['preset'] or Path(values['data']).stem}-eval"}
     if values["data"] == "voc":
         return {"epochs": 200, "lr_drop": 150, "batch_size": 8} if share == 10 else {"epochs": 100, "lr_drop": 70}
     if values["data"] == "coco" and share < 100:
@@ -167,7 +170,7 @@ def adopt_architecture(cfg: Config, checkpoint: dict, state: dict[str, Tensor], 
     return dataclasses.replace(cfg, **arch)
 
 
-def head_rows(checkpoint: dict, rows: int, categories: list[dict], source: str) -> list[int] | None:
+def head_rows(checkpoint: dict, rows: int, categories: list[dict]) -> list[int] | None:
     """Which category (position in `categories`) each row of a checkpoint's class head stands for, -1 = none; None when the head is of other classes.
 
     Our checkpoints carry their categories. Released heads carry none: 91 rows are COCO ids, 21 rows the sorted VOC names (F1).
@@ -192,16 +195,22 @@ def build_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], 
         common.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
         return model, list(range(len(categories)))
     rows = state["class_embed.0.weight"].shape[0]
-    mapped = head_rows(checkpoint, rows, categories, cfg.init_from)
+    pretext = any(k.startswith("feature_embed.") for k in state)             # then the class head knows only "object"
+    mapped = None if pretext else head_rows(checkpoint, rows, categories)
     drop = {r"^feature_embed\.": "head of the pretext task"}
     if cfg.class_agnostic:
-        mapped = [-1] * rows
+        mapped = [-1] * rows if pretext else list(range(rows))
     elif cfg.eval_only and mapped is None:
         raise UserError(f"{cfg.init_from}: its classifier has {rows} rows, and nothing says which of the {len(categories)} categories of {cfg.data} "
                         "they are; fine-tune it first, or evaluate its boxes with --class_agnostic")
-    elif mapped is None or (not cfg.eval_only and -1 in mapped):
+    elif mapped is None:
         drop[r"^class_embed\."] = f"class head, made anew for {len(categories)} categories"
         mapped, rows = list(range(len(categories))), len(categories)
+    elif not cfg.eval_only and mapped != list(range(rows)):                  # labels are positions in `categories`: put the rows in that order
+        order = [mapped.index(i) for i in range(len(categories))]
+        state = {k: v[order] if k.startswith("class_embed.") else v for k, v in state.items()}
+        mapped, rows = list(range(len(categories))), len(categories)
+        common.say(f"the class head's rows were put in the order of the {rows} categories of {cfg.data}")
     model = common.build_detector(cfg, rows)
     common.load_matching(model, state, drop=drop, source=cfg.init_from)
     return model, mapped
@@ -220,7 +229,7 @@ def build_criterion(cfg: Config, num_classes: int) -> common.SetCriterion:
 
 def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion, optimizer: torch.optim.Optimizer, micro_batches: list[dict],
                step: int, device: torch.device) -> dict[str, Tensor]:
-    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms summed over them, the total and the gradient norm."""
+    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and the gradient norm."""
     num_boxes = common.normalizer(sum(len(t["labels"]) for batch in micro_batches for t in batch["targets"]), device)
     optimizer.zero_grad()
     terms: dict[str, Tensor] = {}
@@ -234,7 +243,8 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion, op
             loss = criterion.total(losses)
             loss.backward()
         for name, value in {"loss": loss, **losses}.items():
-            terms[name] = terms.get(name, 0) + value.detach()
+            share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
+            terms[name] = terms.get(name, 0) + share * value.detach()
     terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step), device=device)
     optimizer.step()
     return terms
@@ -249,8 +259,9 @@ def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set, device:
     ids = [c["id"] for c in test_set.categories]
     for target, logits, boxes_xyxy in evaluation.predict(model, test_set, size=cfg.eval_size, max_size=cfg.max_size, device=device, batch_size=8,
                                                          num_workers=cfg.num_workers, text="evaluation"):
-        if cfg.class_agnostic:
-            found += evaluation.class_agnostic_detections(logits, boxes_xyxy, target["image_id"], object_class=min(1, logits.shape[-1] - 1))
+        if cfg.class_agnostic:                                               # a pretext head's row 1 is "object"; else the best class counts
+            scores = logits[:, min(1, logits.shape[-1] - 1)] if mapped[0] < 0 else logits.max(-1).values
+            found += evaluation.class_agnostic_detections(scores[:, None], boxes_xyxy, target["image_id"], object_class=0)
         else:
             found += category_detections(logits, boxes_xyxy, mapped, ids, target["image_id"])
     found = evaluation.gather(found)
@@ -301,11 +312,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if cfg.init_from:
         checkpoint = convert.read_checkpoint(cfg.init_from)
         state = convert.state_of(checkpoint, cfg.init_from)
-        cfg = adopt_architecture(cfg, checkpoint, state, {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")})
+        given = {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")}
+        cfg = adopt_architecture(cfg, checkpoint, state, given)
     elif cfg.eval_only:
         raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
     train_set, test_set = open_sets(cfg)
     if cfg.eval_only:
+        if (Path(cfg.out) / "last.pt").exists():
+            raise UserError(f"--out {cfg.out} holds a training run, whose metrics this evaluation would overwrite; give another --out")
         model, mapped = build_model(cfg, checkpoint, state, train_set.categories)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         return finish(cfg, evaluate(cfg, model.to(device), mapped, test_set, device, write=True))
@@ -315,9 +329,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     out, run = Path(cfg.out), common.open_run(cfg, "finetune")
     steps_per_epoch = len(train_set) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
-    if run and run["step"] >= total_steps and (out / "metrics.json").exists():
+    metrics = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").exists() else {}
+    if run and run["step"] >= total_steps and metrics.get("steps") == run["step"]:
         common.say(f"this run is finished ({run['step']} steps)")
-        return finish(cfg, json.loads((out / "metrics.json").read_text()))
+        return finish(cfg, metrics)
     model, mapped = build_model(cfg, checkpoint, state, train_set.categories)
     model = model.to(device)
     optimizer = common.build_optimizer(cfg, model)
@@ -349,7 +364,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step < total_steps - 1:
             metrics = evaluate(cfg, model, mapped, test_set, device, write=False)
             common.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float)))
-    return finish(cfg, evaluate(cfg, model, mapped, test_set, device, write=True))
+    return finish(cfg, evaluate(cfg, model, mapped, test_set, device, write=True) | {"steps": total_steps})
 
 
 def open_sets(cfg: Config) -> tuple[data.DetectionSet, data.DetectionSet]:
@@ -370,10 +385,11 @@ def open_sets(cfg: Config) -> tuple[data.DetectionSet, data.DetectionSet]:
 def finish(cfg: Config, metrics: dict[str, Any]) -> dict[str, Any]:
     if common.rank() == 0:
         evaluation.write_json(Path(cfg.out) / "metrics.json", metrics)
-        columns = [k for k in metrics if k != "per_class"]
+        columns = [k for k in metrics if k not in ("per_class", "steps")]
         common.say(evaluation.metrics_table({"class-agnostic" if cfg.class_agnostic else "detection": metrics}, columns))
         if metrics.get("per_class"):
-            common.say("AP per class: " + ", ".join(f"{name} {'-' if ap is None or ap != ap else f'{ap:.3f}'}" for name, ap in metrics["per_class"].items()))
+            shown = {name: "-" if ap is None or ap != ap else f"{ap:.3f}" for name, ap in metrics["per_class"].items()}
+            common.say("AP per class: " + ", ".join(f"{name} {ap}" for name, ap in shown.items()))
         common.say(f"wrote {cfg.out}/metrics.json, detections.json, predictions.png")
     common.barrier()
     return metrics

@@ -1,4 +1,7 @@
 """Tests import the project's files from the folder above, and run single-threaded where that is faster on small tensors."""
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,16 +25,52 @@ def flags(values: dict) -> list[str]:
     return [text for k, v in values.items() for text in (f"--{k}", *map(str, v if isinstance(v, (tuple, list)) else [v]))]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread: on tensors as small as here a second one only waits, and where other work shares the cores it waits five times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory):
+    """What worker() of test_detreg and test_finetune gives in two processes joined by gloo, as torchrun starts them: {module: [rank 0, rank 1]}."""
+    out, modules = tmp_path_factory.mktemp("two_processes"), ("test_detreg", "test_finetune")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    code = ("import torch, common, test_detreg, test_finetune\n"
+            "torch.set_num_threads(1)\n"
+            "assert common.setup_distributed('cpu').type == 'cpu' and common.world_size() == 2\n"
+            f"for name in {modules}: torch.save(__import__(name).worker(), f'{{name}}{{common.rank()}}.pt')\n"
+            "torch.distributed.destroy_process_group()")
+    processes = []
+    for r in "01":
+        env = {**os.environ, "RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+               "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        processes.append(subprocess.Popen([sys.executable, "-c", code], env=env, cwd=out, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [process.communicate(timeout=180)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(errors)
+    return {name: [torch.load(out / f"{name}{r}.pt") for r in (0, 1)] for name in modules}
+
+
 @pytest.fixture
 def fails(capsys):
-    """Runs a script's main() as its command does; the script must end with exit code 2 and ONE line on stderr, which is returned."""
+    """Runs a script's main() as its command does; the script must end with exit code 2 and, beside progress
+    bars and warnings, ONE line on stderr, which is returned."""
     import common
 
     def run(main, argv):
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             common.cli(lambda: main(list(map(str, argv))))
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and not line.startswith("warning: ")]
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and not line.startswith("warning: ") and "%|" not in line]
         assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
 

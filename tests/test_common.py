@@ -27,6 +27,7 @@ import finetune
 from common import UserError
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensor(name, *shape):
@@ -73,7 +74,8 @@ def test_precedence_default_data_preset_flag():
 def test_flag_spellings():
     assert parse("--box-count", "5").box_count == parse("--box_count=5").box_count == parse("--box-count=5").box_count == 5
     assert parse("--data", "my-set", "--out=a-b") == Knobs("my-set", "a-b")                           # values keep their hyphens
-    assert [parse(*a).flag for a in (["--flag"], ["--flag", "true"], ["--flag=yes"], ["--flag", "false"], ["--flag", "0"])] == [True] * 3 + [False] * 2
+    assert all(parse(*argv).flag for argv in (["--flag"], ["--flag", "true"], ["--flag=yes"]))
+    assert not any(parse(*argv).flag for argv in (["--flag", "false"], ["--flag", "0"], []))
     assert parse("--preset", "a").flag and not parse("--preset", "a", "--no_flag").flag and not parse("--preset", "a", "--no-flag").flag
     assert parse("--sizes", "4", "5", "6").sizes == (4, 5, 6)
     assert parse("--limit", "none").limit is None and parse("--out", "None").out == "out/s-set"
@@ -183,8 +185,8 @@ def test_sine_position_of_one_row():
     for i, x in enumerate(((k - 0.5) / 3 * 2 * math.pi for k in (1, 2, 3))):
         wanted = [math.sin(y), math.cos(y), math.sin(y / 100), math.cos(y / 100), math.sin(x), math.cos(x), math.sin(x / 100), math.cos(x / 100)]
         np.testing.assert_allclose(encoded[:, i], wanted, atol=1e-5)
-    np.testing.assert_allclose(common.PositionEmbeddingSine(4, offset=0.0)(mask)[0, 4, 0, :3], np.sin([2 * math.pi / 3, 4 * math.pi / 3, 2 * math.pi]),
-                               atol=1e-5)
+    unshifted = common.PositionEmbeddingSine(4, offset=0.0)(mask)[0, 4, 0, :3]
+    np.testing.assert_allclose(unshifted, np.sin([2 * math.pi / 3, 4 * math.pi / 3, 2 * math.pi]), atol=1e-5)
 
 
 # ==== Models =======================================================================================================
@@ -230,7 +232,7 @@ def batch(*sizes):
     return images, mask
 
 
-@pytest.mark.parametrize("levels", (1, 4, 5))
+@pytest.mark.parametrize("levels", (1, 2, 4, 5))
 @pytest.mark.parametrize("refine", (False, True))
 def test_detector_outputs_and_initial_values(levels, refine):
     torch.manual_seed(0)
@@ -254,7 +256,7 @@ def test_detector_outputs_and_initial_values(levels, refine):
     assert [l.bias.tolist() for l in last] == [[0, 0, -2, -2], [0, 0, 0, 0] if refine else [0, 0, -2, -2]]
     assert (model.class_embed[0] is model.class_embed[1]) != refine and (model.bbox_embed[0] is model.bbox_embed[1]) != refine
     assert len(model.input_proj) == levels and model.transformer.level_embed.shape == (levels, 64)
-    assert [p[0].in_channels for p in model.input_proj] == ([512] if levels == 1 else [128, 256, 512, 512, 64][:levels])
+    assert [p[0].in_channels for p in model.input_proj] == ({1: [512], 2: [256, 512]}.get(levels) or [128, 256, 512, 512, 64][:levels])
     names = model.state_dict()
     assert ("transformer.decoder.bbox_embed.0.layers.0.weight" in names) == refine and "bbox_embed.1.layers.2.bias" in names
 
@@ -383,8 +385,8 @@ def criterion_case(counts=(2, 0, 4), layers=2, Q=3, C=2):
 
 
 def torch_case(predictions, targets):
-    outputs = [{"pred_logits": torch.tensor(l, dtype=torch.float32, requires_grad=True), "pred_boxes": torch.tensor(b, dtype=torch.float32, requires_grad=True)}
-               for l, b in predictions]
+    outputs = [{name: torch.tensor(value, dtype=torch.float32, requires_grad=True) for name, value in zip(("pred_logits", "pred_boxes"), layer)}
+               for layer in predictions]
     targets = [{"labels": torch.as_tensor(l), "boxes": torch.as_tensor(b, dtype=torch.float32)} for l, b in targets]
     return outputs, {**outputs[-1], "aux_outputs": outputs[:-1]}, targets
 
@@ -509,7 +511,8 @@ def test_files_appear_whole(tmp_path):
     model = nn.Linear(2, 3)
     wrapped = nn.Sequential()
     wrapped.module = model                                                # as DistributedDataParallel names it
-    common.save_checkpoint(tmp_path / "last.pt", wrapped, torch.optim.AdamW(model.parameters()), 7, RunConfig("x"), script="s", categories=[{"id": 3}])
+    optimizer = torch.optim.AdamW(model.parameters())
+    common.save_checkpoint(tmp_path / "last.pt", wrapped, optimizer, 7, RunConfig("x"), script="s", categories=[{"id": 3}])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "last.pt"] and (tmp_path / "a.json").read_bytes() == b"two"
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert set(state) == {"model", "optimizer", "step", "config", "script", "categories"} and state["step"] == 7
@@ -570,6 +573,12 @@ def test_log_is_cut_back(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == ""                     # a new run begins a new log
 
 
+def test_log_with_a_line_cut_short(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
+    common.Log(tmp_path, 2, CPU)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
 def test_load_matching(capsys):
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     state = {k: torch.full_like(v, i + 1.0) for i, (k, v) in enumerate(model.state_dict().items())}
@@ -583,7 +592,8 @@ def test_load_matching(capsys):
     with pytest.raises(UserError) as caught:
         common.load_matching(model, bad, drop={}, source="FILE")
     message = str(caught.value)
-    assert message.startswith("FILE is a checkpoint of another architecture. missing there: 1.bias, 1.weight; unknown here: x0, x1, x2, x3 and 2 more; ")
+    assert message.startswith("FILE is a checkpoint of another architecture. missing there: 1.bias, 1.weight; ")
+    assert "; unknown here: x0, x1, x2, x3 and 2 more; " in message
     assert "0.weight (3, 5) -> (3, 2)" in message
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())              # nothing was loaded
 
@@ -613,7 +623,8 @@ def random_resnet():
 FAMILIES = {
     "SwAV ResNet": lambda r: {"state_dict": {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")}
                               | {"module.projection_head.0.weight": torch.ones(2), "module.prototypes.weight": torch.ones(2)}, "epoch": 1},
-    "SwAV ResNet, bare": lambda r: {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")} | {"module.projection_head.0.weight": torch.ones(2)},
+    "SwAV ResNet, bare": lambda r: {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")}
+                                    | {"module.projection_head.0.weight": torch.ones(2)},
     "MoCo encoder": lambda r: {"state_dict": {f"module.encoder_q.{k}": v for k, v in r.items()}
                                | {f"module.encoder_k.{k}": v + 1 for k, v in r.items()} | {"module.queue": torch.ones(2)}},
     "torchvision ResNet": lambda r: dict(r),
@@ -705,6 +716,13 @@ def test_what_is_no_checkpoint(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", ([1, 2], torch.zeros(3)))
+def test_a_file_of_something_else(content, tmp_path):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="file.pth"):
+        convert.state_of(convert.read_checkpoint(tmp_path / "file.pth"), tmp_path / "file.pth")
+
+
 def test_no_such_checkpoint_and_a_cut_one(tmp_path):
     with pytest.raises(UserError, match="nowhere.pth: no such checkpoint"):
         convert.read_checkpoint(tmp_path / "nowhere.pth")
@@ -714,7 +732,8 @@ def test_no_such_checkpoint_and_a_cut_one(tmp_path):
         convert.read_checkpoint(tmp_path / "cut.pth")
 
 
-@pytest.mark.parametrize("values", ({}, {"with_box_refine": True, "num_feature_levels": 1}, {"backbone_norm": "bn", "arch": "resnet34", "lr_backbone": 0.0},
+@pytest.mark.parametrize("values", ({}, {"with_box_refine": True, "num_feature_levels": 1},
+                                    {"backbone_norm": "bn", "arch": "resnet34", "lr_backbone": 0.0},
                                     {"arch": "resnet50", "enc_layers": 3, "dec_layers": 1, "dim_feedforward": 48, "num_queries": 5}))
 def test_architecture_of_a_state(values):
     cfg = small_config(finetune.Config, **values)
@@ -734,3 +753,7 @@ def test_architecture_refuses_by_name():
         convert.architecture({"module.encoder_q.conv1.weight": one}, "FILE")
     with pytest.raises(UserError, match="FILE: this is an unknown model"):
         convert.architecture({"a": one}, "FILE")
+    state = common.build_detector(small_config(finetune.Config), 2).state_dict()
+    for other in ({k: v for k, v in state.items() if not k.startswith("backbone")}, {**state, "backbone.0.body.layer2.5.conv1.weight": one}):
+        with pytest.raises(UserError, match="FILE: .*lacks parts.*resnet18, resnet34"):
+            convert.architecture(other, "FILE")

@@ -1,0 +1,429 @@
+"""finetune.py: what a checkpoint's head means, recipes, its step on one and two processes, and whole runs on small labelled sets."""
+import dataclasses
+import functools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, flags, small_config
+from fill import fill
+from PIL import Image
+from test_detreg import pieces, same_step
+
+import common
+import convert
+import data
+import detreg
+import finetune
+from common import UserError
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+LEVELS = 3
+
+
+def tensor(name, *shape):
+    return torch.from_numpy(fill(f"input:{name}", shape))
+
+
+def build(rows, **values):
+    torch.manual_seed(5)
+    return common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS, **values), rows)
+
+
+# ==== Heads, architecture, recipes =================================================================================
+
+COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+
+
+def test_head_rows():
+    ours = [{"id": 7, "name": "tram"}, {"id": 300, "name": "a b"}, {"id": 301, "name": "ü"}]
+    own = {"categories": [{"id": 1, "name": "ü"}, {"id": 2, "name": "tram"}, {"id": 3, "name": "a b"}]}
+    assert finetune.head_rows(own, 3, ours) == [2, 0, 1]              # by name, whatever the ids and the order
+    assert finetune.head_rows({"categories": ours}, 3, ours) == [0, 1, 2]
+    assert finetune.head_rows({"categories": ours[:2]}, 2, ours) is None                 # a category has no row
+    assert finetune.head_rows({"categories": [*ours[:2], {"id": 4, "name": "car"}]}, 3, ours) is None
+    coco = [{"id": i, "name": f"c{i}"} for i in COCO_IDS]
+    rows = finetune.head_rows({}, 91, coco)
+    assert len(COCO_IDS) == 80 and len(rows) == 91 and sum(r == -1 for r in rows) == 11 and rows[0] == rows[12] == -1
+    assert all(rows[i] == place for place, i in enumerate(COCO_IDS)) and rows[1] == 0 and rows[13] == 11 and rows[90] == 79
+    voc = [{"id": i + 1, "name": f"v{i}"} for i in range(20)]
+    assert finetune.head_rows({}, 21, voc) == [*range(20), -1]
+    for n, categories in ((91, voc), (21, coco), (20, voc), (3, ours), (91, coco[:79])):
+        assert finetune.head_rows({}, n, categories) is None
+
+
+def test_adopted_architecture(tmp_path):
+    model = build(3, with_box_refine=True, enc_layers=2)
+    common.save_checkpoint(tmp_path / "c.pt", model, None, 0, small_config(detreg.Config, nheads=4), script="detreg")
+    checkpoint = convert.read_checkpoint(tmp_path / "c.pt")
+    cfg = finetune.Config(init_from="c.pt", lr=0.5)
+    adopted = finetune.adopt_architecture(cfg, checkpoint, checkpoint["model"], {"lr", "data"})
+    expected = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=2, dec_layers=2, dim_feedforward=32, num_queries=8, num_feature_levels=3,
+                    with_box_refine=True, backbone_norm="frozen")
+    assert adopted == dataclasses.replace(cfg, **expected)                # and nothing else has changed
+    agreeing = dataclasses.replace(cfg, num_queries=8, nheads=4)
+    assert finetune.adopt_architecture(agreeing, checkpoint, checkpoint["model"], {"num_queries", "nheads"}).num_queries == 8
+    with pytest.raises(UserError, match=r"^c\.pt .*--arch resnet50 \(it has resnet18\), --num_queries 300 \(it has 8\); leave"):
+        finetune.adopt_architecture(cfg, checkpoint, checkpoint["model"], {"num_queries", "arch"})
+    with pytest.raises(UserError, match=r"--nheads 8 \(it has 4\)"):
+        finetune.adopt_architecture(cfg, checkpoint, checkpoint["model"], {"nheads"})
+
+
+def test_heads_that_are_kept_and_made_anew(tmp_path):
+    categories = [{"id": 1, "name": "a"}, {"id": 9, "name": "b"}]
+    cfg = small_config(finetune.Config, num_feature_levels=LEVELS, init_from="f")
+    old = build(2)
+    torch.nn.init.normal_(old.class_embed[0].weight)
+    state, own = old.state_dict(), {"categories": categories}
+    model, mapped = finetune.build_model(cfg, own, state, categories)
+    assert mapped == [0, 1] and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())     # the same classes: everything is kept
+    model, mapped = finetune.build_model(cfg, {}, state, [*categories, {"id": 10, "name": "c"}])
+    assert mapped == [0, 1, 2] and model.class_embed[0].weight.shape == (3, 64)
+    assert (model.class_embed[0].bias == -np.float32(np.log(99))).all()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if "class_embed" not in k)
+    only = dataclasses.replace(cfg, eval_only=True)
+    with pytest.raises(UserError, match="classifier has 2 rows.*--class_agnostic"):
+        finetune.build_model(only, {}, state, [{"id": 1, "name": "x"}])
+    model, mapped = finetune.build_model(dataclasses.replace(only, class_agnostic=True), {}, state, [{"id": 1, "name": "x"}])
+    assert mapped == [0, 1] and torch.equal(model.class_embed[0].weight, old.class_embed[0].weight)
+    pretext = {**state, "feature_embed.layers.0.bias": torch.zeros(64)}
+    assert finetune.build_model(dataclasses.replace(only, class_agnostic=True), {}, pretext, categories)[1] == [-1, -1]
+
+
+def test_training_with_the_categories_in_another_order():
+    categories, old = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}], build(2)
+    torch.nn.init.constant_(old.class_embed[0].bias[:1], 5.0)             # row 0 is "a"
+    cfg = small_config(finetune.Config, num_feature_levels=LEVELS, init_from="f")
+    model, mapped = finetune.build_model(cfg, {"categories": categories}, old.state_dict(), categories[::-1])
+    assert mapped == [0, 1] and model.class_embed[0].bias[0] < 0           # row 0 is label 0, "b", now
+
+
+@pytest.mark.parametrize("eval_only", (False, True))
+def test_pretext_head_of_91_rows_is_no_coco_head(eval_only):
+    coco = [{"id": i, "name": f"c{i}"} for i in COCO_IDS]
+    cfg = small_config(finetune.Config, num_feature_levels=LEVELS, init_from="f", eval_only=eval_only)
+    torch.manual_seed(0)
+    old = common.build_detector(cfg, 91, detreg.DETReg, embedding_dim=16)
+    torch.nn.init.constant_(old.class_embed[0].bias, 7.0)
+    if eval_only:
+        with pytest.raises(UserError, match="fine-tune it first"):
+            finetune.build_model(cfg, {}, old.state_dict(), coco)
+    else:
+        model, mapped = finetune.build_model(cfg, {}, old.state_dict(), coco)
+        assert mapped == list(range(80)) and (model.class_embed[0].bias == -np.float32(np.log(99))).all()
+
+
+def test_detections_of_a_permuted_head():
+    logits = torch.tensor([[3.0, -9, 1], [-9, 2, -9]])
+    found = finetune.category_detections(logits, torch.tensor([[1.0, 2, 5, 8], [0, 0, 4, 4]]), [1, -1, 0], [70, 300], 55)
+    assert [(d["category_id"], d["bbox"], d["image_id"]) for d in found[:2]] == [(300, [1, 2, 4, 6], 55), (70, [1, 2, 4, 6], 55)]
+    assert [d["score"] for d in found[:2]] == pytest.approx([1 / (1 + np.exp(-3)), 1 / (1 + np.exp(-1))])
+    assert len(found) == 4                                                # row 1 is no category
+
+
+@pytest.mark.parametrize(("values", "expected"), (
+    ({"data": "coco"}, (50, 40, 32)), ({"data": "voc"}, (100, 70, 32)), ({"data": "voc", "labels_percent": 10}, (200, 150, 8)),
+    ({"data": "coco", "labels_percent": 1}, (2000, 2000, 24)), ({"data": "coco", "labels_percent": 2}, (1000, 1000, 24)),
+    ({"data": "coco", "labels_percent": 5}, (500, 500, 24)), ({"data": "coco", "labels_percent": 10}, (400, 400, 24)),
+    ({"data": "coco", "labels_percent": 2, "protocol": "semi_supervised"}, (200, 150, 24)),
+    ({"data": "coco", "labels_percent": 10, "protocol": "semi_supervised"}, (100, 40, 24)),
+    ({"data": "coco", "labels_percent": 1, "protocol": "low_data"}, (150, 150, 24)),
+    ({"data": "some/folder", "labels_percent": 1}, (50, 40, 32)),
+    ({"data": "coco", "labels_percent": 1, "epochs": 3, "lr_drop": 2, "batch_size": 4}, (3, 2, 4))))
+def test_recipes(values, expected):
+    cfg = common.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="", by_data=finetune.recipe_of)
+    assert (cfg.epochs, cfg.lr_drop, cfg.batch_size) == expected
+
+
+# ==== The step =====================================================================================================
+
+COUNTS = (3, 1, 7, 0)
+
+
+@functools.cache
+def one_step(start=0, stop=4, accumulate=1):
+    cfg = small_config(finetune.Config, clip_max_norm=0.0, accumulate=accumulate, num_queries=6, num_feature_levels=LEVELS)
+    model = build(4, num_queries=6, with_box_refine=True)
+    for bbox in model.bbox_embed:
+        torch.nn.init.normal_(bbox.layers[-1].weight, std=0.05)
+    images, mask = tensor("step_images", 4, 3, 32, 48), torch.zeros(4, 32, 48, dtype=torch.bool)
+    mask[1, 24:], mask[2, :, 30:] = True, True
+    images = images.masked_fill(mask[:, None], 0.0)
+    targets = [{"labels": torch.arange(n) % 4, "boxes": tensor(f"step_boxes{i}", n, 4).mul(0.5).sigmoid()} for i, n in enumerate(COUNTS)]
+    micro_batches = pieces({"images": images, "mask": mask, "targets": targets}, start, stop, accumulate)
+    wrapped = common.wrap_model(model.train(), CPU)
+    terms = finetune.train_step(cfg, wrapped, finetune.build_criterion(cfg, 4), common.build_optimizer(cfg, model), micro_batches, 0, CPU)
+    return {k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def worker():
+    """What one of two processes does (conftest.two_processes)."""
+    r = common.rank()
+    return {accumulate: one_step(2 * r, 2 * r + 2, accumulate) for accumulate in (1, 2)}
+
+
+def test_accumulation_is_one_batch():
+    for accumulate in (2, 4):
+        same_step([one_step(accumulate=accumulate)], one_step())
+
+
+def test_two_processes_are_one_batch(two_processes):
+    for accumulate in (1, 2):
+        same_step([r[accumulate] for r in two_processes["test_finetune"]], one_step())
+
+
+# ==== Small labelled sets ==========================================================================================
+
+NAMES = ("Zürich tram", "a/b <c>")
+SIZES = ((64, 48), (48, 60), (72, 40), (64, 64))                          # width, height
+
+
+def drawn(i):
+    """Image i and its boxes (x1, y1, x2, y2): two bright rectangles, of one class each."""
+    w, h = SIZES[i % 4]
+    pixels = np.random.default_rng(i).integers(0, 80, (h, w, 3), dtype=np.uint8)
+    boxes = [(4 + i, 6, 24 + i, 30), (30, 12 + i, 44, 36)]
+    for k, (x1, y1, x2, y2) in enumerate(boxes):
+        pixels[y1:y2, x1:x2] = (250, 60, 20) if k == 0 else (20, 90, 240)
+    return Image.fromarray(pixels), boxes
+
+
+def coco_set(folder):
+    """train.json with images 0..3, test.json with 4 and 5; ids of images and categories have gaps."""
+    folder.mkdir()
+    categories = [{"id": 300, "name": NAMES[1]}, {"id": 7, "name": NAMES[0]}]
+    for split, some in (("train", range(4)), ("test", range(4, 6))):
+        content = {"images": [], "annotations": [], "categories": categories}
+        for i in some:
+            image, boxes = drawn(i)
+            image.save(folder / f"{i}.png")
+            content["images"].append({"id": 1000 - 90 * i, "width": image.width, "height": image.height, "file_name": f"{i}.png"})
+            for category, (x1, y1, x2, y2) in zip((7, 300), boxes):
+                content["annotations"].append({"id": len(content["annotations"]), "image_id": 1000 - 90 * i, "category_id": category, "iscrowd": 0,
+                                               "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def voc_set(folder):
+    year = folder / "VOC2007"
+    for sub in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (year / sub).mkdir(parents=True)
+    for split, some in (("trainval", range(4)), ("test", range(4, 6))):
+        (year / f"ImageSets/Main/{split}.txt").write_text("".join(f"00{i}\n" for i in some))
+        for i in some:
+            image, boxes = drawn(i)
+            image.save(year / f"JPEGImages/00{i}.jpg")
+            objects = "".join(f"<object><name>{name.replace('<', '&lt;')}</name><difficult>{int(k == 1 and i == 5)}</difficult><bndbox>"
+                              f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                              for k, (name, (x1, y1, x2, y2)) in enumerate(zip(NAMES, boxes)))
+            (year / f"Annotations/00{i}.xml").write_text(
+                f"<annotation><filename>00{i}.jpg</filename><size><width>{image.width}</width><height>{image.height}</height></size>"
+                f"{objects}</annotation>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pretrained") / "last.pt"
+    cfg = small_config(detreg.Config, num_feature_levels=LEVELS, num_classes=2)
+    torch.manual_seed(1)
+    model = common.build_detector(cfg, 2, detreg.DETReg, embedding_dim=16)
+    common.save_checkpoint(path, model, None, 0, cfg, script="detreg")
+    return path
+
+
+RUN = {"scales": (40, 48), "max_size": 80, "crop_scales": (48,), "crop_range": (30, 44), "eval_size": 48, "batch_size": 2, "max_steps": 2,
+       "num_workers": 0, "dropout": 0.0, "log_every": 1, "lr_backbone": 2e-4}
+
+
+def run(out, **values):
+    return finetune.main(flags({**RUN, "out": out, **values}))
+
+
+def plain(value):
+    """As json keeps it: nan is null."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and value != value else value
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained, tmp_path_factory):
+    """A two-step run on the COCO json -> (its folder, the data, its metrics)."""
+    folder = tmp_path_factory.mktemp("tuned")
+    labelled = coco_set(folder / "set")
+    return folder / "run", labelled, run(folder / "run", data=labelled, init_from=pretrained)
+
+
+def check_detections(out, sizes, category_ids):
+    found = json.loads((out / "detections.json").read_text())
+    assert {d["image_id"] for d in found} == set(sizes) and {d["category_id"] for d in found} == set(category_ids)
+    for d in found:
+        assert d.keys() == {"image_id", "category_id", "bbox", "score"} and 0 <= d["score"] <= 1
+        x, y, w, h = d["bbox"]
+        width, height = sizes[d["image_id"]]
+        assert w > 0 and h > 0 and 0 <= x + w / 2 <= width and 0 <= y + h / 2 <= height       # the centre is inside, as a sigmoid is
+    per_image = [sum(d["image_id"] == i for d in found) for i in sizes]
+    assert per_image == [min(100, 8 * len(category_ids))] * len(sizes)
+    return found
+
+
+def test_coco_run(tuned):
+    out, _, metrics = tuned
+    check_detections(out, {640: SIZES[0], 550: SIZES[1]}, (7, 300))
+    assert metrics["per_class"].keys() == set(NAMES) and {"AP", "AP50", "AP75", "AR100"} <= metrics.keys()
+    assert json.loads((out / "metrics.json").read_text()) == plain(metrics)
+    assert Image.open(out / "predictions.png").height > 2 * 200
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1] and all(line["loss"] == pytest.approx(
+        sum(w * line[k + s] for k, w in (("loss_ce", 2), ("loss_bbox", 5), ("loss_giou", 2)) for s in ("", "_0")), rel=1e-4) for line in lines)
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert state["script"] == "finetune" and state["step"] == 2 and state["model"]["class_embed.0.weight"].shape == (2, 64)
+    assert state["categories"] == [{"id": 7, "name": NAMES[0]}, {"id": 300, "name": NAMES[1]}]
+    assert not any(name.startswith("feature_embed") for name in state["model"])
+
+
+def test_the_same_command_again(tuned, pretrained, capsys):
+    out, labelled, metrics = tuned
+    assert plain(run(out, data=labelled, init_from=pretrained)) == plain(metrics)
+    assert "this run is finished (2 steps)" in capsys.readouterr().out
+
+
+def test_evaluation_of_the_run(tuned, tmp_path):
+    out, labelled, metrics = tuned
+    again = run(tmp_path, data=labelled, init_from=out / "last.pt", eval_only="true")
+    assert plain(again) == {k: v for k, v in plain(metrics).items() if k != "steps"} and metrics["steps"] == 2
+    assert json.loads((tmp_path / "detections.json").read_text()) == json.loads((out / "detections.json").read_text())
+    assert not (tmp_path / "last.pt").exists() and not (tmp_path / "log.jsonl").exists()
+
+
+def test_class_agnostic_evaluation_of_a_tuned_detector(tuned, tmp_path):
+    run(tmp_path, data=tuned[1], init_from=tuned[0] / "last.pt", class_agnostic="true")
+    found, named = (json.loads((folder / "detections.json").read_text()) for folder in (tmp_path, tuned[0]))
+    for image_id in (550, 640):                                           # a box counts as much as its best class says
+        best = {}
+        for d in named:
+            if d["image_id"] == image_id:
+                box = tuple(round(max(v, 0), 3) for v in d["bbox"][:2])
+                best[box] = max(best.get(box, 0), d["score"])
+        mine = [d for d in found if d["image_id"] == image_id]
+        assert len(mine) == 8 and [d["score"] for d in mine] == sorted((d["score"] for d in mine), reverse=True)
+        assert [1 / (1 + np.exp(-d["score"])) for d in mine] == pytest.approx(sorted(best.values(), reverse=True), abs=1e-5)
+
+
+def test_class_agnostic_evaluation(tuned, pretrained, tmp_path):
+    metrics = run(tmp_path, data=tuned[1], init_from=pretrained, class_agnostic="true")
+    assert not (tmp_path / "last.pt").exists()                            # it is an evaluation: nothing is trained
+    found = json.loads((tmp_path / "detections.json").read_text())
+    assert "per_class" not in metrics and len(found) == 2 * 8 and {d["category_id"] for d in found} == {1}
+    model = common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS), 2).eval()
+    model.load_state_dict({k: v for k, v in torch.load(pretrained, weights_only=True)["model"].items() if not k.startswith("feature_embed")})
+    samples = [{"image": data.to_normalized_tensor(Image.open(tuned[1] / f"{i}.png")), "target": {}, "skipped": []} for i in (5, 4)]
+    batch = data.collate(samples)                                         # their short sides are 48 already
+    with torch.no_grad():
+        logits = model(batch["images"], batch["mask"])["pred_logits"]
+    for image_id, row in zip((550, 640), logits[..., 1]):                 # the score is the logit of row 1, "object"
+        assert [d["score"] for d in found if d["image_id"] == image_id] == pytest.approx(sorted(row.tolist(), reverse=True), abs=1e-5)
+
+
+def test_voc_run(pretrained, tmp_path):
+    labelled = voc_set(tmp_path / "set")
+    metrics = run(tmp_path / "run", data=labelled, init_from=pretrained, with_box_refine="false")
+    check_detections(tmp_path / "run", {1: SIZES[0], 2: SIZES[1]}, (1, 2))
+    assert {"AP", "VOC07_AP", "VOC07_AP50"} <= metrics.keys() and metrics["per_class"].keys() == set(NAMES)
+    assert (tmp_path / "run" / "predictions.png").exists()
+
+
+def test_resumed_run_is_the_unbroken_one(tuned, pretrained, tmp_path):
+    for steps in (1, 2):
+        run(tmp_path, data=tuned[1], init_from=pretrained, max_steps=steps)
+    one, two = (torch.load(p / "last.pt", weights_only=True)["model"] for p in (tuned[0], tmp_path))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_run_killed_before_its_evaluation(tuned, pretrained, tmp_path, monkeypatch):
+    run(tmp_path, data=tuned[1], init_from=pretrained, max_steps=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+        run(tmp_path, data=tuned[1], init_from=pretrained, max_steps=2)
+    run(tmp_path, data=tuned[1], init_from=pretrained, max_steps=2)
+    assert (tmp_path / "detections.json").read_text() == (tuned[0] / "detections.json").read_text()
+
+
+def test_share_of_the_labels_depends_on_the_seed_alone(monkeypatch, tmp_path):
+    coco_set(tmp_path / "set")
+    def drawn_ids(seed, rank):
+        monkeypatch.setattr(common, "rank", lambda: rank)
+        torch.manual_seed(rank), np.random.seed(rank)
+        return finetune.open_sets(finetune.Config(data=str(tmp_path / "set"), labels_percent=50, seed=seed))[0].image_ids
+
+    every = sorted(1000 - 90 * i for i in range(4))
+    for seed in range(4):
+        wanted = [every[i] for i in np.random.default_rng(seed).choice(np.arange(4), 2, replace=False)]
+        assert drawn_ids(seed, 0) == drawn_ids(seed, 1) == wanted
+
+
+def test_samples_leave_crowds_out_and_keep_difficult_objects():
+    boxes = torch.tensor([[4.0, 6, 24, 30], [0, 0, 60, 40], [30, 12, 44, 36]])
+    target = {"boxes_xyxy": boxes, "labels": torch.tensor([1, 0, 2]), "crowd": torch.tensor([False, True, False]),
+              "ignore": torch.tensor([False, True, True])}
+    labelled = SimpleNamespace(load=lambda i: (drawn(0)[0], target), __len__=lambda: 1)
+    cfg = finetune.Config(scales=(48,), max_size=100, crop_scales=())
+    seen = set()
+    for epoch in range(6):
+        sample = finetune.LabelledDataset(cfg, labelled)[epoch, 0]
+        flipped = not torch.equal(sample["image"], data.to_normalized_tensor(drawn(0)[0]))
+        seen.add(flipped)
+        assert sample["target"]["labels"].tolist() == [1, 2]
+        centres = torch.tensor([[14 / 64, 18 / 48], [37 / 64, 24 / 48]])
+        if flipped:
+            centres[:, 0] = 1 - centres[:, 0]
+        torch.testing.assert_close(sample["target"]["boxes"], torch.cat([centres, torch.tensor([[20 / 64, 24 / 48], [14 / 64, 24 / 48]])], 1))
+    assert seen == {True, False}
+
+
+# ==== Bad input ====================================================================================================
+
+def test_bad_input_ends_in_one_line(fails, tuned, pretrained, tmp_path):
+    out, labelled, _ = tuned
+
+    def fail(**values):
+        return fails(finetune.main, flags({**RUN, "data": labelled, "init_from": pretrained, "out": tmp_path / "out", **values}))
+
+    def edited(name, change):
+        content = json.loads((labelled / "train.json").read_text())
+        change(content)
+        (labelled / name).write_text(json.dumps(content))
+        return labelled / name
+
+    assert str(tmp_path / "nowhere") in fail(data=tmp_path / "nowhere")
+    assert "batch_size 2 (global)" in fail(accumulate=3)
+    assert "--labels_percent 0" in fail(labels_percent=0) and "101" in fail(labels_percent=101)
+    assert "absent.png" in (line := fail(data=edited("gap.json", lambda c: c["images"][2].update(file_name="absent.png")))) and "gap.json" in line
+    assert "999" in (line := fail(data=edited("unknown.json", lambda c: c["annotations"][0].update(category_id=999)))) and "unknown.json" in line
+    assert "size.json" in (line := fail(data=edited("size.json", lambda c: [i.update(width=333) for i in c["images"]]))) or "333x" in line
+    assert str(tmp_path / "nowhere.pt") in fail(init_from=tmp_path / "nowhere.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    assert str(tmp_path / "text.pt") in fail(init_from=tmp_path / "text.pt")
+    torch.save({"model": {"query_embed.weight": torch.zeros(1)}}, tmp_path / "detr.pt")
+    assert "detr.pt: this is a DETR checkpoint" in fail(init_from=tmp_path / "detr.pt")
+    assert f"{pretrained} was trained with another architecture than --enc_layers 5 (it has 1)" in fail(enc_layers=5)
+    state = torch.load(pretrained, weights_only=True)
+    state["model"]["transformer.extra.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "more.pt")
+    assert "more.pt is a checkpoint of another architecture. unknown here: transformer.extra.weight" in fail(init_from=tmp_path / "more.pt")
+    assert f"--out {out} holds a training run" in fail(eval_only="true", init_from=out / "last.pt", out=out)
+    torch.save({"model": build(2, with_box_refine=True).state_dict()}, tmp_path / "refine.pt")
+    line = fails(finetune.main, ["--data", labelled, "--init_from", tmp_path / "refine.pt", "--no-with-box-refine"])
+    assert "--with_box_refine False (it has True)" in line
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert "list.pt: holds a list" in fail(init_from=tmp_path / "list.pt")
+    assert "--class_agnostic" in fail(eval_only="true") and "--eval_only" in fails(finetune.main, ["--eval_only", "--data", labelled])
+    assert f"{out} holds a run with another configuration (lr: 0.0002 -> 0.5)" in fail(out=out, lr=0.5)
+    other = flags({**SMALL, "data": "synthetic", "synthetic_images": 4, "batch_size": 2, "out": out})
+    assert f"{out} holds a run of finetune.py" in fails(detreg.main, other)
