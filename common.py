@@ -123,6 +123,8 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] |
     for name in AT_LEAST_ONE & values.keys():
         if values[name] is not None and values[name] < 1:
             raise UserError(f"--{name} {values[name]}: must be at least 1")
+    if "nheads" in values and (values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 32):
+        raise UserError(f"--hidden_dim {values['hidden_dim']} with --nheads {values['nheads']}: the width must be a multiple of the heads and of 32")
     if "crop_range" in values and not (len(values["crop_range"]) == 2 and values["crop_range"][0] <= values["crop_range"][1]):
         raise UserError(f"--crop_range {' '.join(map(str, values['crop_range']))}: give the smallest and the largest side, in this order")
     if values["out"] is None:
@@ -679,8 +681,6 @@ def build_detector(cfg: Any, num_classes: int, detector: type = DeformableDETR, 
 
     What of the backbone learns: nothing at lr_backbone 0; layer2-4 under frozen BatchNorm (released); all of it under ordinary BatchNorm.
     """
-    if cfg.hidden_dim % cfg.nheads or cfg.hidden_dim % 32:
-        raise UserError(f"--hidden_dim {cfg.hidden_dim} with --nheads {cfg.nheads}: the width must be a multiple of the heads and of 32")
     trainable = 0 if cfg.lr_backbone <= 0 else 5 if cfg.backbone_norm == "bn" else 3
     backbone = Backbone(cfg.arch, (2, 3, 4)[-cfg.num_feature_levels:], cfg.backbone_norm, trainable)
     transformer = DeformableTransformer(cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout,
@@ -734,7 +734,7 @@ class SetCriterion(nn.Module):
     """Loss of a set of predictions: matching, then focal classification, L1 and GIoU on the matched boxes, on every decoder layer.
 
     forward returns (losses, pairs): unweighted terms `loss_ce`, `loss_bbox`, `loss_giou`, for earlier layer i with suffix `_i`, the log values
-    `class_error` and `cardinality_error`; and the last layer's assignment. Multiply with `weights()` for the total.
+    `class_error` and `cardinality_error`; and the last layer's assignment. `total(losses)` is their weighted sum.
     """
 
     def __init__(self, num_classes: int, matcher: HungarianMatcher, weight_class: float = 2.0, weight_bbox: float = 5.0, weight_giou: float = 2.0):

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 import common
 from common import UserError
 
-# Where each family keeps a ResNet: name, prefix of its keys, what else such a file holds (and is not needed here).
+# Where each family keeps a ResNet: name, prefix of its keys. The first that fits counts.
 BACKBONES = (
-    ("SwAV ResNet", "module.", ("module.projection_head.", "module.prototypes.")),
-    ("MoCo encoder", "module.encoder_q.", ("module.encoder_k.", "module.queue", "module.encoder_q.fc.")),
-    ("detector", "backbone.0.body.", ("transformer.", "class_embed.", "bbox_embed.", "query_embed.", "input_proj.", "feature_embed.")),
-    ("torchvision ResNet", "", ("fc.",)),
+    ("SwAV ResNet", "module."),
+    ("MoCo encoder", "module.encoder_q."),
+    ("detector", "backbone.0.body."),
+    ("torchvision ResNet", ""),
 )
 
 
@@ -58,9 +58,9 @@ def state_of(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
 def load_backbone(body: nn.Module, path: str | Path) -> None:
     """Fill a ResNet body (conv1, bn1, layer1..) from a SwAV, MoCo, torchvision, DETR-family or own checkpoint; strict, and prints what it left."""
     state = state_of(read_checkpoint(path), path)
-    found = [(name, prefix) for name, prefix, _ in BACKBONES if prefix + "conv1.weight" in state]
+    found = [(name, prefix) for name, prefix in BACKBONES if prefix + "conv1.weight" in state]
     if not found:
-        raise UserError(f"{path}: no ResNet found in it; known are " + ", ".join(f"{n} ({p}conv1.weight)" for n, p, _ in BACKBONES))
+        raise UserError(f"{path}: no ResNet found in it; known are " + ", ".join(f"{n} ({p}conv1.weight)" for n, p in BACKBONES))
     name, prefix = found[0]
     parts = tuple(prefix + part for part in ("conv1", "bn1", "layer"))
     tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(parts)}
@@ -75,7 +75,7 @@ def load_backbone(body: nn.Module, path: str | Path) -> None:
 def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
     """Flags of the Deformable DETR a state dict belongs to (names as in finetune.py); UserError when it is none."""
     if "transformer.level_embed" not in state or "query_embed.weight" not in state:
-        known = next((f"a {name}" for name, prefix, _ in BACKBONES if prefix + "conv1.weight" in state), "an unknown model")
+        known = next((f"a {name}" for name, prefix in BACKBONES if prefix + "conv1.weight" in state), "an unknown model")
         known = "a DETR" if "query_embed.weight" in state else known
         hint = "; give a bare backbone with --backbone_weights" if "ResNet" in known or "MoCo" in known else ""
         raise UserError(f"{path}: this is {known} checkpoint, not a Deformable DETR or DETReg one (no transformer.level_embed){hint}")

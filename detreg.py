@@ -189,7 +189,8 @@ class RegionDataset(torch.utils.data.Dataset):
         """Policies of Sec. 4. `other_image`: the boxes of another image, stretched to this one (Table 5, first row)."""
         width, height = image.size
         if self.cfg.strategy == "other_image":
-            other, index = data.load_usable(self.source, int(rng.choice(self.indices)), rng, [], self.indices)
+            others = self.indices[self.indices != index] if len(self) > 1 else self.indices
+            other, index = data.load_usable(self.source, int(rng.choice(others)), rng, [], others)
             boxes = self.all_boxes(other, index, epoch) * np.float32([width / other.width, height / other.height] * 2)
             return proposals.select(boxes, "topk", self.cfg.max_prop, rng)
         return proposals.select(self.all_boxes(image, index, epoch), self.cfg.strategy, self.cfg.max_prop, rng)

@@ -364,7 +364,8 @@ def train_steps(case, arrays, seen):
         close(losses["grad_norm"], norm, 0, 1e-3 if step == 0 else 2e-3)
         if step == 0:
             expected_norms = case["gradient_norm_by_parameter_step0"]
-            norms = {n: p.grad.norm() * max(losses["grad_norm"] + 1e-6, c["clip"]) / c["clip"] for n, p in model.named_parameters() if p.grad is not None}
+            unclip = max(losses["grad_norm"] + 1e-6, c["clip"]) / c["clip"]
+            norms = {n: p.grad.norm() * unclip for n, p in model.named_parameters() if p.grad is not None}
             assert set(norms) == set(expected_norms)
             for name, value in expected_norms.items():
                 close(norms[name], value, 1e-4 * norm, 1e-3, name)
@@ -395,7 +396,8 @@ def groups(case, arrays, _):
         assert (detreg.Config().weight_decay, detreg.Config().clip_max_norm) == (expected["weight_decay"], expected["clip_max_norm"])
         if "loading_from_pretrain" in expected:
             rule = expected["loading_from_pretrain"]
-            pretrained = common.build_detector(SimpleNamespace(**{**vars(cfg), "lr_backbone": 0.0}), 91, detreg.DETReg, embedding_dim=512).state_dict()
+            frozen = SimpleNamespace(**{**vars(cfg), "lr_backbone": 0.0})
+            pretrained = common.build_detector(frozen, 91, detreg.DETReg, embedding_dim=512).state_dict()
             dropped = {r"^feature_embed\.": "pretext head", r"^class_embed\.": "class head"}
             common.load_matching(model, pretrained, drop=dropped, source=name)
             own = model.state_dict()
