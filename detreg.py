@@ -547,7 +547,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def open_store(cfg: Config, source, out: Path) -> proposals.ProposalStore | None:
     """The proposals to train on: a given store, one filled now (rank 0 fills, the others wait), or none: boxes are computed in the loader."""
     if cfg.proposal_store:
-        return proposals.ProposalStore.open(cfg.proposal_store, source)
+        store = proposals.ProposalStore.open(cfg.proposal_store, source)
+        made = ", ".join(f"{k} {store.header[k]}" for k in ("method", "mode", "grid", "rank", "seed", "opencv"))
+        common.say(f"proposals come from {cfg.proposal_store} ({made}); the flags --proposal_* are not used")
+        return store
     if not cfg.cache_proposals:
         return None
     if common.rank() == 0:

@@ -757,3 +757,14 @@ def test_architecture_refuses_by_name():
     for other in ({k: v for k, v in state.items() if not k.startswith("backbone")}, {**state, "backbone.0.body.layer2.5.conv1.weight": one}):
         with pytest.raises(UserError, match="FILE: .*lacks parts.*resnet18, resnet34"):
             convert.architecture(other, "FILE")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_deformable_attention_is_the_same_on_cuda():
+    torch.manual_seed(0)
+    shapes = [(7, 9), (4, 5)]
+    value, locations = torch.randn(2, 83, 4, 8), torch.rand(2, 11, 4, 2, 3, 2) * 1.4 - 0.2
+    weights = torch.rand(2, 11, 4, 2, 3)
+    here = common.multi_scale_deformable_attention(value, shapes, locations, weights)
+    there = common.multi_scale_deformable_attention(value.cuda(), shapes, locations.cuda(), weights.cuda())
+    torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-5)
