@@ -191,7 +191,7 @@ def autocast(device: torch.device, amp: str):
 
 def seed_step(seed: int, step: int) -> None:
     """All randomness inside a step (dropout) is a function of (seed, step, rank): a resumed run draws what the unbroken one would."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def progress(iterable, **kwargs) -> tqdm:
