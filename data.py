@@ -200,11 +200,11 @@ _SHAPES = {  # inside of a unit-radius shape at (u, v), r and a the same point i
     "star": lambda u, v, r, a: _star(r, a),
     "ring": lambda u, v, r, a: (r < 1) & (r > 0.5)}
 _TEXTURES = {  # each class's own family at a frequency f: the weight of the object's second colour
-    "disc": lambda u, v, r, a, f, rng: (u + 1) / 2,  # gradient
-    "square": lambda u, v, r, a, f, rng: np.sin(f * u) * np.sin(f * v) > 0,  # checks
-    "triangle": lambda u, v, r, a, f, rng: np.sin(1.4 * f * u) > 0,  # stripes
-    "star": lambda u, v, r, a, f, rng: np.cos(1.5 * f * u) + np.cos(1.5 * f * v) > 0.6,  # dots
-    "ring": lambda u, v, r, a, f, rng: np.sin(round(f) * a) > 0}  # wedges
+    "disc": lambda u, v, r, a, f: (u + 1) / 2,  # gradient
+    "square": lambda u, v, r, a, f: np.sin(f * u) * np.sin(f * v) > 0,  # checks
+    "triangle": lambda u, v, r, a, f: np.sin(1.4 * f * u) > 0,  # stripes
+    "star": lambda u, v, r, a, f: np.cos(1.5 * f * u) + np.cos(1.5 * f * v) > 0.6,  # dots
+    "ring": lambda u, v, r, a, f: np.sin(round(f) * a) > 0}  # wedges
 
 
 class SyntheticScenes:
@@ -277,7 +277,7 @@ class SyntheticScenes:
         y, x = np.mgrid[:side, :side] + (first + 0.5 - centre)[:, None, None]
         u, v = (np.cos(turn) * x + np.sin(turn) * y) / radius, (np.cos(turn) * y - np.sin(turn) * x) / radius
         r, a, name = np.hypot(u, v), np.arctan2(v, u), self.CLASSES[label]
-        inside, weight = _SHAPES[name](u, v, r, a), _TEXTURES[name](u, v, r, a, rng.uniform(4, 6), rng)[..., None]
+        inside, weight = _SHAPES[name](u, v, r, a), _TEXTURES[name](u, v, r, a, rng.uniform(4, 6))[..., None]
         behind = canvas[int(centre[0]), int(centre[1])]
         while np.abs((colour := rng.uniform(0, 255, 3)) - behind).max() < 45:  # an object stands out from where it lies
             pass
