@@ -1,11 +1,12 @@
-"""What a pretraining method is made of: command line, processes, checkpoints, backbone, Deformable DETR, matching, losses, schedules.
+"""What a pretraining method is made of: command line, processes, checkpoints, backbone, the DETR family, matching, losses, schedules.
 
 Shape legend, used in every file. B images, Q object queries, C classes, D channels, L feature levels, P sampling points per level,
 M attention heads, S = sum over levels of H_l * W_l, n boxes of one image. Batch first everywhere.
 Box formats: `boxes_xyxy` [n, 4] pixels; `boxes` / `pred_boxes` [..., 4] (cx, cy, w, h) as fractions of the image; masks: True = padding.
 A target is a dict {"labels": int64 [n], "boxes": float32 [n, 4] cxcywh in 0..1, ...}.
 
-Module names follow the released Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159) and DETReg, so that their checkpoints load by name.
+Module names follow the released DETR (Carion et al., ECCV 2020, arXiv 2005.12872), Conditional DETR (Meng et al., ICCV 2021, arXiv 2108.06152) and
+Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159), so that their checkpoints load by name.
 """
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def cli(main: Callable[[], Any]) -> None:
 RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change", "data_root", "eval_every"}
 
 AT_LEAST_ONE = {"batch_size", "accumulate", "epochs", "max_prop", "num_queries", "num_feature_levels", "enc_layers",
-                "dec_layers", "log_every", "save_every", "max_steps"}
+                "dec_layers", "log_every", "save_every", "max_steps", "num_patches", "num_regions"}
 
 
 def _knob_help(config_class: type) -> dict[str, str]:
@@ -312,6 +313,25 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     return state["step"]
 
 
+def finished(out: Path, state: dict | None, total_steps: int) -> dict | None:
+    """The metrics of a run that has nothing left to do, else None."""
+    metrics = json.loads((out / "metrics.json").read_text()) if state and (out / "metrics.json").exists() else {}
+    if not state or state["step"] < total_steps or metrics.get("steps") != state["step"]:
+        return None
+    say(f"this run is finished ({state['step']} steps)")
+    return metrics
+
+
+def tell_plan(cfg: Any, images: int, what: str, steps_per_epoch: int, start: int, total_steps: int, device: torch.device) -> None:
+    """One line on what is about to run; another one on a backbone that starts without weights."""
+    if cfg.backbone_weights == "random" and not getattr(cfg, "init_from", None):
+        say("the backbone starts random: " + ("it is trained, with ordinary BatchNorm" if cfg.lr_backbone > 0 and cfg.backbone_norm == "bn" else
+                                              "it is trained, with frozen BatchNorm" if cfg.lr_backbone > 0 else "and it is FROZEN"))
+    pieces = world_size() * cfg.accumulate
+    say(f"{images} {what}, {steps_per_epoch} steps per epoch, steps {start}..{total_steps}; batch {cfg.batch_size} = {world_size()} processes x "
+        f"{cfg.accumulate} x {cfg.batch_size // pieces}; {device}")
+
+
 def load_matching(model: nn.Module, state: dict[str, Tensor], *, drop: dict[str, str], source: str) -> None:
     """Strict loading with named exceptions: `drop` maps a regular expression on names to the reason they are left out.
 
@@ -330,9 +350,9 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], *, drop: dict[str,
                  (("missing there", missing), ("unknown here", unexpected), ("other shapes (file -> model)", shapes)) if names]
         raise UserError(f"{source} is a checkpoint of another architecture. {'; '.join(parts)}. Give the flags it was trained with")
     model.load_state_dict(own | kept)
-    dropped = {why: [k for k in sorted(reason) if reason[k] == why] for why in dict.fromkeys(reason.values())}
-    say(f"loaded {len(kept)} tensors from {source}" + "".join(f"\n  left out {len(k)}: {why} ({k[0]}{', ...' if len(k) > 1 else ''})"
-                                                             for why, k in dropped.items()))
+    for why, names in ((why, sorted(k for k in reason if reason[k] == why)) for why in dict.fromkeys(reason.values())):
+        say(f"  {why}: {', '.join(names)}")
+    say(f"loaded {len(kept)} tensors from {source}" + (f"; {len(reason)} named above are left out or new" if reason else ""))
 
 
 # ==== Backbone =====================================================================================================
@@ -429,6 +449,184 @@ class PositionEmbeddingSine(nn.Module):
         return torch.cat(axes, 3).permute(0, 3, 1, 2)
 
 
+# ==== DETR and Conditional DETR ====================================================================================
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; keys `layers.i` as in every released DETR."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+class DETREncoderLayer(nn.Module):
+    """Self-attention over all pixels, then a feed-forward network (DETR, Sec. A.3).
+
+    post-norm: x = norm(x + f(x)); pre-norm: x = x + f(norm(x)). The position is added to queries and keys only, after the norm.
+    """
+
+    def __init__(self, d_model: int, d_ffn: int, dropout: float, n_heads: int, pre_norm: bool):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
+        self.linear1, self.linear2 = nn.Linear(d_model, d_ffn), nn.Linear(d_ffn, d_model)
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
+
+    def residual(self, x: Tensor, norm: nn.LayerNorm, block: Callable[[Tensor], Tensor]) -> Tensor:
+        return x + self.dropout(block(norm(x))) if self.pre_norm else norm(x + self.dropout(block(x)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+
+    def forward(self, x: Tensor, pos: Tensor, padding: Tensor) -> Tensor:    # [B, S, D], [B, S, D], [B, S]
+        def attend(y: Tensor) -> Tensor:
+            return self.self_attn(y + pos, y + pos, y, key_padding_mask=padding, need_weights=False)[0]
+        return self.residual(self.residual(x, self.norm1, attend), self.norm2, self.feed_forward)
+
+
+class DETRDecoderLayer(DETREncoderLayer):
+    """Self-attention among queries, attention into the image, feed-forward network (DETR, Sec. A.3)."""
+
+    def __init__(self, d_model: int, d_ffn: int, dropout: float, n_heads: int, pre_norm: bool):
+        super().__init__(d_model, d_ffn, dropout, n_heads, pre_norm)
+        self.multihead_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
+        self.norm3 = nn.LayerNorm(d_model)
+
+    def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, pos: Tensor, padding: Tensor, self_mask: Tensor | None) -> Tensor:
+        def among_queries(y: Tensor) -> Tensor:
+            return self.self_attn(y + query_pos, y + query_pos, y, attn_mask=self_mask, need_weights=False)[0]
+
+        def into_image(y: Tensor) -> Tensor:
+            return self.multihead_attn(y + query_pos, memory + pos, memory, key_padding_mask=padding, need_weights=False)[0]
+        x = self.residual(x, self.norm1, among_queries)
+        x = self.residual(x, self.norm2, into_image)
+        return self.residual(x, self.norm3, self.feed_forward)
+
+
+class DETRTransformer(nn.Module):
+    """Encoder over the pixels of one map, decoder over object queries (DETR, Fig. 2)."""
+
+    def __init__(self, d_model: int = 256, nhead: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048,
+                 dropout: float = 0.1, pre_norm: bool = False):
+        super().__init__()
+        self.d_model, layer = d_model, (d_model, dim_feedforward, dropout, nhead, pre_norm)
+        self.encoder, self.decoder = nn.Module(), nn.Module()                 # holders of `layers` and `norm`, for the released names
+        self.encoder.layers = nn.ModuleList(DETREncoderLayer(*layer) for _ in range(enc_layers))
+        self.encoder.norm = nn.LayerNorm(d_model) if pre_norm else nn.Identity()
+        self.decoder.layers = nn.ModuleList(self.decoder_layer(i, *layer) for i in range(dec_layers))
+        self.decoder.norm = nn.LayerNorm(d_model)                             # on the output of every layer, the next layer sees it without
+        self.further_modules()
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def decoder_layer(self, index: int, *layer: Any) -> nn.Module:
+        return DETRDecoderLayer(*layer)
+
+    def further_modules(self) -> None:
+        """What a variant has besides."""
+
+    def decode(self, query_pos: Tensor, memory: Tensor, pos: Tensor, padding: Tensor, self_mask: Tensor | None):
+        x, hs = torch.zeros_like(query_pos), []
+        for layer in self.decoder.layers:
+            x = layer(x, query_pos, memory, pos, padding, self_mask)
+            hs.append(self.decoder.norm(x))
+        return torch.stack(hs), None
+
+    def forward(self, source: Tensor, mask: Tensor, position: Tensor, query_embed: Tensor, self_mask: Tensor | None = None):
+        """source, position [B, D, H, W]; mask [B, H, W] True = padding; query_embed [Q, D] or, per image, [B, Q, D]; self_mask [Q, Q] True = query i
+        may not look at query j. Returns hs [layers, B, Q, D], reference points [B, Q, 2] in 0..1 or None, memory [B, D, H, W]."""
+        x, pos, padding = (t.flatten(2).transpose(1, 2) for t in (source, position, mask[:, None]))
+        padding = padding[..., 0]                                             # [B, S]
+        for layer in self.encoder.layers:
+            x = layer(x, pos, padding)
+        memory = self.encoder.norm(x)
+        hs, reference = self.decode(query_embed.expand(len(x), *query_embed.shape[-2:]), memory, pos, padding, self_mask)
+        return hs, reference, memory.transpose(1, 2).unflatten(2, source.shape[-2:])
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, dropout: float, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention of [B, Q, E], [B, S, E], [B, S, D], each already cut into heads; mask broadcasts to [B, M, Q, S], True = not seen."""
+    query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, None if mask is None else ~mask, dropout)
+    return output.transpose(1, 2).flatten(2)
+
+
+class ConditionalDecoderLayer(nn.Module):
+    """Decoder layer whose cross-attention compares content with content and place with place (Conditional DETR, Sec. 3.3, Eq. 5).
+
+    Per head, queries are [content; place] and so are keys. The learned position enters the content only in the first layer.
+    """
+
+    def __init__(self, d_model: int, d_ffn: int, dropout: float, n_heads: int, first: bool):
+        super().__init__()
+        self.n_heads, self.attention_dropout = n_heads, dropout
+        for name in ("sa_qcontent", "sa_qpos", "sa_kcontent", "sa_kpos", "sa_v", "ca_qcontent", "ca_kcontent", "ca_kpos", "ca_v", "ca_qpos_sine"):
+            self.add_module(f"{name}_proj", nn.Linear(d_model, d_model))
+        self.ca_qpos_proj = nn.Linear(d_model, d_model) if first else None
+        self.self_attn, self.cross_attn = (nn.ModuleDict({"out_proj": nn.Linear(d_model, d_model)}) for _ in range(2))
+        self.linear1, self.linear2 = nn.Linear(d_model, d_ffn), nn.Linear(d_ffn, d_model)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+        for attn in (self.self_attn, self.cross_attn):
+            nn.init.zeros_(attn["out_proj"].bias)
+
+    def forward(self, x: Tensor, query_pos: Tensor, place: Tensor, memory: Tensor, pos: Tensor, padding: Tensor, self_mask: Tensor | None) -> Tensor:
+        dropout = self.attention_dropout if self.training else 0.0
+        query, key = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos), self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
+        seen = attention(query, key, self.sa_v_proj(x), self.n_heads, dropout, self_mask)
+        x = self.norm1(x + self.dropout(self.self_attn["out_proj"](seen)))
+        query, key, key_place = self.ca_qcontent_proj(x), self.ca_kcontent_proj(memory), self.ca_kpos_proj(pos)
+        if self.ca_qpos_proj is not None:
+            query, key = query + self.ca_qpos_proj(query_pos), key + key_place
+        query, key = (torch.cat([content.unflatten(-1, (self.n_heads, -1)), where.unflatten(-1, (self.n_heads, -1))], -1).flatten(2)
+                      for content, where in ((query, self.ca_qpos_sine_proj(place)), (key, key_place)))           # [B, Q or S, 2D]
+        seen = attention(query, key, self.ca_v_proj(memory), self.n_heads, dropout, padding[:, None, None])
+        x = self.norm2(x + self.dropout(self.cross_attn["out_proj"](seen)))
+        return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+def sine_of_points(points: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
+    """Sine encoding [..., channels] of points (x, y) in 0..1: y half, then x half, sin and cos interleaved (Conditional DETR, Sec. 3.3)."""
+    half = channels // 2
+    frequency = temperature ** (2 * (torch.arange(half, device=points.device) // 2) / half)
+    angle = points.flip(-1)[..., None] * 2 * math.pi / frequency              # [..., 2, half]
+    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-3)
+
+
+class ConditionalTransformer(DETRTransformer):
+    """DETR's encoder with a decoder that looks for each query around a reference point (Conditional DETR, Fig. 3). Post-norm only, as released."""
+
+    def decoder_layer(self, index: int, d_model: int, d_ffn: int, dropout: float, n_heads: int, pre_norm: bool) -> nn.Module:
+        return ConditionalDecoderLayer(d_model, d_ffn, dropout, n_heads, first=index == 0)
+
+    def further_modules(self) -> None:
+        self.decoder.query_scale = MLP(self.d_model, self.d_model, self.d_model, 2)
+        self.decoder.ref_point_head = MLP(self.d_model, self.d_model, 2, 2)
+
+    def decode(self, query_pos: Tensor, memory: Tensor, pos: Tensor, padding: Tensor, self_mask: Tensor | None):
+        with torch.autocast(query_pos.device.type, enabled=False):
+            reference = self.decoder.ref_point_head(query_pos.float()).sigmoid()              # [B, Q, 2], the same in all layers
+            sine = sine_of_points(reference, self.d_model)
+        x, hs = torch.zeros_like(query_pos), []
+        for i, layer in enumerate(self.decoder.layers):
+            place = sine if i == 0 else sine * self.decoder.query_scale(x)    # Eq. (2) there: lambda_q = T * p_s
+            x = layer(x, query_pos, place, memory, pos, padding, self_mask)
+            hs.append(self.decoder.norm(x))
+        return torch.stack(hs), reference
+
+
 # ==== Deformable DETR ==============================================================================================
 
 def multi_scale_deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -498,25 +696,6 @@ class MSDeformAttn(nn.Module):
         return self.output_proj(sampled)
 
 
-class MLP(nn.Module):
-    """Linear layers with ReLU between them; keys `layers.i` as in every released DETR."""
-
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int):
-        super().__init__()
-        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
-
-
-def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
-
-
 class DeformableEncoderLayer(nn.Module):
     def __init__(self, d_model: int, d_ffn: int, dropout: float, n_levels: int, n_heads: int, n_points: int):
         super().__init__()
@@ -545,9 +724,9 @@ class DeformableDecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, query_pos: Tensor, reference_points: Tensor, memory: Tensor, shapes: list[tuple[int, int]],
-                mask: Tensor) -> Tensor:
+                mask: Tensor, self_mask: Tensor | None) -> Tensor:
         q = x + query_pos
-        x = self.norm2(x + self.dropout(self.self_attn(q, q, x, need_weights=False)[0]))
+        x = self.norm2(x + self.dropout(self.self_attn(q, q, x, attn_mask=self_mask, need_weights=False)[0]))
         x = self.norm1(x + self.dropout(self.cross_attn(x + query_pos, reference_points, memory, shapes, mask)))
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
@@ -587,9 +766,9 @@ class DeformableTransformer(nn.Module):
             x = layer(x, pos, reference_points, shapes, mask)
         return x
 
-    def forward(self, sources: list[Tensor], masks: list[Tensor], positions: list[Tensor], query_embed: Tensor):
+    def forward(self, sources: list[Tensor], masks: list[Tensor], positions: list[Tensor], query_embed: Tensor, self_mask: Tensor | None = None):
         """sources, positions: [B, D, H_l, W_l] per level; masks [B, H_l, W_l]; query_embed [Q, 2D] or, per image, [B, Q, 2D]: position half, then
-        initial content. Returns hs [layers, B, Q, D], initial reference [B, Q, 2], references after each layer [layers, B, Q, 2 or 4],
+        initial content; self_mask [Q, Q] True = query i may not look at query j. Returns hs [layers, B, Q, D], initial reference [B, Q, 2], references after each layer [layers, B, Q, 2 or 4],
         memory [B, S, D]."""
         shapes = [tuple(s.shape[-2:]) for s in sources]
         # the part of each map that is image, as (x, y) fractions, read off the first column and row: [B, L, 2]
@@ -605,7 +784,7 @@ class DeformableTransformer(nn.Module):
         hs, references = [], []
         for i, layer in enumerate(self.decoder.layers):
             scale = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
-            query = layer(query, query_pos, reference[:, :, None] * scale[:, None], memory, shapes, mask)
+            query = layer(query, query_pos, reference[:, :, None] * scale[:, None], memory, shapes, mask, self_mask)
             if self.decoder.bbox_embed is not None:                           # the next layer looks around this layer's box
                 with torch.no_grad():
                     reference = predict_boxes(self.decoder.bbox_embed[i], query, reference)
@@ -614,38 +793,100 @@ class DeformableTransformer(nn.Module):
         return torch.stack(hs), initial, torch.stack(references), memory
 
 
-def predict_boxes(head: nn.Module, query: Tensor, reference: Tensor) -> Tensor:
-    """Boxes [..., Q, 4] cxcywh: the head's output is an offset to the reference in logit space (Deformable DETR, Sec. 4.2 / A.4); fp32."""
+def predict_boxes(head: nn.Module, query: Tensor, reference: Tensor | None) -> Tensor:
+    """Boxes [..., Q, 4] cxcywh: the head's output is an offset to the reference, if there is one, in logit space (Deformable DETR, Sec. A.4); fp32."""
     with torch.autocast(query.device.type, enabled=False):
         delta = head(query.float())
+        if reference is None:                                                 # DETR
+            return delta.sigmoid()
         n = reference.shape[-1]                                               # 2: only the centre has a reference
         return torch.cat([delta[..., :n] + inverse_sigmoid(reference), delta[..., n:]], -1).sigmoid()
 
 
-class DeformableDETR(nn.Module):
-    """Deformable DETR: multi- or single-scale, with or without iterative box refinement.
+# ==== Detectors ====================================================================================================
 
-    num_classes counts the rows of the sigmoid classifier: there is no background row. Without refinement one class head and one box head serve
-    all decoder layers; they appear in `state_dict` once per layer, as in the released checkpoints.
+class Detector(nn.Module):
+    """What the detectors below share. `focal`: the class head is trained with the focal loss and has one row per class (else softmax, with a last
+    row for "no object"), and heads start as Conditional and Deformable DETR start them (else PyTorch's defaults, as DETR).
+
+    forward(images [B, 3, H, W] normalised and zero padded, mask [B, H, W] True = padding, ...) returns pred_logits [B, Q, rows],
+    pred_boxes [B, Q, 4] cxcywh in 0..1, hs [B, Q, D]: the query embeddings behind them; aux_outputs: the same three of every earlier decoder
+    layer; memory: the encoder's output as maps, [[B, D, H_l, W_l], ...].
     """
 
-    def __init__(self, backbone: Backbone, transformer: DeformableTransformer, *, num_classes: int, num_queries: int = 300,
-                 with_box_refine: bool = False, position_offset: float = -0.5):
+    def __init__(self, backbone: Backbone, transformer: nn.Module, num_queries: int, query_width: int, position_offset: float):
         super().__init__()
+        self.transformer = transformer
+        self.query_embed = nn.Embedding(num_queries, query_width)
+        self.backbone = nn.Sequential(backbone)                               # released name: backbone.0.body
+        self.position = PositionEmbeddingSine(transformer.d_model // 2, offset=position_offset)
+
+    def forward(self, images: Tensor, mask: Tensor, queries: Tensor | None = None, self_mask: Tensor | None = None) -> dict[str, Any]:
+        """queries: instead of the learned object queries, per image (see conditioned_queries); self_mask [Q, Q]: True = query i may not look at j."""
+        return self.detect(self.backbone[0](images), mask, queries, self_mask)
+
+    def conditioned_queries(self, features: Tensor, order: Tensor | None = None) -> Tensor:
+        """Object queries that say what to look for: features [B, n, D] are added to the position half of the first n queries (of `order`),
+        which is all of a query in DETR and Conditional DETR. Returns [B, n, query width]."""
+        queries = self.query_embed.weight if order is None else self.query_embed.weight[order]
+        return queries[:features.shape[1]] + F.pad(features, (0, queries.shape[1] - features.shape[2]))
+
+    @staticmethod
+    def outputs(layers: list[dict[str, Tensor]], memory: list[Tensor]) -> dict[str, Any]:
+        return {**layers[-1], "aux_outputs": layers[:-1], "memory": memory}
+
+
+def start_heads(class_embed: nn.Linear, bbox_embed: MLP) -> None:
+    """p = .01 for every class, for the focal loss; boxes start at their reference point."""
+    nn.init.constant_(class_embed.bias, -math.log((1 - 0.01) / 0.01))
+    nn.init.zeros_(bbox_embed.layers[-1].weight)
+    nn.init.zeros_(bbox_embed.layers[-1].bias)
+
+
+class DETR(Detector):
+    """DETR, or with a ConditionalTransformer Conditional DETR: one map, one class head and one box head for all decoder layers."""
+
+    def __init__(self, backbone: Backbone, transformer: DETRTransformer, *, rows: int, focal: bool, num_queries: int = 100,
+                 position_offset: float = 0.0):
+        d = transformer.d_model
+        super().__init__(backbone, transformer, num_queries, d, position_offset)
+        self.class_embed, self.bbox_embed = nn.Linear(d, rows), MLP(d, d, 4, 3)
+        self.input_proj = nn.Conv2d(backbone.num_channels[-1], d, 1)
+        if focal:
+            start_heads(self.class_embed, self.bbox_embed)
+
+    def detect(self, features: list[Tensor], mask: Tensor, queries: Tensor | None = None, self_mask: Tensor | None = None) -> dict[str, Any]:
+        source = self.input_proj(features[-1])                                # [B, D, H, W]
+        mask = F.interpolate(mask[:, None].float(), size=source.shape[-2:])[:, 0].bool()
+        position = self.position(mask).to(source.dtype)
+        queries = self.query_embed.weight if queries is None else queries
+        hs, reference, memory = self.transformer(source, mask, position, queries, self_mask)
+        layers = [{"pred_logits": self.class_embed(x).float(), "pred_boxes": predict_boxes(self.bbox_embed, x, reference), "hs": x.float()} for x in hs]
+        return self.outputs(layers, [memory])
+
+
+class DeformableDETR(Detector):
+    """Deformable DETR: multi- or single-scale, with or without iterative box refinement.
+
+    Without refinement one class head and one box head serve all decoder layers; they appear in `state_dict` once per layer, as in the
+    released checkpoints. A query is 2D wide: what gives its position and reference point, then what it starts from.
+    """
+
+    def __init__(self, backbone: Backbone, transformer: DeformableTransformer, *, rows: int, focal: bool = True, num_queries: int = 300,
+                 with_box_refine: bool = False, position_offset: float = -0.5):
         d, channels = transformer.d_model, backbone.num_channels
+        super().__init__(backbone, transformer, num_queries, 2 * d, position_offset)
         levels, layers = len(transformer.level_embed), len(transformer.decoder.layers)
-        self.transformer, self.with_box_refine = transformer, with_box_refine
-        class_embed, bbox_embed = nn.Linear(d, num_classes), MLP(d, d, 4, 3)
-        nn.init.constant_(class_embed.bias, -math.log((1 - 0.01) / 0.01))     # p = .01 at the start, for the focal loss
-        nn.init.zeros_(bbox_embed.layers[-1].weight)
-        nn.init.zeros_(bbox_embed.layers[-1].bias)
+        class_embed, bbox_embed = nn.Linear(d, rows), MLP(d, d, 4, 3)
+        if focal:
+            start_heads(class_embed, bbox_embed)
         share = copy.deepcopy if with_box_refine else (lambda module: module)
         self.class_embed = nn.ModuleList(share(class_embed) for _ in range(layers))
         self.bbox_embed = nn.ModuleList(share(bbox_embed) for _ in range(layers))
-        nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)       # small boxes first
+        if focal:
+            nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)   # small boxes first
         if with_box_refine:
             transformer.decoder.bbox_embed = self.bbox_embed
-        self.query_embed = nn.Embedding(num_queries, 2 * d)
         projections = [nn.Conv2d(c, d, 1) for c in channels]
         for extra in range(levels - len(channels)):                           # further levels: stride-2 convolutions, the first on the LAST stage
             projections.append(nn.Conv2d(channels[-1] if extra == 0 else d, d, 3, stride=2, padding=1))
@@ -653,60 +894,85 @@ class DeformableDETR(nn.Module):
         for conv, _ in self.input_proj:
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
-        self.backbone = nn.Sequential(backbone)                               # released name: backbone.0.body
-        self.position = PositionEmbeddingSine(d // 2, offset=position_offset)
 
-    def forward(self, images: Tensor, mask: Tensor) -> dict[str, Any]:
-        """images [B, 3, H, W] normalised and zero padded; mask [B, H, W] True = padding.
-
-        Returns pred_logits [B, Q, C], pred_boxes [B, Q, 4] cxcywh in 0..1, aux_outputs (the same two per earlier decoder layer),
-        hs [B, Q, D]: the query embeddings behind the last prediction.
-        """
-        features = self.backbone[0](images)
+    def detect(self, features: list[Tensor], mask: Tensor, queries: Tensor | None = None, self_mask: Tensor | None = None) -> dict[str, Any]:
         sources = [proj(f) for proj, f in zip(self.input_proj, features)]
         for proj in list(self.input_proj)[len(sources):]:
             sources.append(proj(features[-1] if len(sources) == len(features) else sources[-1]))
         masks = [F.interpolate(mask[:, None].float(), size=s.shape[-2:])[:, 0].bool() for s in sources]
         positions = [self.position(m).to(sources[0].dtype) for m in masks]
-        hs, initial, references, _ = self.transformer(sources, masks, positions, self.query_embed.weight)
-        outputs = []
-        for i, query in enumerate(hs):                                        # layer i corrects the reference it was given
-            boxes = predict_boxes(self.bbox_embed[i], query, initial if i == 0 else references[i - 1])
-            outputs.append({"pred_logits": self.class_embed[i](query).float(), "pred_boxes": boxes})
-        return {**outputs[-1], "aux_outputs": outputs[:-1], "hs": hs[-1].float()}
+        queries = self.query_embed.weight if queries is None else queries
+        hs, initial, references, memory = self.transformer(sources, masks, positions, queries, self_mask)
+        layers = []
+        for i, x in enumerate(hs):                                            # layer i corrects the reference it was given
+            boxes = predict_boxes(self.bbox_embed[i], x, initial if i == 0 else references[i - 1])
+            layers.append({"pred_logits": self.class_embed[i](x).float(), "pred_boxes": boxes, "hs": x.float()})
+        shapes = [s.shape[-2:] for s in sources]
+        maps = [m.transpose(1, 2).unflatten(2, shape) for m, shape in zip(memory.split([h * w for h, w in shapes], 1), shapes)]
+        return self.outputs(layers, maps)
 
 
-def build_detector(cfg: Any, num_classes: int, detector: type = DeformableDETR, **kwargs: Any) -> DeformableDETR:
-    """Deformable DETR as a configuration describes it (fields arch, backbone_norm, lr_backbone, hidden_dim, ...), weights still random.
+DETECTORS = Literal["detr", "conditional_detr", "deformable_detr_ss", "deformable_detr"]
 
+
+def build_detector(cfg: Any, rows: int, *, focal: bool, position_offset: float | None = None) -> Detector:
+    """The detector a configuration describes (fields detector, arch, backbone_norm, lr_backbone, hidden_dim, ...), weights still random.
+
+    rows: of the class head; focal: see Detector; position_offset: of the sine encoding, None = the detector's own (-0.5 in Deformable DETR, else 0).
     What of the backbone learns: nothing at lr_backbone 0; layer2-4 under frozen BatchNorm (released); all of it under ordinary BatchNorm.
     """
     trainable = 0 if cfg.lr_backbone <= 0 else 5 if cfg.backbone_norm == "bn" else 3
-    backbone = Backbone(cfg.arch, (2, 3, 4)[-cfg.num_feature_levels:], cfg.backbone_norm, trainable)
-    transformer = DeformableTransformer(cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout,
-                                        cfg.num_feature_levels)
-    return detector(backbone, transformer, num_classes=num_classes, num_queries=cfg.num_queries, with_box_refine=cfg.with_box_refine, **kwargs)
+    deformable = cfg.detector.startswith("deformable")
+    levels = 1 if cfg.detector == "deformable_detr_ss" else cfg.num_feature_levels
+    stages = (2, 3, 4)[-levels:] if deformable else ({16: 3, 32: 4}[cfg.stride],)
+    backbone = Backbone(cfg.arch, stages, cfg.backbone_norm, trainable)
+    shared = (cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout)
+    offset = {} if position_offset is None else {"position_offset": position_offset}
+    if deformable:
+        return DeformableDETR(backbone, DeformableTransformer(*shared, levels), rows=rows, focal=focal, num_queries=cfg.num_queries,
+                              with_box_refine=cfg.with_box_refine, **offset)
+    transformer = ConditionalTransformer(*shared) if cfg.detector == "conditional_detr" else DETRTransformer(*shared, cfg.pre_norm)
+    return DETR(backbone, transformer, rows=rows, focal=focal, num_queries=cfg.num_queries, **offset)
+
+
+class Pretext(nn.Module):
+    """A detector together with the modules that a pretext task adds to it. Checkpoints keep the released names: `detector.` is not part of them."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return {name.removeprefix("detector."): value for name, value in super().state_dict(*args, **kwargs).items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], *args: Any, **kwargs: Any):
+        own = {name.removeprefix("detector."): name for name in super().state_dict()}
+        return super().load_state_dict({own.get(name, name): value for name, value in state.items()}, *args, **kwargs)
 
 
 # ==== Matching, losses, post-processing ============================================================================
 
 class HungarianMatcher:
-    """One-to-one assignment of predictions to targets with the least total cost (DETR, Eq. 1; focal class cost of Deformable DETR)."""
+    """One-to-one assignment of predictions to targets with the least total cost (DETR, Eq. 1).
 
-    def __init__(self, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0):
-        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+    Class cost: minus the softmax probability of the target's class (DETR), or the focal cost (Conditional and Deformable DETR).
+    """
+
+    def __init__(self, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0, focal: bool = True):
+        self.cost_class, self.cost_bbox, self.cost_giou, self.focal = cost_class, cost_bbox, cost_giou, focal
 
     @torch.no_grad()
     def costs(self, outputs: dict[str, Tensor], targets: list[dict]) -> list[Tensor]:
         """Cost matrix [Q, n] of every image."""
         matrices = []
         for logits, boxes, target in zip(outputs["pred_logits"], outputs["pred_boxes"], targets):
-            p = logits.sigmoid()[:, target["labels"]]                         # [Q, n]
+            p = (logits.sigmoid() if self.focal else logits.softmax(-1))[:, target["labels"]]             # [Q, n]
             positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
             negative = 0.75 * p ** 2 * -(1 - p + 1e-8).log()
+            class_cost = positive - negative if self.focal else -p
             l1 = torch.cdist(boxes, target["boxes"], p=1)
             giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target["boxes"], "cxcywh", "xyxy"))
-            matrices.append(self.cost_class * (positive - negative) + self.cost_bbox * l1 - self.cost_giou * giou)
+            matrices.append(self.cost_class * class_cost + self.cost_bbox * l1 - self.cost_giou * giou)
         return matrices
 
     def __call__(self, outputs: dict[str, Tensor], targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
@@ -723,7 +989,7 @@ class HungarianMatcher:
         return pairs
 
 
-def normalizer(count: int, device: torch.device) -> float:
+def normalizer(count: float, device: torch.device) -> float:
     """What a process divides its summed loss by, so that DDP's average of gradients is the gradient of one process on the whole batch:
     the count over all processes (at least 1) / world size."""
     total = all_reduce_sum(torch.tensor(float(count), device=device))
@@ -731,50 +997,75 @@ def normalizer(count: int, device: torch.device) -> float:
 
 
 class SetCriterion(nn.Module):
-    """Loss of a set of predictions: matching, then focal classification, L1 and GIoU on the matched boxes, on every decoder layer.
+    """Loss of a set of predictions: matching, then classification, L1 and GIoU on the matched boxes, on every decoder layer.
 
-    forward returns (losses, pairs): unweighted terms `loss_ce`, `loss_bbox`, `loss_giou`, for earlier layer i with suffix `_i`, the log values
-    `class_error` and `cardinality_error`; and the last layer's assignment. `total(losses)` is their weighted sum.
+    Classification is the focal loss, or (matcher.focal False) softmax cross-entropy with weight `eos_coef` on "no object", the last row.
+    weight_feature > 0: every layer's pred_features are also drawn to the `features` of the matched targets.
+    forward returns (losses, pairs): unweighted terms `loss_ce`, `loss_bbox`, `loss_giou`, `loss_feature`, for earlier layer i with suffix `_i`, the
+    log values `class_error` and `cardinality_error`; and the last layer's assignment. `total(losses)` is their weighted sum.
     """
 
-    def __init__(self, num_classes: int, matcher: HungarianMatcher, weight_class: float = 2.0, weight_bbox: float = 5.0, weight_giou: float = 2.0):
+    def __init__(self, matcher: HungarianMatcher, weight_class: float = 2.0, weight_bbox: float = 5.0, weight_giou: float = 2.0, *,
+                 weight_feature: float = 0.0, eos_coef: float = 0.1):
         super().__init__()
-        self.num_classes, self.matcher = num_classes, matcher
-        self.weight = {"loss_ce": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou}
+        self.matcher, self.eos_coef = matcher, eos_coef
+        self.weight = {"loss_ce": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou, "loss_feature": weight_feature}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum over all layers; a name that has no weight is a log value."""
         weighted = [value * self.weight[name] for key, value in losses.items() if (name := re.sub(r"_\d+$", "", key)) in self.weight]
         return torch.stack(weighted).sum()
 
-    def forward(self, outputs: dict[str, Any], targets: list[dict], num_boxes: float) -> tuple[dict[str, Tensor], list]:
-        losses, pairs = self.layer(outputs, targets, num_boxes)
-        for i, aux in enumerate(outputs.get("aux_outputs", [])):
-            layer_losses, _ = self.layer(aux, targets, num_boxes)             # every layer is matched anew
+    def class_weight_sum(self, counts: list[int], num_queries: int) -> float:
+        """What the weighted mean of the softmax loss divides by, for images with these numbers of targets. `normalizer` of it makes the mean
+        independent of how a batch is split; the released codes take the mean of each process (class_weight None below)."""
+        return sum(min(n, num_queries) + self.eos_coef * max(num_queries - n, 0) for n in counts)
+
+    def forward(self, outputs: dict[str, Any], targets: list[dict], num_boxes: float, class_weight: float | None = None
+                ) -> tuple[dict[str, Tensor], list]:
+        pairs = self.matcher(outputs, targets)
+        losses = self.losses(outputs, targets, pairs, num_boxes, class_weight)
+        for i, aux in enumerate(outputs.get("aux_outputs", [])):              # every layer is matched anew
+            layer_losses = self.losses(aux, targets, self.matcher(aux, targets), num_boxes, class_weight)
             losses |= {f"{k}_{i}": v for k, v in layer_losses.items() if k != "class_error"}
         return losses, pairs
 
-    def layer(self, outputs: dict[str, Tensor], targets: list[dict], num_boxes: float) -> tuple[dict[str, Tensor], list]:
-        pairs = self.matcher(outputs, targets)
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]         # [B, Q, C], [B, Q, 4]
+    def losses(self, outputs: dict[str, Tensor], targets: list[dict], pairs: list, num_boxes: float, class_weight: float | None = None
+               ) -> dict[str, Tensor]:
+        """The terms of one layer for a given assignment."""
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]         # [B, Q, rows], [B, Q, 4]
         index = matched_index(pairs)
         labels = torch.cat([t["labels"][j] for t, (_, j) in zip(targets, pairs)])
         target_boxes = torch.cat([t["boxes"][j] for t, (_, j) in zip(targets, pairs)])
         matched = boxes[index]
-        onehot = torch.zeros_like(logits)
-        onehot[(*index, labels)] = 1.0
         giou = torch.diag(generalized_box_iou(box_convert(matched, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")))
         losses = {
-            "loss_ce": sigmoid_focal_loss(logits, onehot, alpha=0.25, gamma=2).sum() / num_boxes,
+            "loss_ce": self.class_loss(logits, index, labels, num_boxes, class_weight),
             "loss_bbox": F.l1_loss(matched, target_boxes, reduction="sum") / num_boxes,
             "loss_giou": (1 - giou).sum() / num_boxes,
         }
+        if self.weight["loss_feature"]:
+            features = torch.cat([t["features"][j] for t, (_, j) in zip(targets, pairs)])
+            difference = F.normalize(outputs["pred_features"][index], dim=-1) - F.normalize(features, dim=-1)
+            losses["loss_feature"] = difference.square().sum() / num_boxes    # = mean of 2 - 2 cos: UP-DETR, Eq. (2); Siamese DETR, Eq. (12)
         with torch.no_grad():
             right = (logits[index].argmax(-1) == labels).float()
             losses["class_error"] = 100 - 100 * right.mean() if len(labels) else logits.new_tensor(100.0)
             counted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1).float()
             losses["cardinality_error"] = (counted - counted.new_tensor([len(t["labels"]) for t in targets])).abs().mean()
-        return losses, pairs
+        return losses
+
+    def class_loss(self, logits: Tensor, index: tuple[Tensor, Tensor], labels: Tensor, num_boxes: float, class_weight: float | None) -> Tensor:
+        if self.matcher.focal:
+            onehot = torch.zeros_like(logits)
+            onehot[(*index, labels)] = 1.0
+            return sigmoid_focal_loss(logits, onehot, alpha=0.25, gamma=2).sum() / num_boxes
+        wanted = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)
+        wanted[index] = labels
+        weight = logits.new_ones(logits.shape[-1])
+        weight[-1] = self.eos_coef
+        loss = F.cross_entropy(logits.transpose(1, 2), wanted, weight, reduction="sum")
+        return loss / (weight[wanted].sum() if class_weight is None else class_weight)
 
 
 def matched_index(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -783,11 +1074,15 @@ def matched_index(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def top_detections(logits: Tensor, boxes_xyxy: Tensor, top: int = 100) -> dict[str, Tensor]:
-    """The `top` best of all Q x C sigmoid scores of one image: {"scores" [k], "labels" [k], "boxes" [k, 4]}; no threshold, no NMS.
+def top_detections(logits: Tensor, boxes_xyxy: Tensor, top: int = 100, focal: bool = True) -> dict[str, Tensor]:
+    """Detections of one image: {"scores" [k], "labels" [k], "boxes" [k, 4]}; no threshold, no NMS.
 
-    A query may appear more than once, with different labels.
+    focal: the `top` best of all Q x C sigmoid scores; a query may appear more than once, with different labels.
+    Softmax (DETR): every query once, in its order, with its best class that is not "no object", the last row.
     """
+    if not focal:
+        scores, labels = logits.softmax(-1)[:, :-1].max(-1)
+        return {"scores": scores, "labels": labels, "boxes": boxes_xyxy}
     scores, flat = logits.sigmoid().flatten().topk(min(top, logits.numel()))
     return {"scores": scores, "labels": flat % logits.shape[-1], "boxes": boxes_xyxy[flat // logits.shape[-1]]}
 
@@ -797,16 +1092,17 @@ def boxes_to_pixels(boxes: Tensor, sizes_hw: Tensor) -> Tensor:
     return box_convert(boxes, "cxcywh", "xyxy") * sizes_hw.to(boxes).flip(-1).repeat(1, 2)[:, None]
 
 
-def post_process(outputs: dict[str, Tensor], sizes_hw: Tensor, top: int = 100) -> list[dict[str, Tensor]]:
+def post_process(outputs: dict[str, Tensor], sizes_hw: Tensor, top: int = 100, focal: bool = True) -> list[dict[str, Tensor]]:
     """Detections of a batch in pixels of the original images (released PostProcess); see top_detections."""
     boxes = boxes_to_pixels(outputs["pred_boxes"], sizes_hw)
-    return [top_detections(l, b, top) for l, b in zip(outputs["pred_logits"], boxes)]
+    return [top_detections(l, b, top, focal) for l, b in zip(outputs["pred_logits"], boxes)]
 
 
 # ==== Optimisation =================================================================================================
 
 def param_groups(model: nn.Module, lr: float, lr_backbone: float, lr_linear_proj_mult: float = 0.1) -> list[dict]:
-    """The three groups of the released DETReg / Deformable DETR: everything else, backbone, sampling offsets and reference points.
+    """The three groups of the released DETReg / Deformable DETR: everything else, backbone, sampling offsets and reference points (the last has
+    no members in DETR and Conditional DETR).
 
     Weight decay falls on all parameters, biases and norms included, as released. `base_lr` is what a schedule multiplies.
     """

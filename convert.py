@@ -1,11 +1,13 @@
 """Checkpoints of other code bases: recognised by their content, read safely, named as here.
 
-Our names are the released DETReg / Deformable DETR names, so those files need no renaming; backbone files differ in their prefix only.
+Our names are those of the released DETR, Conditional DETR, Deformable DETR, DETReg and UP-DETR, so those files need no renaming; the released
+Siamese DETR is renamed (detector_state); backbone files differ in their prefix only.
 """
 from __future__ import annotations
 
 import argparse
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -71,32 +73,64 @@ def load_backbone(body: nn.Module, path: str | Path) -> None:
     common.load_matching(body, tensors, drop=drop, source=f"{path} ({name})")
 
 
-# Of a detector's state dict alone: how it was built. Heads cannot be read off shapes; every released checkpoint has 8.
+# Siamese DETR as mmcv saves it -> the DETR family's names. None: not a tensor of the model (the class weights of its loss).
+SIAMESE_DETR = (
+    (r"^backbone\.(?!0\.)", "backbone.0.body."),
+    (r"^pred_head\.(?=bbox_embed|class_embed|feature_align)", ""),
+    (r"^pred_head\.criterion\.", None),
+)
+
+
+def detector_state(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a detector's checkpoint under our names. Handles DistributedDataParallel's `module.` and, of Siamese DETR, both the mmcv file and
+    what its converter writes: on Deformable DETR its position and content queries [Q, D] become one query_embed [Q, 2D] (the released converter
+    leaves them apart, and Deformable DETR cannot load them), and its one box head and class head become one entry per decoder layer."""
+    state = {k.removeprefix("module."): v for k, v in state_of(checkpoint, path).items()}
+    if "pred_head.bbox_embed.layers.0.weight" in state:
+        for pattern, replacement in SIAMESE_DETR:
+            state = {re.sub(pattern, replacement or "", k): v for k, v in state.items() if replacement is not None or not re.search(pattern, k)}
+    if "transformer.level_embed" in state and "bbox_embed.layers.0.weight" in state:
+        heads = {k: v for k, v in state.items() if k.startswith(("bbox_embed.", "class_embed."))}
+        state = {k: v for k, v in state.items() if k not in heads}
+        state |= {k.replace("_embed.", f"_embed.{i}.", 1): v for i in range(_count(state, "transformer.decoder.layers.")) for k, v in heads.items()}
+    if "transformer.tgt_embed.weight" in state:
+        state["query_embed.weight"] = torch.cat([state["query_embed.weight"], state.pop("transformer.tgt_embed.weight")], 1)
+    return state
+
+
+def _count(state: dict[str, Tensor], prefix: str) -> int:
+    return 1 + max(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix))
+
+
 def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
-    """Flags of the Deformable DETR a state dict belongs to (names as in finetune.py); UserError when it is none."""
-    if "transformer.level_embed" not in state or "query_embed.weight" not in state:
-        known = next((f"a {name}" for name, prefix in BACKBONES if prefix + "conv1.weight" in state), "an unknown model")
-        known = "a DETR" if "query_embed.weight" in state else known
+    """Flags of the detector a state dict belongs to (names as in finetune.py), read off its names and shapes; UserError when it is none.
+
+    The number of heads cannot be read off shapes; every released checkpoint has 8.
+    """
+    if "transformer.decoder.layers.0.linear1.weight" not in state or "query_embed.weight" not in state:
+        known = next((f"a {name}" for name, prefix in BACKBONES if prefix + "conv1.weight" in state), "an unknown model's")
         hint = "; give a bare backbone with --backbone_weights" if "ResNet" in known or "MoCo" in known else ""
-        raise UserError(f"{path}: this is {known} checkpoint, not a Deformable DETR or DETReg one (no transformer.level_embed){hint}")
-
-    def count(prefix: str) -> int:
-        return 1 + max(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix))
-
+        raise UserError(f"{path}: this is {known} checkpoint, not one of a DETR, Conditional DETR or Deformable DETR{hint}")
+    deformable = "transformer.level_embed" in state
     body = "backbone.0.body."
-    kinds = {(False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34",
-             (True, (3, 4, 6, 3)): "resnet50", (True, (3, 4, 23, 3)): "resnet101"}
+    kinds = {(False, (2, 2, 2)): "resnet18", (False, (3, 4, 6)): "resnet34", (True, (3, 4, 6)): "resnet50", (True, (3, 4, 23)): "resnet101"}
     try:
-        return {
-            "arch": kinds[body + "layer1.0.conv3.weight" in state, tuple(count(f"{body}layer{i}.") for i in (1, 2, 3, 4))],
-            "backbone_norm": "bn" if any(k.endswith("num_batches_tracked") for k in state) else "frozen",
+        found = {
+            "arch": kinds[body + "layer1.0.conv3.weight" in state, tuple(_count(state, f"{body}layer{i}.") for i in (1, 2, 3))],
+            "backbone_norm": "bn" if any(k.startswith("backbone.") and k.endswith("num_batches_tracked") for k in state) else "frozen",
             "num_queries": state["query_embed.weight"].shape[0],
-            "hidden_dim": state["query_embed.weight"].shape[1] // 2,
-            "num_feature_levels": state["transformer.level_embed"].shape[0],
-            "enc_layers": count("transformer.encoder.layers."),
-            "dec_layers": count("transformer.decoder.layers."),
+            "hidden_dim": state["query_embed.weight"].shape[1] // (2 if deformable else 1),
+            "enc_layers": _count(state, "transformer.encoder.layers."),
+            "dec_layers": _count(state, "transformer.decoder.layers."),
             "dim_feedforward": state["transformer.encoder.layers.0.linear1.weight"].shape[0],
-            "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state,
         }
     except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: a Deformable DETR checkpoint that lacks parts, or whose backbone is none of {', '.join(kinds.values())}") from error
+        raise UserError(f"{path}: a detector's checkpoint that lacks parts, or whose backbone is none of {', '.join(kinds.values())}") from error
+    if deformable:
+        levels = state["transformer.level_embed"].shape[0]
+        return found | {"detector": "deformable_detr_ss" if levels == 1 else "deformable_detr", "num_feature_levels": levels,
+                        "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state}
+    found["stride"] = 32 if body + "layer4.0.conv1.weight" in state else 16
+    if "transformer.decoder.ref_point_head.layers.0.weight" in state:
+        return found | {"detector": "conditional_detr"}
+    return found | {"detector": "detr", "pre_norm": "transformer.encoder.norm.weight" in state}

@@ -186,6 +186,30 @@ def open_images(data: str, data_root: str | None, *, split: str = "train", synth
     return images
 
 
+def hold_out(source: ImageFiles | SyntheticScenes, count: int, seed: int, data: str) -> tuple[np.ndarray, np.ndarray]:
+    """-> (indices to train on, `count` indices kept for the probe), both sorted. UserError when the probe would take half or more."""
+    if count and len(source) <= 2 * count:
+        raise UserError(f"{data}: {len(source)} images are too few to hold out {count}; give --probe_images N below half of them, or 0")
+    order = np.random.default_rng(seed).permutation(len(source)) if count else np.arange(len(source))
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def open_pretraining(cfg) -> tuple:
+    """-> (source, indices to train on, source of the probe, its indices), for a method whose probe needs images but no boxes. `cfg`: its Config.
+
+    The probe's cfg.probe_images images: of --probe_data, else unseen synthetic scenes, else held out from training.
+    """
+    if cfg.probe_images == 1:
+        raise UserError("--probe_images 1: the row `shuffled` needs at least 2 images; 0 means no probe")
+    shared = {"synthetic_size": cfg.synthetic_size, "seed": cfg.seed}
+    source = open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images, **shared)
+    if not cfg.probe_data and cfg.data != "synthetic":
+        indices, held_out = hold_out(source, cfg.probe_images, cfg.seed, cfg.data)
+        return source, indices, source, held_out
+    probe_source = open_images(cfg.probe_data or "synthetic", cfg.data_root, split="val", synthetic_images=cfg.probe_images, **shared)
+    return source, np.arange(len(source)), probe_source, np.arange(min(cfg.probe_images, len(probe_source)))
+
+
 # ==== 2. Synthetic scenes ====
 def _star(r: np.ndarray, a: np.ndarray) -> np.ndarray:
     """Five tips at radius 1, notches at .45: r against the straight edge from tip to notch, the same in each of ten sectors."""
@@ -653,6 +677,12 @@ def apply_photometric(image: Image.Image, draw: dict) -> Image.Image:
     return ImageOps.solarize(image, 128) if draw["solarize"] else image
 
 
+def cut_patch(image: Image.Image, box_xyxy: Sequence[float], size: int, draw: dict) -> Tensor:
+    """A region (px, rounded as PIL does) squeezed to size x size, its aspect not kept, then recoloured by apply_photometric. Normalised [3, size, size]."""
+    region = image.crop(tuple(round(v) for v in box_xyxy)).resize((size, size), Image.Resampling.BILINEAR)
+    return to_normalized_tensor(apply_photometric(region, draw))
+
+
 # ==== 5. Loader ====
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of all randomness of one sample."""
@@ -703,16 +733,20 @@ def collate(samples: list[dict]) -> dict:
 
 
 def load_usable(source: ImageFiles | SyntheticScenes | DetectionSet, index: int, rng: np.random.Generator, skipped: list,
-                candidates: Sequence[int] | None = None) -> tuple:
-    """-> (what source.load gives, index used). An unreadable image is appended to `skipped` ("path: reason") and another index drawn (from
-    `candidates`, else from the whole source), at most 10 times; then UserError."""
+                candidates: Sequence[int] | None = None, min_side: int = 1) -> tuple:
+    """-> (what source.load gives, index used). An unreadable image, or one with a side below min_side px, is appended to `skipped`
+    ("path: reason") and another index drawn (from `candidates`, else from the whole source), at most 10 times; then UserError."""
     for _ in range(11):
         try:
-            return source.load(index), index
+            loaded = source.load(index)
+            width, height = (loaded[0] if isinstance(loaded, tuple) else loaded).size
+            if min(width, height) < min_side:
+                raise UnreadableImage(source.key(index), f"{width} x {height} pixels, at least {min_side} a side are needed")
+            return loaded, index
         except UnreadableImage as error:
             skipped.append(str(error))
             index = int(rng.choice(len(source) if candidates is None else candidates))
-    raise UserError(f"11 images in a row cannot be read, the last: {'; '.join(skipped[-3:])}. Repair or remove the unreadable files.")
+    raise UserError(f"11 images in a row cannot be used, the last: {'; '.join(skipped[-3:])}. Repair or remove these files.")
 
 
 class SkipCount:

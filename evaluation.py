@@ -25,7 +25,7 @@ from pycocotools.mask import iou
 from torchvision.ops import box_convert
 
 import data
-from common import UserError, boxes_to_pixels, progress, rank, world_size, write_atomic
+from common import UserError, boxes_to_pixels, progress, rank, say, world_size, write_atomic
 
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#9a6bff")
@@ -269,6 +269,59 @@ def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int, devic
         boxes = boxes_to_pixels(outputs["pred_boxes"].cpu(), sizes)
         yield from zip(batch["targets"], outputs["pred_logits"].cpu(), boxes)
     model.train(training)
+
+
+def batches(probe_set, num_workers: int, text: str = "", size: int = 8) -> Iterator[dict]:
+    """This process's slice of a probe's samples (keys (0, i)), in batches of 2 to size + 1; files it had to leave out are named."""
+    indices = list(rank_slice(len(probe_set)))
+    keys = [[(0, i) for i in indices[k:k + size]] for k in range(0, len(indices), size)]
+    if len(keys) > 1 and len(keys[-1]) == 1:                                 # the shuffled control needs two images
+        keys[-2:] = [keys[-2] + keys[-1]]
+    for batch in progress(data.make_loader(probe_set, keys, num_workers=num_workers, collate=data.collate), desc=text):
+        for entry in batch["skipped"]:
+            say(f"warning: left out of the probe: {entry}")
+        yield batch
+
+
+# ==== 5. What was asked for: one group of queries per region ====
+
+def most_confident(logits: torch.Tensor, boxes: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best box of each group of consecutive queries (UP-DETR, Fig. 5): softmax without "no object", the last class.
+
+    logits [B, Q, C], boxes [B, Q, 4] -> scores [B, groups], boxes [B, groups, 4], query indices [B, groups]; on CPU.
+    """
+    scores = logits.detach().cpu().softmax(-1)[..., :-1].max(-1).values.unflatten(1, (groups, -1))
+    best, place = scores.max(-1)
+    index = place + torch.arange(groups) * scores.shape[-1]
+    return best, boxes.detach().cpu().gather(1, index[..., None].expand(-1, -1, 4)), index
+
+
+def found_metrics(rows: list[dict]) -> dict[str, float]:
+    """Rows with "true" and "found" boxes [n, 4] cxcywh -> their mean IoU, and the share of IoUs >= 0.5."""
+    true, found = (box_convert(torch.cat([torch.tensor(row[k]).reshape(-1, 4) for row in rows]), "cxcywh", "xyxy") for k in ("true", "found"))
+    overlap = (torch.minimum(true[:, 2:], found[:, 2:]) - torch.maximum(true[:, :2], found[:, :2])).clamp(min=0).prod(1)
+    ious = overlap / ((true[:, 2:] - true[:, :2]).prod(1) + (found[:, 2:] - found[:, :2]).prod(1) - overlap)
+    return {"IoU": float(ious.mean()), "recall50": float((ious >= 0.5).float().mean())}
+
+
+def probe_table(metrics: dict, columns: list[str], title: str) -> str:
+    """The before/after table of metrics.json, or one line when there was no probe."""
+    rows = {name: row for name, row in metrics.items() if isinstance(row, dict)}
+    if not rows:
+        return f"finished after {metrics['steps']} steps (no probe: give --probe_data or --probe_images)"
+    return metrics_table(rows, columns, title=f"{title} (primary: {metrics['primary']})")
+
+
+def draw_found(path, source, rows: list[dict], titles: tuple[str, str]) -> None:
+    """PNG: what was asked for beside what was found, equal colours for the same region. rows: {"index" in source, "true", "found" cxcywh, "score"}."""
+    images = [source.load(row["index"]) for row in rows]
+    columns: dict[str, list] = {title: [] for title in titles}
+    for image, row in zip(images, rows):
+        scale = torch.tensor([image.width, image.height] * 2)
+        true, found = (box_convert(torch.tensor(row[k]), "cxcywh", "xyxy") * scale for k in ("true", "found"))
+        columns[titles[0]].append((true, None))
+        columns[titles[1]].append((found, [f"{s:.2f}" for s in row["score"]]))
+    draw_boxes_figure(path, images, columns)
 
 
 def metrics_table(rows: dict[str, dict], columns: list[str], title: str = "") -> str:
