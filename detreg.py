@@ -48,6 +48,8 @@ Deviations (paper / released code / here):
     D9  Fewer than 2 boxes: another image is drawn, without end (released) / at most 10 times, then the full box jittered twice, counted.
     D10 Number of boxes below the number of processes: clamped to 1 per process (released) / 1 over all processes.
     D11 The descriptor network stops after res3 (released: res4 and res5 are computed and thrown away); the values are the same.
+    D12 On other detectors: only Siamese DETR's tables / DETR (pre-norm, softmax over 92 rows, class weight 1, 100 queries, 1e-4, 60 epochs) / each
+        detector keeps its own head and loss; Conditional DETR has DETR's schedule and 100 queries. The softmax's weighted mean covers all processes.
 
 Expected: the demo logs, at step 0 and at its end, loss 19.4 -> 7.2, loss_ce 1.07 -> 0.23, loss_bbox 0.51 -> 0.19, loss_giou 0.86 -> 0.46,
     loss_object_embedding 0.37 -> 0.12; loss_ce falls within the first 20 steps, the box terms to the end. Its table stands in README.md.
@@ -58,7 +60,6 @@ from __future__ import annotations
 import common  # first: it tells OpenMP how to wait before torch is loaded
 
 import copy
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,22 +106,25 @@ class Config:
     crop_range: tuple[int, ...] = (384, 600)  # smallest and largest side of the crop (released)
     patch_size: int = 128  # side of a region crop (released)
     # model
+    detector: common.DETECTORS = "deformable_detr"  # what is pretrained (the others: Siamese DETR, Tables 1 and 2)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 6)
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 6)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen)
-    num_feature_levels: int = 4  # 1 = single scale (Sec. 5)
+    stride: Literal[16, 32] = 32  # of the map that DETR and Conditional DETR see; 16 leaves out the last stage
+    num_feature_levels: int = 4  # of deformable_detr (Sec. 5)
+    pre_norm: bool = True  # LayerNorm before each block, of detr (released)
     hidden_dim: int = 256  # transformer width (Sec. 6)
     nheads: int = 8  # attention heads
     enc_layers: int = 6  # encoder layers
     dec_layers: int = 6  # decoder layers
-    dim_feedforward: int = 1024  # width of the feed-forward layers
+    dim_feedforward: int = 1024  # width of the feed-forward layers (detr, conditional_detr: 2048)
     dropout: float = 0.1  # in the transformer
-    num_queries: int = 300  # N (Sec. 5)
-    with_box_refine: bool = False  # iterative box refinement (released: off)
-    num_classes: int = 91  # rows of f_cat; targets are row 1 (D3)
+    num_queries: int = 300  # N (Sec. 5; detr, conditional_detr: 100)
+    with_box_refine: bool = False  # iterative box refinement of deformable_detr (released: off)
+    num_classes: int = 91  # rows of f_cat; targets are row 1 (D3); detr has another one, "no object"
     embedding_target: Literal["res3", "swav_head"] = "res3"  # z: mean of the res3 output, or SwAV's normalised projection (D1)
     # loss
-    lambda_f: float = 2.0  # focal loss and its matching cost, Eq. (3)
+    lambda_f: float = 2.0  # focal loss and its matching cost, Eq. (3) (detr: cross-entropy, 1)
     lambda_l1: float = 5.0  # L1 part of L_box and its matching cost, Eq. (3)
     lambda_giou: float = 2.0  # GIoU part of L_box and its matching cost, Eq. (3)
     lambda_e: float = 1.0  # object embedding, Eq. (3), Table 5
@@ -163,8 +167,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
-    """What the released configurations change with the data set."""
-    return {"epochs": 5, "lr_drop": 40} if values["data"] == "imagenet" else {}
+    """What the released configurations change with the data set and the detector (D12)."""
+    recipe: dict[str, Any] = {"epochs": 5, "lr_drop": 40} if values["data"] == "imagenet" else {}
+    if not values["detector"].startswith("deformable"):
+        recipe |= {"epochs": 60, "lr": 1e-4, "dim_feedforward": 2048, "num_queries": 100}
+    return recipe | {"lambda_f": 1.0} if values["detector"] == "detr" else recipe
 
 
 # ==== 2. Data ====
@@ -216,15 +223,10 @@ class RegionDataset(torch.utils.data.Dataset):
                 break
             position = int(rng.integers(len(self.indices)))
         # a box cut by the crop keeps the descriptor of the whole region; patches are not flipped (released)
-        patches = [self.patch(image, box, rng) for box in boxes[keep].tolist()]
+        patches = [data.cut_patch(image, box, self.cfg.patch_size, data.draw_photometric(rng, self.photometric)) for box in boxes[keep].tolist()]
         target = {"boxes": data.normalized_cxcywh(moved, (view.height, view.width)), "labels": torch.ones(len(keep), dtype=torch.int64),
                   "patches": torch.stack(patches) if patches else torch.zeros(0, 3, self.cfg.patch_size, self.cfg.patch_size)}
         return {"image": data.to_normalized_tensor(view), "target": target, "skipped": skipped, "fallback": int(attempt == 10)}
-
-    def patch(self, image: Image.Image, box_xyxy: list[float], rng: np.random.Generator) -> Tensor:
-        """The region of the ORIGINAL image, squeezed to a square, colours augmented (Sec. 6). [3, p, p]"""
-        region = image.crop(tuple(round(v) for v in box_xyxy)).resize((self.cfg.patch_size,) * 2, Image.Resampling.BILINEAR)
-        return data.to_normalized_tensor(data.apply_photometric(region, data.draw_photometric(rng, self.photometric)))
 
 
 def jittered_full_boxes(hw: tuple[int, int], rng: np.random.Generator) -> Tensor:
@@ -245,16 +247,16 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 # ==== 3. Model ====
 
 
-class DETReg(common.DeformableDETR):
-    """Deformable DETR with f_emb beside f_cat (class_embed) and f_box (bbox_embed). Adds pred_features [B, Q, embedding_dim]."""
+class DETReg(common.Pretext):
+    """A detector with f_emb beside its f_cat (class_embed) and f_box (bbox_embed). Adds pred_features [B, Q, embedding_dim]."""
 
-    def __init__(self, *args, embedding_dim: int, **kwargs):
-        super().__init__(*args, **kwargs)
-        d = self.transformer.d_model
+    def __init__(self, detector: common.Detector, embedding_dim: int = 512):
+        super().__init__(detector)
+        d = detector.transformer.d_model
         self.feature_embed = common.MLP(d, d, embedding_dim, 2)              # f_emb, D2
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Any]:
-        outputs = super().forward(images, mask)
+        outputs = self.detector(images, mask)
         return {**outputs, "pred_features": self.feature_embed(outputs["hs"])}     # z_hat = f_emb(v), Sec. 5
 
 
@@ -264,7 +266,7 @@ class RegionDescriptor(nn.Module):
     def __init__(self, backbone: common.Backbone):
         super().__init__()
         self.body = copy.deepcopy(backbone.body[:6])                         # conv1, bn1, relu, maxpool, layer1, layer2
-        self.dim = backbone.num_channels[-1] // 4                            # 512 for ResNet-50
+        self.dim = backbone.num_channels[-1] * 4 // 2 ** int(backbone.layers[-1][-1])                 # 512 for ResNet-50
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.body(patches).mean((2, 3))
@@ -293,8 +295,10 @@ class SwAVDescriptor(nn.Module):
 def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
     """The detector and the frozen descriptor network, both on CPU. Weights are a function of the seed and of --backbone_weights."""
     torch.manual_seed(cfg.seed)
-    model = common.build_detector(cfg, cfg.num_classes, DETReg, embedding_dim=512)
-    common.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
+    focal = cfg.detector != "detr"                                           # each detector keeps its own classification (D12)
+    model = DETReg(common.build_detector(cfg, cfg.num_classes if focal else cfg.num_classes + 1, focal=focal))
+    backbone = model.detector.backbone[0]
+    common.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.arch)
     if cfg.embedding_target == "swav_head":
         import convert
         descriptor = SwAVDescriptor()
@@ -303,7 +307,7 @@ def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
         common.load_matching(descriptor, {k.removeprefix("module."): v for k, v in state.items()}, source=str(path),
                              drop={r"^prototypes\.": "not part of the descriptor", r"num_batches_tracked$": "a counter nothing reads"})
     else:
-        descriptor = RegionDescriptor(model.backbone[0])
+        descriptor = RegionDescriptor(backbone)
     if descriptor.dim != 512:                                                # the embedding's width follows the target (decisions.md)
         model.feature_embed = common.MLP(cfg.hidden_dim, cfg.hidden_dim, descriptor.dim, 2)
     return model, descriptor.requires_grad_(False).eval()
@@ -313,8 +317,8 @@ def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
 
 
 def build_criterion(cfg: Config) -> common.SetCriterion:
-    matcher = common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou)     # Eq. (2): L_match knows boxes and class, not z
-    return common.SetCriterion(cfg.num_classes, matcher, cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou)
+    matcher = common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, focal=cfg.detector != "detr")     # Eq. (2): L_match, without z
+    return common.SetCriterion(matcher, cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou)
 
 
 def embedding_loss(features: Tensor, targets: list[dict], pairs: list, num_elements: float) -> Tensor:
@@ -325,9 +329,9 @@ def embedding_loss(features: Tensor, targets: list[dict], pairs: list, num_eleme
 
 
 def detreg_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targets: list[dict], num_boxes: float,
-                num_pairs: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. (3): returns (weighted total, unweighted terms). num_boxes, num_pairs: this process's normalisers (common.normalizer)."""
-    losses, pairs = criterion(outputs, targets, num_boxes)                   # sigma of Eq. (2); lambda_f L_focal + lambda_b L_box of Eq. (3)
+                num_pairs: float, class_weight: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. (3): returns (weighted total, unweighted terms). num_boxes, num_pairs, class_weight: this process's normalisers (common.normalizer)."""
+    losses, pairs = criterion(outputs, targets, num_boxes, class_weight)                   # sigma of Eq. (2); lambda_f L_focal + lambda_b L_box of Eq. (3)
     if cfg.embedding_mean == "local":
         num_pairs = max(sum(len(q) for q, _ in pairs), 1) * cfg.accumulate
     z = outputs["pred_features"]
@@ -347,6 +351,7 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
     counts = [len(t["labels"]) for batch in micro_batches for t in batch["targets"]]
     num_boxes = common.normalizer(sum(counts), device)
     num_pairs = common.normalizer(sum(min(n, cfg.num_queries) for n in counts), device)
+    class_weight = common.normalizer(criterion.class_weight_sum(counts, cfg.num_queries), device)
     optimizer.zero_grad()
     terms: dict[str, Tensor] = {}
     for i, batch in enumerate(micro_batches):
@@ -359,7 +364,7 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
             outputs = model(images, mask)
             with torch.autocast(device.type, enabled=False):
                 outputs["pred_features"] = outputs["pred_features"].float()
-                loss, losses = detreg_loss(cfg, criterion, outputs, targets, num_boxes, num_pairs)
+                loss, losses = detreg_loss(cfg, criterion, outputs, targets, num_boxes, num_pairs, class_weight)
             loss.backward()
         for name, value in {"loss": loss, **losses}.items():
             share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
@@ -483,27 +488,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device = common.setup_distributed(cfg.device)
     out = Path(cfg.out)
     source = data.open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
-    held_out = cfg.probe_images if cfg.data != "synthetic" and not cfg.probe_data else 0
-    if held_out and len(source) <= 2 * held_out:
-        raise UserError(f"{cfg.data}: {len(source)} images are too few to hold out {held_out}; give --probe_images N below half of them, or 0")
-    order = np.random.default_rng(cfg.seed).permutation(len(source)) if held_out else np.arange(len(source))
-    held_out, indices = np.sort(order[:held_out]), np.sort(order[held_out:])
+    indices, held_out = data.hold_out(source, cfg.probe_images if cfg.data != "synthetic" and not cfg.probe_data else 0, cfg.seed, cfg.data)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
     state = common.open_run(cfg, "detreg")
     steps_per_epoch = len(indices) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
-    metrics = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").exists() else {}
-    if state and state["step"] >= total_steps and metrics.get("steps") == state["step"]:
-        common.say(f"this run is finished ({state['step']} steps)\n{summary(metrics)}")
+    if metrics := common.finished(out, state, total_steps):
+        common.say(summary(metrics))
         return metrics
 
     store = open_store(cfg, source, out)
     train_set = RegionDataset(cfg, source, indices, store)
     model, descriptor = build_models(cfg)
-    if cfg.backbone_weights == "random":
-        common.say("the backbone starts random: " + ("it is trained, with ordinary BatchNorm" if cfg.lr_backbone > 0 else "and it is FROZEN")
-                   + "; the descriptors z come from a frozen copy of it as it is now")
     model, descriptor = model.to(device), descriptor.to(device)
     optimizer = common.build_optimizer(cfg, model)
     start = common.restore(state, model, optimizer) if state else 0
@@ -511,8 +508,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
     log, skipped, fallbacks, seen = common.Log(out, start, device), data.SkipCount(len(source)), 0, 0
-    common.say(f"{len(indices)} images, {steps_per_epoch} steps per epoch, steps {start}..{total_steps}; batch {cfg.batch_size} = "
-               f"{common.world_size()} processes x {cfg.accumulate} x {cfg.batch_size // (common.world_size() * cfg.accumulate)}; {device}")
+    common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
     for step in bar:
         common.seed_step(cfg.seed, step)
@@ -560,12 +556,8 @@ def open_store(cfg: Config, source, out: Path) -> proposals.ProposalStore | None
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    rows = {name: row for name, row in metrics.items() if isinstance(row, dict)}
-    if not rows:
-        return f"finished after {metrics['steps']} steps (no probe: give --probe_data or --probe_images)"
-    return evaluation.metrics_table(rows, ["AP", "AP50", "AP75", "AR1", "AR10", "AR100"],
-                                    title=f"class-agnostic boxes on unseen images (ground truth: {metrics['ground_truth']}; "
-                                          f"primary: {metrics['primary']})")
+    title = f"class-agnostic boxes on unseen images (ground truth: {metrics.get('ground_truth')};"
+    return evaluation.probe_table(metrics, ["AP", "AP50", "AP75", "AR1", "AR10", "AR100"], title)
 
 
 if __name__ == "__main__":

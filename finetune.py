@@ -1,35 +1,46 @@
 """Fine-tuning: any checkpoint -> a detector -> COCO and VOC numbers.
 
 Idea: the pretrained detector loses its class head and its pretext heads, gets a class head with one row per category of the labelled set, and is
-    trained as Deformable DETR is (Zhu et al., ICLR 2021, arXiv 2010.04159; DETReg, Sec. 6 "Fine-tuning stage").
+    trained as the detector's own paper trains it: DETR with softmax and "no object" (Carion et al., ECCV 2020, arXiv 2005.12872), Conditional DETR
+    (Meng et al., ICCV 2021, arXiv 2108.06152) and Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159) with the focal loss.
 
 Run:
     python finetune.py --preset demo --init_from out/detreg-demo/last.pt          # 40 labelled synthetic images, 2.5 minutes on 2 cores
-    torchrun --nproc_per_node=8 finetune.py --data coco --init_from FILE          # 50 epochs, batch 32
+    torchrun --nproc_per_node=8 finetune.py --data coco --init_from FILE          # DETReg, UP-DETR, Siamese DETR, or a released file of theirs
+    torchrun --nproc_per_node=8 finetune.py --data coco --detector detr           # from scratch: SwAV backbone, random transformer
     torchrun --nproc_per_node=8 finetune.py --data coco --labels_percent 1 --init_from FILE
-    python finetune.py --data voc --data_root VOCDEVKIT --init_from FILE
+    python finetune.py --data voc --data_root VOCDEVKIT --init_from FILE          # --labels_percent 10, 30, 50, 70: Siamese DETR, Fig. 8
+    python finetune.py --data voc --init_from FILE --freeze_detector              # heads only: Siamese DETR, Table 5 (AR@1, 10, 100)
     python finetune.py --data coco --init_from FILE --eval_only                   # numbers of a fine-tuned detector
-    python finetune.py --data coco --init_from FILE --class_agnostic              # a pretrained one: DETReg, Table 6
+    python finetune.py --data coco --init_from FILE --class_agnostic              # of a pretrained one: DETReg, Table 6; Siamese DETR, Table 5
 
-The architecture is read off the checkpoint; the class list comes from the annotation files and is saved in the checkpoint.
+Detector and architecture are read off the checkpoint (pre- or post-norm too); the class list comes from the annotation files and is saved.
 
-Schedules (epochs / drop at / batch), released configurations unless --protocol says otherwise:
-    COCO            50 / 40 / 32
-    COCO  1 %       2000, 2 % 1000, 5 % 500, 10 % 400, never dropped, batch 24
-        --protocol semi_supervised   1-2 %: 200 / 150, 5-10 %: 100 / 40 (DETReg, Sec. 6.1);  --protocol low_data   150, never dropped (Fig. 3)
-    VOC             100 / 70 / 32;  10 %: 200 / 150 / 8
+Schedules (epochs / drop at), batch 32; learning rate, that of the backbone:
+                         COCO                        VOC
+    detr                 150 / 100, 1e-4, 5e-5       150 / 100                 UP-DETR, Sec. 4; `--protocol updetr_long`: 300 / 200
+    conditional_detr     50 / 40, 1e-4, 5e-5         50 / 40                   Siamese DETR, Sec. 4
+    deformable_detr(_ss) 50 / 40, 2e-4, 2e-5         100 / 70                  DETReg, released
+    `--protocol siamese`: detr COCO 150 / 120; all detectors on VOC, or a share of it, 50 / 40 (Siamese DETR, Sec. 4)
+    Shares of labels of Deformable DETR (DETReg, released): COCO 1 % 2000 epochs, 2 % 1000, 5 % 500, 10 % 400, never dropped, batch 24; VOC 10 % 200 /
+    150, batch 8. `--protocol semi_supervised`: 1-2 % 200 / 150, 5-10 % 100 / 40 (DETReg, Sec. 6.1); `--protocol low_data`: 150, no drop (Fig. 3)
 
 Deviations (released code / here):
     F1  One class row per category / 91 rows for COCO, 21 for VOC. A released head is still evaluated: its rows are mapped to category ids.
     F2  Each process drew its own x % subset until 2022-04, which invalidates DETReg's Table 4 / one subset, from --seed alone.
-    F3  VOC: COCO-style AP and the VOC07 11-point metric are both printed (released: the latter, averaged over ten IoU thresholds).
+    F3  VOC: COCO-style AP and the VOC07 11-point metric are both printed (DETReg: the latter, averaged over ten IoU thresholds; UP-DETR and Siamese
+        DETR: the former, with difficult objects as ordinary ones / ignored).
+    F4  DETR's cross-entropy: weighted mean of each process / over all processes and micro-batches.
+    F5  UP-DETR, VOC: not in the released code. Batch: 2 per GPU when its README is followed (16) / the paper's 32. lr_backbone: 1e-5 by default, 5e-4 in
+        an older README / 5e-5, the paper's.
+    F6  A checkpoint of UP-DETR's single-query variant holds 3 queries: its query_embed is dropped (not said in the paper).
+    F7  --freeze_detector (no released code): all but class and box head keep their weights, statistics and run without dropout.
 """
 from __future__ import annotations
 
 import common  # first: it tells OpenMP how to wait before torch is loaded
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +63,7 @@ class Config:
     data: str = "coco"  # coco, voc, synthetic, a COCO json, or a folder in VOC layout or with train.json and test.json
     data_root: str | None = None  # where a named data set lies; else $DATA_ROOT, else data/<name>
     labels_percent: float = 100  # use this share of the training images, the same on every process (DETReg, Sec. 6.1)
-    protocol: Literal["released", "semi_supervised", "low_data"] = "released"  # schedule of the COCO shares
+    protocol: Literal["released", "semi_supervised", "low_data", "updetr_long", "siamese"] = "released"  # schedule, see above
     synthetic_images: int = 40  # labelled synthetic images
     synthetic_test_images: int = 100  # test images of the synthetic set
     synthetic_size: int = 160  # side of a synthetic scene, pixels
@@ -60,6 +71,7 @@ class Config:
     preset: str | None = None  # demo
     # what to do
     init_from: str | None = None  # checkpoint of a detector, ours or released; without one training starts from --backbone_weights
+    freeze_detector: bool = False  # train the class head and the box head only (Siamese DETR, Table 5)
     eval_only: bool = False  # only evaluate --init_from
     class_agnostic: bool = False  # evaluate the boxes of --init_from without categories (DETReg, Table 6); no training
     # images
@@ -69,29 +81,33 @@ class Config:
     crop_range: tuple[int, ...] = (384, 600)  # smallest and largest side of the crop
     eval_size: int = 800  # short side in evaluation, pixels
     # model (read off --init_from when given)
+    detector: common.DETECTORS = "deformable_detr"  # which one
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file; only without --init_from (released: swav)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen)
-    num_feature_levels: int = 4  # 1 = single scale
+    stride: Literal[16, 32] = 32  # of the map that DETR and Conditional DETR see; 16 leaves out the last stage
+    num_feature_levels: int = 4  # of deformable_detr
+    pre_norm: bool = False  # LayerNorm before each block, of detr (DETR: off)
     hidden_dim: int = 256  # transformer width
     nheads: int = 8  # attention heads
     enc_layers: int = 6  # encoder layers
     dec_layers: int = 6  # decoder layers
-    dim_feedforward: int = 1024  # width of the feed-forward layers
+    dim_feedforward: int = 1024  # width of the feed-forward layers (detr, conditional_detr: 2048)
     dropout: float = 0.1  # in the transformer
-    num_queries: int = 300  # object queries
-    with_box_refine: bool = False  # iterative box refinement (Deformable DETR, Sec. 4.2)
+    num_queries: int = 300  # object queries (detr, conditional_detr: 100)
+    with_box_refine: bool = False  # iterative box refinement of deformable_detr (its Sec. 4.2)
     # loss
-    lambda_f: float = 2.0  # focal loss and its matching cost
+    lambda_f: float = 2.0  # focal loss and its matching cost (detr: cross-entropy, 1)
     lambda_l1: float = 5.0  # L1 box loss and its matching cost
     lambda_giou: float = 2.0  # GIoU loss and its matching cost
+    eos_coef: float = 0.1  # class weight of "no object", of detr
     # optimisation
     batch_size: int = 32  # images per step over all processes (released: 4 per GPU x 8)
     accumulate: int = 1  # micro-batches per step: one GPU reaches the global batch
     epochs: int = 50  # see Schedules above
     lr_drop: float = 40  # epoch after which the rate is x 0.1
-    lr: float = 2e-4  # Deformable DETR
-    lr_backbone: float = 2e-5  # Deformable DETR
+    lr: float = 2e-4  # see Schedules above
+    lr_backbone: float = 2e-5  # see Schedules above
     lr_linear_proj_mult: float = 0.1  # rate of sampling offsets and reference points
     weight_decay: float = 1e-4  # on every parameter
     clip_max_norm: float = 0.1  # gradient norm
@@ -118,17 +134,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
-    """Schedules that follow from the data set and the share of its labels (module docstring)."""
-    share = values["labels_percent"]
+    """What follows from the detector, the data set and the share of its labels (module docstring)."""
+    detector, name, share, protocol = (values[k] for k in ("detector", "data", "labels_percent", "protocol"))
+    recipe: dict[str, Any] = {}
+    if not detector.startswith("deformable"):
+        recipe = {"lr": 1e-4, "lr_backbone": 5e-5, "dim_feedforward": 2048, "num_queries": 100}
+    if detector == "detr":
+        recipe |= {"lambda_f": 1.0, "epochs": 150, "lr_drop": 100}
     if values["eval_only"] or values["class_agnostic"]:
-        return {"out": f"out/finetune-{values['preset'] or Path(values['data']).stem}-eval"}
-    if values["data"] == "voc":
+        return recipe | {"out": f"out/finetune-{values['preset'] or Path(name).stem}-eval"}
+    if protocol == "updetr_long" and detector == "detr":
+        return recipe | {"epochs": 300, "lr_drop": 200}
+    if protocol == "siamese":
+        return recipe | ({"epochs": 150, "lr_drop": 120} if detector == "detr" and name == "coco" else {"epochs": 50, "lr_drop": 40})
+    if name == "voc" and detector.startswith("deformable"):
         return {"epochs": 200, "lr_drop": 150, "batch_size": 8} if share == 10 else {"epochs": 100, "lr_drop": 70}
-    if values["data"] == "coco" and share < 100:
-        epochs, drop = {"released": ({1: 2000, 2: 1000, 5: 500}.get(share, 400),) * 2, "low_data": (150, 150),
-                        "semi_supervised": (200, 150) if share <= 2 else (100, 40)}[values["protocol"]]
-        return {"epochs": epochs, "lr_drop": drop, "batch_size": 24}
-    return {}
+    if name == "coco" and share < 100:
+        epochs, drop = {"low_data": (150, 150), "semi_supervised": (200, 150) if share <= 2 else (100, 40)}.get(
+            protocol, ({1: 2000, 2: 1000, 5: 500}.get(share, 400),) * 2)
+        return recipe | {"epochs": epochs, "lr_drop": drop, "batch_size": 24}
+    return recipe
 
 
 # ==== 2. Data ====
@@ -159,11 +184,30 @@ class LabelledDataset(torch.utils.data.Dataset):
 # ==== 3. Model ====
 
 
-def adopt_architecture(cfg: Config, checkpoint: dict, state: dict[str, Tensor], given: set[str]) -> Config:
+NAMES = {"detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_detr_ss": "single-scale Deformable DETR", "deformable_detr": "Deformable DETR"}
+
+# What a checkpoint may hold besides the detector, and why it is left out.
+PRETEXT = {r"^feature_embed\.": "DETReg's embedding head, not needed", r"^patch2query\.": "projection of query patches or regions, not needed",
+           r"^feature_align\.": "reconstruction head, not needed", r"^enc_head\.": "Siamese DETR's global head, not needed"}
+
+
+def read_init(path: str) -> tuple[dict, dict[str, Tensor], dict[str, Any]]:
+    """(checkpoint, its detector's tensors, the model flags it was made with) of --init_from."""
+    checkpoint = convert.read_checkpoint(path)
+    state = convert.detector_state(checkpoint, path)
+    arch = convert.architecture(state, path)
+    config = checkpoint.get("config")
+    if isinstance(config, dict) and "nheads" in config:
+        arch["nheads"] = config["nheads"]
+    if "patch2query.weight" in state and arch["num_queries"] == 3:           # F6
+        arch["num_queries"] = 100
+    return checkpoint, state, arch
+
+
+def adopt_architecture(cfg: Config, arch: dict[str, Any], given: set[str]) -> Config:
     """The configuration with the model fields of the checkpoint. A flag on the command line that says otherwise is a UserError."""
-    arch = convert.architecture(state, cfg.init_from)
-    if "nheads" in checkpoint.get("config", {}):
-        arch["nheads"] = checkpoint["config"]["nheads"]
+    if "detector" in given and cfg.detector != arch["detector"]:
+        raise UserError(f"{cfg.init_from} holds a {NAMES[arch['detector']]}, not a {NAMES[cfg.detector]}: give --detector {arch['detector']} or leave it out")
     wrong = [f"--{k} {getattr(cfg, k)} (it has {v})" for k, v in arch.items() if k in given and getattr(cfg, k) != v]
     if wrong:
         raise UserError(f"{cfg.init_from} was trained with another architecture than {', '.join(wrong)}; leave these flags out")
@@ -172,6 +216,7 @@ def adopt_architecture(cfg: Config, checkpoint: dict, state: dict[str, Tensor], 
 
 def head_rows(checkpoint: dict, rows: int, categories: list[dict]) -> list[int] | None:
     """Which category (position in `categories`) each row of a checkpoint's class head stands for, -1 = none; None when the head is of other classes.
+    DETR's last row, "no object", is not counted.
 
     Our checkpoints carry their categories. Released heads carry none: 91 rows are COCO ids, 21 rows the sorted VOC names (F1).
     """
@@ -187,19 +232,27 @@ def head_rows(checkpoint: dict, rows: int, categories: list[dict]) -> list[int] 
     return None
 
 
-def build_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], categories: list[dict]) -> tuple[nn.Module, list[int]]:
-    """The detector on CPU and its head's rows -> categories map. Heads that do not fit the categories are made anew; everything else must load."""
+def build_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], categories: list[dict]) -> tuple[common.Detector, list[int]]:
+    """The detector on CPU and the map from its head's rows to categories. Heads that do not fit the categories are made anew; all else must load."""
     torch.manual_seed(cfg.seed)
+    softmax = cfg.detector == "detr"                                         # one more row: "no object"
     if checkpoint is None:
-        model = common.build_detector(cfg, len(categories))
+        model = common.build_detector(cfg, len(categories) + softmax, focal=not softmax)
         common.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
         return model, list(range(len(categories)))
-    rows = state["class_embed.0.weight"].shape[0]
-    pretext = any(k.startswith("feature_embed.") for k in state)             # then the class head knows only "object"
+    head = next((k for k in ("class_embed.weight", "class_embed.0.weight") if k in state), None)
+    pretext = head is None or any(k.startswith(("feature_embed.", "patch2query.", "feature_align.")) for k in state)
+    # UP-DETR and Siamese DETR end in softmax over 3 rows on every detector; DETReg keeps the detector's own head
+    ends_in_softmax = softmax or "patch2query.weight" in state
+    rows = state[head].shape[0] - ends_in_softmax if head else 0
     mapped = None if pretext else head_rows(checkpoint, rows, categories)
-    drop = {r"^feature_embed\.": "head of the pretext task"}
+    drop = dict(PRETEXT)
+    if len(state["query_embed.weight"]) != cfg.num_queries:                  # F6
+        drop[r"^query_embed\."] = f"queries of a single-query checkpoint, made anew for {cfg.num_queries} queries"
     if cfg.class_agnostic:
-        mapped = [-1] * rows if pretext else list(range(rows))
+        if head is None:
+            raise UserError(f"{cfg.init_from} has no class head, so its boxes have no scores; evaluate the file from before its conversion")
+        mapped, softmax = [-1] * rows if pretext else list(range(rows)), ends_in_softmax
     elif cfg.eval_only and mapped is None:
         raise UserError(f"{cfg.init_from}: its classifier has {rows} rows, and nothing says which of the {len(categories)} categories of {cfg.data} "
                         "they are; fine-tune it first, or evaluate its boxes with --class_agnostic")
@@ -207,21 +260,35 @@ def build_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], 
         drop[r"^class_embed\."] = f"class head, made anew for {len(categories)} categories"
         mapped, rows = list(range(len(categories))), len(categories)
     elif not cfg.eval_only and mapped != list(range(rows)):                  # labels are positions in `categories`: put the rows in that order
-        order = [mapped.index(i) for i in range(len(categories))]
+        order = [mapped.index(i) for i in range(len(categories))] + [rows] * softmax
         state = {k: v[order] if k.startswith("class_embed.") else v for k, v in state.items()}
         mapped, rows = list(range(len(categories))), len(categories)
         common.say(f"the class head's rows were put in the order of the {rows} categories of {cfg.data}")
-    model = common.build_detector(cfg, rows)
+    model = common.build_detector(cfg, rows + softmax, focal=not softmax)
     common.load_matching(model, state, drop=drop, source=cfg.init_from)
     return model, mapped
+
+
+def freeze(model: common.Detector) -> None:
+    """Only the heads learn (F7)."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("class_embed.", "bbox_embed.")))
+
+
+def train_mode(cfg: Config, model: nn.Module) -> None:
+    """model.train(), but what is frozen runs as in evaluation: no dropout, constant statistics (F7)."""
+    model.train()
+    if cfg.freeze_detector:
+        for name, child in getattr(model, "module", model).named_children():
+            child.train(name in ("class_embed", "bbox_embed"))
 
 
 # ==== 4. Loss ====
 
 
-def build_criterion(cfg: Config, num_classes: int) -> common.SetCriterion:
-    return common.SetCriterion(num_classes, common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou),
-                               cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou)
+def build_criterion(cfg: Config) -> common.SetCriterion:
+    matcher = common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, focal=cfg.detector != "detr")
+    return common.SetCriterion(matcher, cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, eos_coef=cfg.eos_coef)
 
 
 # ==== 5. Training step ====
@@ -230,7 +297,9 @@ def build_criterion(cfg: Config, num_classes: int) -> common.SetCriterion:
 def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion, optimizer: torch.optim.Optimizer, micro_batches: list[dict],
                step: int, device: torch.device) -> dict[str, Tensor]:
     """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and the gradient norm."""
-    num_boxes = common.normalizer(sum(len(t["labels"]) for batch in micro_batches for t in batch["targets"]), device)
+    counts = [len(t["labels"]) for batch in micro_batches for t in batch["targets"]]
+    num_boxes = common.normalizer(sum(counts), device)
+    class_weight = common.normalizer(criterion.class_weight_sum(counts, cfg.num_queries), device)                    # F4
     optimizer.zero_grad()
     terms: dict[str, Tensor] = {}
     for i, batch in enumerate(micro_batches):
@@ -239,7 +308,7 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion, op
         with common.gradient_sync(model, i == len(micro_batches) - 1):
             with common.autocast(device, cfg.amp):
                 outputs = model(images, mask)
-            losses, _ = criterion(outputs, targets, num_boxes)
+            losses, _ = criterion(outputs, targets, num_boxes, class_weight)
             loss = criterion.total(losses)
             loss.backward()
         for name, value in {"loss": loss, **losses}.items():
@@ -256,14 +325,17 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion, op
 def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set, device: torch.device, write: bool) -> dict[str, Any]:
     """All metrics of the test set; on rank 0 also detections.json (COCO results format) and predictions.png when `write`. All processes call it."""
     found = []
+    heads = model.class_embed if isinstance(model.class_embed, nn.Linear) else model.class_embed[0]
+    softmax = heads.out_features > len(mapped)                               # a last row "no object"
     ids = [c["id"] for c in test_set.categories]
     for target, logits, boxes_xyxy in evaluation.predict(model, test_set, size=cfg.eval_size, max_size=cfg.max_size, device=device, batch_size=8,
                                                          num_workers=cfg.num_workers, text="evaluation"):
         if cfg.class_agnostic:                                               # a pretext head's row 1 is "object"; else the best class counts
-            scores = logits[:, min(1, logits.shape[-1] - 1)] if mapped[0] < 0 else logits.max(-1).values
+            rows = logits.log_softmax(-1)[:, :-1] if softmax else logits
+            scores = rows[:, min(1, rows.shape[-1] - 1)] if mapped[0] < 0 else rows.max(-1).values
             found += evaluation.class_agnostic_detections(scores[:, None], boxes_xyxy, target["image_id"], object_class=0)
         else:
-            found += category_detections(logits, boxes_xyxy, mapped, ids, target["image_id"])
+            found += category_detections(logits, boxes_xyxy, mapped, ids, target["image_id"], softmax)
     found = evaluation.gather(found)
     if common.rank() != 0:
         return {}
@@ -271,6 +343,9 @@ def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set, device:
     metrics = evaluation.detection_metrics(truth, found, class_agnostic=cfg.class_agnostic, per_class=not cfg.class_agnostic)
     if test_set.voc and not cfg.class_agnostic:
         metrics |= evaluation.voc07_metrics(truth, found)
+    if cfg.freeze_detector:                                                  # Siamese DETR, Table 5: class-agnostic or not is not said, so both
+        boxes_only = evaluation.detection_metrics(truth, found, class_agnostic=True)
+        metrics |= {f"agnostic_AR{k}": boxes_only[f"AR{k}"] for k in (1, 10, 100)}
     if write:
         evaluation.write_json(Path(cfg.out) / "detections.json", found)
         names = {} if cfg.class_agnostic else {c["id"]: c["name"] for c in test_set.categories}
@@ -278,9 +353,9 @@ def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set, device:
     return metrics
 
 
-def category_detections(logits: Tensor, boxes_xyxy: Tensor, mapped: list[int], category_ids: list[int], image_id: int) -> list[dict]:
-    """The 100 best (query, class) pairs of one image; rows of a released head that stand for no category are dropped."""
-    best = common.top_detections(logits, boxes_xyxy)
+def category_detections(logits: Tensor, boxes_xyxy: Tensor, mapped: list[int], category_ids: list[int], image_id: int, softmax: bool) -> list[dict]:
+    """The detections of one image (common.top_detections); those of rows of a released head that stand for no category are dropped."""
+    best = common.top_detections(logits, boxes_xyxy, focal=not softmax)
     keep = [(s, mapped[l], b) for s, l, b in zip(best["scores"].tolist(), best["labels"].tolist(), best["boxes"].tolist()) if mapped[l] >= 0]
     return [{"image_id": image_id, "category_id": category_ids[l], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": s} for s, l, (x1, y1, x2, y2) in keep]
 
@@ -305,15 +380,19 @@ def draw_predictions(path: Path, test_set, detections: list[dict], truth: dict, 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
-    cfg = common.parse_config(Config, PRESETS, argv, script="finetune", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+    checkpoint, state, arch = None, {}, {}
+
+    def recipe(values: dict[str, Any]) -> dict[str, Any]:
+        nonlocal checkpoint, state, arch
+        if values["init_from"]:
+            checkpoint, state, arch = read_init(values["init_from"])
+        return recipe_of(values | arch)
+
+    cfg = common.parse_config(Config, PRESETS, argv, script="finetune", description=__doc__.split("\n\n")[0], by_data=recipe)
     device = common.setup_distributed(cfg.device)
     cfg.eval_only |= cfg.class_agnostic
-    checkpoint, state = None, {}
     if cfg.init_from:
-        checkpoint = convert.read_checkpoint(cfg.init_from)
-        state = convert.state_of(checkpoint, cfg.init_from)
-        given = {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")}
-        cfg = adopt_architecture(cfg, checkpoint, state, given)
+        cfg = adopt_architecture(cfg, arch, {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")})
     elif cfg.eval_only:
         raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
     train_set, test_set = open_sets(cfg)
@@ -329,25 +408,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     out, run = Path(cfg.out), common.open_run(cfg, "finetune")
     steps_per_epoch = len(train_set) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
-    metrics = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").exists() else {}
-    if run and run["step"] >= total_steps and metrics.get("steps") == run["step"]:
-        common.say(f"this run is finished ({run['step']} steps)")
+    if metrics := common.finished(out, run, total_steps):
         return finish(cfg, metrics)
     model, mapped = build_model(cfg, checkpoint, state, train_set.categories)
+    if cfg.freeze_detector:
+        freeze(model)
     model = model.to(device)
     optimizer = common.build_optimizer(cfg, model)
     start = common.restore(run, model, optimizer) if run else 0
-    wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg, len(mapped))
+    wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
     sampler = data.StepSampler(len(train_set), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(LabelledDataset(cfg, train_set), sampler, num_workers=cfg.num_workers, collate=data.collate))
     log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(train_set)), 0
-    common.say(f"{len(train_set)} labelled images, {len(mapped)} categories, {steps_per_epoch} steps per epoch, steps {start}..{total_steps}; "
-               f"batch {cfg.batch_size} = {common.world_size()} processes x {cfg.accumulate} x "
-               f"{cfg.batch_size // (common.world_size() * cfg.accumulate)}; {device}")
+    common.tell_plan(cfg, len(train_set), f"labelled images of {len(mapped)} categories", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="fine-tuning")
     for step in bar:
         common.seed_step(cfg.seed, step)
-        wrapped.train()
+        train_mode(cfg, wrapped)
         lr = common.set_lr(optimizer, common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,)))
         micro_batches = [next(batches) for _ in range(cfg.accumulate)]
         for batch in micro_batches:

@@ -417,7 +417,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    return evaluation.probe_table(metrics, ["IoU", "recall50"], "most confident box per query patch, unseen images")
+    return evaluation.probe_table(metrics, ["IoU", "recall50"], "most confident box per query patch, unseen images (")
 
 
 if __name__ == "__main__":
