@@ -498,7 +498,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         common.say(summary(metrics))
         return metrics
 
-    store = open_store(cfg, source, out)
+    store = proposals.open_store(cfg, source, proposal_generator(cfg))
     train_set = RegionDataset(cfg, source, indices, store)
     model, descriptor = build_models(cfg)
     model, descriptor = model.to(device), descriptor.to(device)
@@ -538,21 +538,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         common.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if probe_set else ""))
     common.barrier()
     return metrics
-
-
-def open_store(cfg: Config, source, out: Path) -> proposals.ProposalStore | None:
-    """The proposals to train on: a given store, one filled now (rank 0 fills, the others wait), or none: boxes are computed in the loader."""
-    if cfg.proposal_store:
-        store = proposals.ProposalStore.open(cfg.proposal_store, source)
-        made = ", ".join(f"{k} {store.header[k]}" for k in ("method", "mode", "grid", "rank", "seed", "opencv"))
-        common.say(f"proposals come from {cfg.proposal_store} ({made}); the flags --proposal_* are not used")
-        return store
-    if not cfg.cache_proposals:
-        return None
-    if common.rank() == 0:
-        proposals.build_store(out / "proposals", source, proposal_generator(cfg), workers=cfg.num_workers)
-    common.barrier()
-    return proposals.ProposalStore.open(out / "proposals", source)
 
 
 def summary(metrics: dict[str, Any]) -> str:

@@ -271,13 +271,13 @@ def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int, devic
     model.train(training)
 
 
-def batches(probe_set, num_workers: int, text: str = "", size: int = 8) -> Iterator[dict]:
+def batches(probe_set, num_workers: int, text: str = "", size: int = 8, collate=data.collate) -> Iterator[dict]:
     """This process's slice of a probe's samples (keys (0, i)), in batches of 2 to size + 1; files it had to leave out are named."""
     indices = list(rank_slice(len(probe_set)))
     keys = [[(0, i) for i in indices[k:k + size]] for k in range(0, len(indices), size)]
     if len(keys) > 1 and len(keys[-1]) == 1:                                 # the shuffled control needs two images
         keys[-2:] = [keys[-2] + keys[-1]]
-    for batch in progress(data.make_loader(probe_set, keys, num_workers=num_workers, collate=data.collate), desc=text):
+    for batch in progress(data.make_loader(probe_set, keys, num_workers=num_workers, collate=collate), desc=text):
         for entry in batch["skipped"]:
             say(f"warning: left out of the probe: {entry}")
         yield batch
@@ -310,6 +310,12 @@ def probe_table(metrics: dict, columns: list[str], title: str) -> str:
     if not rows:
         return f"finished after {metrics['steps']} steps (no probe: give --probe_data or --probe_images)"
     return metrics_table(rows, columns, title=f"{title} primary: {metrics['primary']})")
+
+
+def picture(tensor: torch.Tensor) -> Image.Image:
+    """data.to_normalized_tensor undone: [3, h, w] -> PIL."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    return Image.fromarray(((tensor * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def draw_found(path, source, rows: list[dict], titles: tuple[str, str]) -> None:
@@ -377,14 +383,14 @@ def _tile(image: Image.Image, boxes_xyxy, labels: list[str] | None, max_boxes: i
 def draw_boxes_figure(path, images: list, columns: dict[str, list], max_boxes: int = 10) -> None:
     """PNG contact sheet: one row per image, one column per entry of `columns`, its key as the title.
 
-    images: PIL images. columns: title -> one (boxes_xyxy [n, 4] px of that image, labels of length n or None) per image; the first
-    `max_boxes` are drawn, boxes of equal rank in equal colours across columns.
+    images: PIL images. columns: title -> one (boxes_xyxy [n, 4] px of that image, labels of length n or None, and, if the column shows another
+    picture than its row's, that PIL image) per image; the first `max_boxes` are drawn, boxes of equal rank in equal colours across columns.
     """
     if not images or any(len(entries) != len(images) for entries in columns.values()):
         raise UserError(f"a figure needs images and as many entries per column: {len(images)} images, "
                         f"columns {({title: len(entries) for title, entries in columns.items()})}")
     font = ImageFont.load_default(16)
-    tiles = [[_tile(image, *entries[i], max_boxes) for entries in columns.values()] for i, image in enumerate(images)]
+    tiles = [[_tile((*entries[i], image)[2], *entries[i][:2], max_boxes) for entries in columns.values()] for i, image in enumerate(images)]
     widths = [max(math.ceil(font.getlength(title)), *(row[c].width for row in tiles)) for c, title in enumerate(columns)]
     sheet = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1), HEADER + sum(row[0].height + GAP for row in tiles)), "white")
     draw, x = ImageDraw.Draw(sheet), GAP

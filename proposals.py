@@ -466,6 +466,22 @@ def build_store(path: str | Path, source: Any, generator: Generator, *, workers:
     return ProposalStore.open(path)
 
 
+def open_store(cfg: Any, source: Any, generator: Generator) -> ProposalStore | None:
+    """The proposals a method trains on (`cfg`: its Config): a given store, one filled now in the output folder (rank 0 fills, the others wait), or
+    None: boxes are computed in the loader."""
+    if cfg.proposal_store:
+        store = ProposalStore.open(cfg.proposal_store, source)
+        made = ", ".join(f"{k} {store.header[k]}" for k in ("method", "mode", "grid", "rank", "seed", "opencv"))
+        common.say(f"proposals come from {cfg.proposal_store} ({made}); the flags --proposal_* are not used")
+        return store
+    if not cfg.cache_proposals:
+        return None
+    if common.rank() == 0:
+        build_store(Path(cfg.out) / "proposals", source, generator, workers=cfg.num_workers)
+    common.barrier()
+    return ProposalStore.open(Path(cfg.out) / "proposals", source)
+
+
 # ==== 5. Main ====
 def main(argv: list[str] | None = None) -> ProposalStore:
     parser = argparse.ArgumentParser(description="Fill a proposal store; the same command again continues an interrupted build.")

@@ -24,6 +24,7 @@ import common
 import convert
 import detreg
 import finetune
+import updetr
 from common import UserError
 
 CPU = torch.device("cpu")
@@ -96,22 +97,22 @@ def test_help_shows_the_comments(capsys):
     assert "how many, 5 % of them (default: 3)" in text and "sides (default: (1, 2))" in text
 
 
-@pytest.mark.parametrize("script", (detreg, finetune))
+@pytest.mark.parametrize("script", (detreg, updetr, finetune))
 def test_every_knob_is_explained_and_read(script):
     code = "\n".join(path.read_text() for path in sorted(ROOT.glob("*.py")))
     explained = common._knob_help(script.Config)
     for field in dataclasses.fields(script.Config):
         assert explained.get(field.name), f"{field.name} has no comment"
-        read = re.search(rf"""\b(cfg|config)\.{field.name}\b|values\[["']{field.name}["']\]""", code)
+        read = re.search(rf"""\b(cfg|config)\.{field.name}\b|values\[["']{field.name}["']\]|values\[k\] for k in \([^)]*"{field.name}\"""", code)
         assert read, f"nothing reads {script.__name__}.Config.{field.name}"
     for preset in script.PRESETS.values():
         assert preset.keys() <= explained.keys()
 
 
 def test_shared_knobs_have_one_order():
-    names = [[f.name for f in dataclasses.fields(script.Config)] for script in (detreg, finetune)]
-    shared = set(names[0]) & set(names[1])
-    assert [n for n in names[0] if n in shared] == [n for n in names[1] if n in shared]
+    for one, two in itertools.combinations([[f.name for f in dataclasses.fields(script.Config)] for script in (detreg, updetr, finetune)], 2):
+        shared = set(one) & set(two)
+        assert [n for n in one if n in shared] == [n for n in two if n in shared]
 
 
 # ==== Deformable attention =========================================================================================
@@ -215,7 +216,7 @@ def test_backbone_outputs(arch, channels):
 
 def test_build_detector_follows_lr_backbone_and_norm():
     def learning(**values):
-        model = common.build_detector(small_config(finetune.Config, **values), 3)
+        model = common.build_detector(small_config(finetune.Config, **values), 3, focal=True)
         return {n.split(".")[3] for n, p in model.named_parameters() if n.startswith("backbone.0") and p.requires_grad}
 
     assert learning(lr_backbone=0.0) == learning(lr_backbone=0.0, backbone_norm="bn") == set()
@@ -236,14 +237,15 @@ def batch(*sizes):
 @pytest.mark.parametrize("refine", (False, True))
 def test_detector_outputs_and_initial_values(levels, refine):
     torch.manual_seed(0)
-    model = common.build_detector(small_config(finetune.Config, num_feature_levels=levels, with_box_refine=refine), 3).eval()
+    model = common.build_detector(small_config(finetune.Config, num_feature_levels=levels, with_box_refine=refine), 3, focal=True).eval()
     with torch.no_grad():
         outputs = model(*batch((64, 96), (80, 64)))
-    assert set(outputs) == {"pred_logits", "pred_boxes", "aux_outputs", "hs"} and len(outputs["aux_outputs"]) == 1
+    assert set(outputs) == {"pred_logits", "pred_boxes", "aux_outputs", "hs", "memory"} and len(outputs["aux_outputs"]) == 1
     for layer in (outputs, *outputs["aux_outputs"]):
-        assert layer["pred_logits"].shape == (2, 8, 3) and layer["pred_boxes"].shape == (2, 8, 4)
+        assert layer["pred_logits"].shape == (2, 8, 3) and layer["pred_boxes"].shape == (2, 8, 4) and layer["hs"].shape == (2, 8, 64)
         assert ((layer["pred_boxes"] > 0) & (layer["pred_boxes"] < 1)).all()
-    assert outputs["hs"].shape == (2, 8, 64)
+    first = 8 << max(3 - levels, 0)                                       # stride of the first level; the images are 80 x 96 together
+    assert [m.shape for m in outputs["memory"]] == [(2, 64, -(-80 // (first << i)), -(-96 // (first << i))) for i in range(levels)]
     # the box head starts at zero: every box stands on its reference point, as large as its bias says
     references = torch.sigmoid(model.transformer.reference_points(model.query_embed.weight[:, :64]))
     size = torch.sigmoid(torch.tensor(-2.0)).item()
@@ -263,7 +265,7 @@ def test_detector_outputs_and_initial_values(levels, refine):
 
 @pytest.mark.parametrize("refine", (False, True))
 def test_padding(refine):
-    model = filled(common.build_detector(small_config(finetune.Config, with_box_refine=refine), 3)).eval()
+    model = filled(common.build_detector(small_config(finetune.Config, with_box_refine=refine), 3, focal=True)).eval()
     images, mask = batch((32, 40), (64, 48))
     with torch.no_grad():
         both, alone = model(images, mask), model(images[:1], mask[:1])
@@ -394,7 +396,7 @@ def torch_case(predictions, targets):
 def test_criterion_against_numpy():
     predictions, targets = criterion_case()                               # an empty image, and one with more targets than queries
     layers, outputs, torch_targets = torch_case(predictions, targets)
-    criterion = common.SetCriterion(2, common.HungarianMatcher(2, 5, 2), 1.5, 4.0, 3.0)
+    criterion = common.SetCriterion(common.HungarianMatcher(2, 5, 2), 1.5, 4.0, 3.0)
     losses, pairs = criterion(outputs, torch_targets, 6.0)
     assert set(losses) == {"loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "loss_ce_0", "loss_bbox_0", "loss_giou_0",
                            "cardinality_error_0"}
@@ -417,7 +419,7 @@ def test_criterion_against_numpy():
 def test_criterion_without_any_target():
     predictions, targets = criterion_case(counts=(0, 0))
     layers, outputs, targets = torch_case(predictions, targets)
-    criterion = common.SetCriterion(2, common.HungarianMatcher())
+    criterion = common.SetCriterion(common.HungarianMatcher())
     losses, _ = criterion(outputs, targets, common.normalizer(0, CPU))
     logits = predictions[1][0]
     p = 1 / (1 + np.exp(-logits))
@@ -454,7 +456,7 @@ def test_detections_and_pixels():
 def test_parameter_groups():
     cfg = small_config(finetune.Config, lr=1e-3, lr_backbone=1e-4, lr_linear_proj_mult=0.5, weight_decay=0.25)
     for lr_backbone in (1e-4, 0.0):
-        model = common.build_detector(dataclasses.replace(cfg, lr_backbone=lr_backbone), 3)
+        model = common.build_detector(dataclasses.replace(cfg, lr_backbone=lr_backbone), 3, focal=True)
         rest, backbone, linear = common.param_groups(model, 1e-3, lr_backbone, 0.5)
         assert [g["base_lr"] for g in (rest, backbone, linear)] == [g["lr"] for g in (rest, backbone, linear)] == [1e-3, lr_backbone, 5e-4]
         assert len(linear["names"]) == 2 * 3 + 2                           # 1 encoder, 2 decoder layers: weight and bias; and the reference points
@@ -585,7 +587,9 @@ def test_load_matching(capsys):
     extra = {**state, "head.a": torch.zeros(1), "head.b": torch.zeros(1), "1.bias": torch.zeros(9)}
     common.load_matching(model, extra, drop={r"^head\.": "pretext head", r"^1\.bias": "other size"}, source="FILE")
     said = capsys.readouterr().out
-    assert "loaded 3 tensors from FILE" in said and "left out 2: pretext head (head.a, ...)" in said and "left out 1: other size (1.bias)" in said
+    assert "loaded 3 tensors from FILE; 3 named above are left out or new\n" in said
+    assert said.startswith("  pretext head: head.a, head.b\n") or "\n  pretext head: head.a, head.b\n" in said
+    assert "  other size: 1.bias\n" in said
     assert (model[0].weight == 1).all() and (model[1].weight == 3).all() and not (model[1].bias == 4).any()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     bad = {"0.weight": torch.zeros(3, 5), "0.bias": torch.zeros(3), **{f"x{i}": torch.zeros(1) for i in range(6)}}
@@ -732,28 +736,33 @@ def test_no_such_checkpoint_and_a_cut_one(tmp_path):
         convert.read_checkpoint(tmp_path / "cut.pth")
 
 
-@pytest.mark.parametrize("values", ({}, {"with_box_refine": True, "num_feature_levels": 1},
+@pytest.mark.parametrize("values", ({}, {"with_box_refine": True, "num_feature_levels": 1, "detector": "deformable_detr_ss"},
                                     {"backbone_norm": "bn", "arch": "resnet34", "lr_backbone": 0.0},
-                                    {"arch": "resnet50", "enc_layers": 3, "dec_layers": 1, "dim_feedforward": 48, "num_queries": 5}))
+                                    {"arch": "resnet50", "enc_layers": 3, "dec_layers": 1, "dim_feedforward": 48, "num_queries": 5},
+                                    {"detector": "detr"}, {"detector": "detr", "pre_norm": True, "stride": 16, "num_queries": 5},
+                                    {"detector": "conditional_detr", "arch": "resnet101", "enc_layers": 2},
+                                    {"detector": "conditional_detr", "stride": 16, "backbone_norm": "bn", "dim_feedforward": 48}))
 def test_architecture_of_a_state(values):
     cfg = small_config(finetune.Config, **values)
-    expected = {k: getattr(cfg, k) for k in ("arch", "backbone_norm", "num_queries", "hidden_dim", "num_feature_levels", "enc_layers", "dec_layers",
-                                             "dim_feedforward", "with_box_refine")}
-    assert convert.architecture(common.build_detector(cfg, 3).state_dict(), "file") == expected
+    own = {"detr": ("stride", "pre_norm"), "conditional_detr": ("stride",)}.get(cfg.detector, ("num_feature_levels", "with_box_refine"))
+    expected = {k: getattr(cfg, k) for k in ("detector", "arch", "backbone_norm", "num_queries", "hidden_dim", "enc_layers", "dec_layers",
+                                             "dim_feedforward", *own)}
+    for focal in (True, False):
+        assert convert.architecture(common.build_detector(cfg, 3, focal=focal).state_dict(), "file") == expected
 
 
 def test_architecture_refuses_by_name():
     one = torch.zeros(1)
     detr = {"query_embed.weight": one, "transformer.encoder.layers.0.self_attn.in_proj_weight": one, "backbone.0.body.conv1.weight": one}
-    with pytest.raises(UserError, match="FILE: this is a DETR checkpoint, not a Deformable DETR"):
+    with pytest.raises(UserError, match="FILE: this is a detector checkpoint, not one of a DETR, Conditional DETR or Deformable DETR"):
         convert.architecture(detr, "FILE")
     with pytest.raises(UserError, match="FILE: this is a torchvision ResNet.*--backbone_weights"):
         convert.architecture(random_resnet(), "FILE")
     with pytest.raises(UserError, match="FILE: this is a MoCo encoder.*--backbone_weights"):
         convert.architecture({"module.encoder_q.conv1.weight": one}, "FILE")
-    with pytest.raises(UserError, match="FILE: this is an unknown model"):
+    with pytest.raises(UserError, match="FILE: this is an unknown model's checkpoint"):
         convert.architecture({"a": one}, "FILE")
-    state = common.build_detector(small_config(finetune.Config), 2).state_dict()
+    state = common.build_detector(small_config(finetune.Config), 2, focal=True).state_dict()
     for other in ({k: v for k, v in state.items() if not k.startswith("backbone")}, {**state, "backbone.0.body.layer2.5.conv1.weight": one}):
         with pytest.raises(UserError, match="FILE: .*lacks parts.*resnet18, resnet34"):
             convert.architecture(other, "FILE")

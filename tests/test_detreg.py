@@ -57,7 +57,12 @@ def test_detreg_loss_is_the_weighted_sum():
     cfg = small_config(detreg.Config, num_classes=2, lambda_f=1.5, lambda_l1=4.0, lambda_giou=3.0, lambda_e=0.7)
     criterion = detreg.build_criterion(cfg)
     assert (criterion.matcher.cost_class, criterion.matcher.cost_bbox, criterion.matcher.cost_giou) == (1.5, 4.0, 3.0)
-    criterion.matcher = lambda outputs, targets: pairs
+
+    class Prescribed(common.HungarianMatcher):
+        def __call__(self, outputs, targets):
+            return pairs
+
+    criterion.matcher = Prescribed()
     for mean, count in (("global", 4.0), ("local", 3)):                   # global: what all processes say; local: the pairs that are here
         total, losses = detreg.detreg_loss(dataclasses.replace(cfg, embedding_mean=mean), criterion, outputs, targets, 3.0, 4.0)
         assert losses["loss_object_embedding"].item() == pytest.approx(7 / (3 * count), rel=1e-6)
@@ -92,10 +97,10 @@ def test_models_follow_seed_and_descriptor():
     model, descriptor = detreg.build_models(cfg)
     again, _ = detreg.build_models(cfg)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
-    assert not torch.equal(detreg.build_models(dataclasses.replace(cfg, seed=4))[0].query_embed.weight, model.query_embed.weight)
+    assert not torch.equal(detreg.build_models(dataclasses.replace(cfg, seed=4))[0].detector.query_embed.weight, model.detector.query_embed.weight)
     assert model.feature_embed.layers[-1].out_features == 128 and not descriptor.training
     assert not any(p.requires_grad for p in descriptor.parameters())
-    assert torch.equal(descriptor.body[0].weight, model.backbone[0].body.conv1.weight)
+    assert torch.equal(descriptor.body[0].weight, model.detector.backbone[0].body.conv1.weight)
 
 
 # ==== Samples ======================================================================================================
@@ -169,7 +174,8 @@ def test_a_cut_box_keeps_the_descriptor_of_its_region(folder):
     for epoch in range(12):
         target = dataset[epoch, 0]["target"]
         image = blocks(0)
-        every = [dataset.patch(image, b, np.random.default_rng(0)) for b in boxes.tolist()]
+        every = [data.cut_patch(image, b, dataset.cfg.patch_size, data.draw_photometric(np.random.default_rng(0), dataset.photometric))
+                 for b in boxes.tolist()]
         which = [next(k for k, e in enumerate(every) if torch.equal(e, patch)) for patch in target["patches"]]
         assert which == sorted(which) and which[0] == 0 and len(which) == len(target["boxes"])
         counts.add(len(which))
@@ -245,8 +251,8 @@ COUNTS = (3, 1, 7, 0)                                                     # boxe
 def step_case():
     cfg = small_config(detreg.Config, num_classes=3, clip_max_norm=0.0, lr_backbone=2e-5, num_queries=6, num_feature_levels=3)
     torch.manual_seed(0)
-    model = common.build_detector(cfg, cfg.num_classes, detreg.DETReg, embedding_dim=5)
-    for bbox in model.bbox_embed:                                         # it starts at zero: no gradient below it
+    model = detreg.DETReg(common.build_detector(cfg, cfg.num_classes, focal=True), embedding_dim=5)
+    for bbox in model.detector.bbox_embed:                                         # it starts at zero: no gradient below it
         torch.nn.init.normal_(bbox.layers[-1].weight, std=0.05)
     images, mask = tensor("step_images", 4, 3, 32, 48), torch.zeros(4, 32, 48, dtype=torch.bool)
     mask[1, 24:], mask[2, :, 30:] = True, True
@@ -295,7 +301,7 @@ def same_step(results, whole):
 def test_accumulation_is_one_batch():
     whole = one_step()
     assert whole[0]["loss_object_embedding"] > 0 and whole[0]["loss_bbox"] > 0 and len(whole[1]) > 100
-    assert any(n.startswith("backbone.0.body.layer2") for n in whole[1])
+    assert any(n.startswith("detector.backbone.0.body.layer2") for n in whole[1])
     for accumulate in (2, 4):                                             # with 4, one micro-batch has no box at all
         same_step([one_step(accumulate=accumulate)], whole)
     norm = np.sqrt(sum(float((g.double() ** 2).sum()) for g in whole[1].values()))
@@ -323,10 +329,10 @@ def test_local_mean_under_accumulation():
 def test_a_step_stops_at_nan():
     cfg, model, batch = step_case()
     torch.nn.init.constant_(model.feature_embed.layers[-1].weight, torch.nan)
-    before = model.query_embed.weight.clone()
+    before = model.detector.query_embed.weight.clone()
     with pytest.raises(FloatingPointError, match="step 12"):
         detreg.train_step(cfg, model, torch.nn.Identity(), detreg.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], 12, CPU)
-    assert torch.equal(model.query_embed.weight, before)
+    assert torch.equal(model.detector.query_embed.weight, before)
 
 
 # ==== Whole runs ===================================================================================================
@@ -437,7 +443,7 @@ def test_bad_input_ends_in_one_line(fails, folder, tmp_path):
     assert f"{store} does not fit these images" in fail(data=folder, proposal_store=store)
     for i in range(4):
         (folder / f"{i}.png").write_bytes(b"broken")
-    assert "11 images in a row cannot be read" in (line := fail(data=folder)) and ".png" in line
+    assert "11 images in a row cannot be used" in (line := fail(data=folder)) and ".png" in line
     blocks(0).save(folder / "5.png"), blocks(1).save(folder / "6.png"), blocks(2).save(folder / "7.png")
     assert "(more than 1 %)" in (line := fail(data=folder, batch_size=7)) and ".png" in line
 

@@ -13,7 +13,6 @@ from PIL import Image
 from test_detreg import pieces, same_step
 
 import common
-import convert
 import data
 import detreg
 import finetune
@@ -30,7 +29,7 @@ def tensor(name, *shape):
 
 def build(rows, **values):
     torch.manual_seed(5)
-    return common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS, **values), rows)
+    return common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS, **values), rows, focal=True)
 
 
 # ==== Heads, architecture, recipes =================================================================================
@@ -58,18 +57,19 @@ def test_head_rows():
 def test_adopted_architecture(tmp_path):
     model = build(3, with_box_refine=True, enc_layers=2)
     common.save_checkpoint(tmp_path / "c.pt", model, None, 0, small_config(detreg.Config, nheads=4), script="detreg")
-    checkpoint = convert.read_checkpoint(tmp_path / "c.pt")
+    _, state, arch = finetune.read_init(tmp_path / "c.pt")
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and len(state) == len(model.state_dict())
     cfg = finetune.Config(init_from="c.pt", lr=0.5)
-    adopted = finetune.adopt_architecture(cfg, checkpoint, checkpoint["model"], {"lr", "data"})
+    adopted = finetune.adopt_architecture(cfg, arch, {"lr", "data"})
     expected = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=2, dec_layers=2, dim_feedforward=32, num_queries=8, num_feature_levels=3,
                     with_box_refine=True, backbone_norm="frozen")
     assert adopted == dataclasses.replace(cfg, **expected)                # and nothing else has changed
     agreeing = dataclasses.replace(cfg, num_queries=8, nheads=4)
-    assert finetune.adopt_architecture(agreeing, checkpoint, checkpoint["model"], {"num_queries", "nheads"}).num_queries == 8
+    assert finetune.adopt_architecture(agreeing, arch, {"num_queries", "nheads"}).num_queries == 8
     with pytest.raises(UserError, match=r"^c\.pt .*--arch resnet50 \(it has resnet18\), --num_queries 300 \(it has 8\); leave"):
-        finetune.adopt_architecture(cfg, checkpoint, checkpoint["model"], {"num_queries", "arch"})
+        finetune.adopt_architecture(cfg, arch, {"num_queries", "arch"})
     with pytest.raises(UserError, match=r"--nheads 8 \(it has 4\)"):
-        finetune.adopt_architecture(cfg, checkpoint, checkpoint["model"], {"nheads"})
+        finetune.adopt_architecture(cfg, arch, {"nheads"})
 
 
 def test_heads_that_are_kept_and_made_anew(tmp_path):
@@ -106,8 +106,8 @@ def test_pretext_head_of_91_rows_is_no_coco_head(eval_only):
     coco = [{"id": i, "name": f"c{i}"} for i in COCO_IDS]
     cfg = small_config(finetune.Config, num_feature_levels=LEVELS, init_from="f", eval_only=eval_only)
     torch.manual_seed(0)
-    old = common.build_detector(cfg, 91, detreg.DETReg, embedding_dim=16)
-    torch.nn.init.constant_(old.class_embed[0].bias, 7.0)
+    old = detreg.DETReg(common.build_detector(cfg, 91, focal=True), embedding_dim=16)
+    torch.nn.init.constant_(old.detector.class_embed[0].bias, 7.0)
     if eval_only:
         with pytest.raises(UserError, match="fine-tune it first"):
             finetune.build_model(cfg, {}, old.state_dict(), coco)
@@ -118,10 +118,15 @@ def test_pretext_head_of_91_rows_is_no_coco_head(eval_only):
 
 def test_detections_of_a_permuted_head():
     logits = torch.tensor([[3.0, -9, 1], [-9, 2, -9]])
-    found = finetune.category_detections(logits, torch.tensor([[1.0, 2, 5, 8], [0, 0, 4, 4]]), [1, -1, 0], [70, 300], 55)
+    found = finetune.category_detections(logits, torch.tensor([[1.0, 2, 5, 8], [0, 0, 4, 4]]), [1, -1, 0], [70, 300], 55, softmax=False)
     assert [(d["category_id"], d["bbox"], d["image_id"]) for d in found[:2]] == [(300, [1, 2, 4, 6], 55), (70, [1, 2, 4, 6], 55)]
     assert [d["score"] for d in found[:2]] == pytest.approx([1 / (1 + np.exp(-3)), 1 / (1 + np.exp(-1))])
     assert len(found) == 4                                                # row 1 is no category
+    rows = torch.tensor([[3.0, -9, 1, 9], [-9, 2, -9, 0], [0, 0, 1, -5]])     # softmax: a query has one class, the best that is not "no object"
+    found = finetune.category_detections(rows, torch.tensor([[1.0, 2, 5, 8], [0, 0, 4, 4], [0, 0, 2, 2]]), [1, -1, 0], [70, 300], 55, softmax=True)
+    assert [(d["category_id"], d["bbox"]) for d in found] == [(300, [1, 2, 4, 6]), (70, [0, 0, 2, 2])]
+    p = np.exp(rows.numpy()) / np.exp(rows.numpy()).sum(1, keepdims=True)
+    assert [d["score"] for d in found] == pytest.approx([p[0, 0], p[2, 2]])
 
 
 @pytest.mark.parametrize(("values", "expected"), (
@@ -155,7 +160,7 @@ def one_step(start=0, stop=4, accumulate=1):
     targets = [{"labels": torch.arange(n) % 4, "boxes": tensor(f"step_boxes{i}", n, 4).mul(0.5).sigmoid()} for i, n in enumerate(COUNTS)]
     micro_batches = pieces({"images": images, "mask": mask, "targets": targets}, start, stop, accumulate)
     wrapped = common.wrap_model(model.train(), CPU)
-    terms = finetune.train_step(cfg, wrapped, finetune.build_criterion(cfg, 4), common.build_optimizer(cfg, model), micro_batches, 0, CPU)
+    terms = finetune.train_step(cfg, wrapped, finetune.build_criterion(cfg), common.build_optimizer(cfg, model), micro_batches, 0, CPU)
     return {k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -231,7 +236,7 @@ def pretrained(tmp_path_factory):
     path = tmp_path_factory.mktemp("pretrained") / "last.pt"
     cfg = small_config(detreg.Config, num_feature_levels=LEVELS, num_classes=2)
     torch.manual_seed(1)
-    model = common.build_detector(cfg, 2, detreg.DETReg, embedding_dim=16)
+    model = detreg.DETReg(common.build_detector(cfg, 2, focal=True), embedding_dim=16)
     common.save_checkpoint(path, model, None, 0, cfg, script="detreg")
     return path
 
@@ -320,7 +325,7 @@ def test_class_agnostic_evaluation(tuned, pretrained, tmp_path):
     assert not (tmp_path / "last.pt").exists()                            # it is an evaluation: nothing is trained
     found = json.loads((tmp_path / "detections.json").read_text())
     assert "per_class" not in metrics and len(found) == 2 * 8 and {d["category_id"] for d in found} == {1}
-    model = common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS), 2).eval()
+    model = common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS), 2, focal=True).eval()
     model.load_state_dict({k: v for k, v in torch.load(pretrained, weights_only=True)["model"].items() if not k.startswith("feature_embed")})
     samples = [{"image": data.to_normalized_tensor(Image.open(tuned[1] / f"{i}.png")), "target": {}, "skipped": []} for i in (5, 4)]
     batch = data.collate(samples)                                         # their short sides are 48 already
@@ -411,7 +416,7 @@ def test_bad_input_ends_in_one_line(fails, tuned, pretrained, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     assert str(tmp_path / "text.pt") in fail(init_from=tmp_path / "text.pt")
     torch.save({"model": {"query_embed.weight": torch.zeros(1)}}, tmp_path / "detr.pt")
-    assert "detr.pt: this is a DETR checkpoint" in fail(init_from=tmp_path / "detr.pt")
+    assert "detr.pt: this is an unknown model's checkpoint, not one of a DETR" in fail(init_from=tmp_path / "detr.pt")
     assert f"{pretrained} was trained with another architecture than --enc_layers 5 (it has 1)" in fail(enc_layers=5)
     state = torch.load(pretrained, weights_only=True)
     state["model"]["transformer.extra.weight"] = torch.zeros(1)
