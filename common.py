@@ -557,7 +557,7 @@ class DETRTransformer(nn.Module):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, dropout: float, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention of [B, Q, E], [B, S, E], [B, S, D], each already cut into heads; mask broadcasts to [B, M, Q, S], True = not seen."""
+    """Scaled dot-product attention of [B, Q, E], [B, S, E], [B, S, D], cut into heads here; mask broadcasts to [B, M, Q, S], True = not seen."""
     query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
     output = F.scaled_dot_product_attention(query, key, value, None if mask is None else ~mask, dropout)
     return output.transpose(1, 2).flatten(2)
@@ -768,8 +768,8 @@ class DeformableTransformer(nn.Module):
 
     def forward(self, sources: list[Tensor], masks: list[Tensor], positions: list[Tensor], query_embed: Tensor, self_mask: Tensor | None = None):
         """sources, positions: [B, D, H_l, W_l] per level; masks [B, H_l, W_l]; query_embed [Q, 2D] or, per image, [B, Q, 2D]: position half, then
-        initial content; self_mask [Q, Q] True = query i may not look at query j. Returns hs [layers, B, Q, D], initial reference [B, Q, 2], references after each layer [layers, B, Q, 2 or 4],
-        memory [B, S, D]."""
+        initial content; self_mask [Q, Q] True = query i may not look at j. Returns hs [layers, B, Q, D], initial reference [B, Q, 2], references
+        after each layer [layers, B, Q, 2 or 4], memory [B, S, D]."""
         shapes = [tuple(s.shape[-2:]) for s in sources]
         # the part of each map that is image, as (x, y) fractions, read off the first column and row: [B, L, 2]
         valid_ratios = torch.stack([torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1) for m in masks], 1)
@@ -794,7 +794,7 @@ class DeformableTransformer(nn.Module):
 
 
 def predict_boxes(head: nn.Module, query: Tensor, reference: Tensor | None) -> Tensor:
-    """Boxes [..., Q, 4] cxcywh: the head's output is an offset to the reference, if there is one, in logit space (Deformable DETR, Sec. A.4); fp32."""
+    """Boxes [..., Q, 4] cxcywh: the head's output is an offset to the reference, if any, in logit space (Deformable DETR, Sec. A.4); fp32."""
     with torch.autocast(query.device.type, enabled=False):
         delta = head(query.float())
         if reference is None:                                                 # DETR
@@ -861,7 +861,8 @@ class DETR(Detector):
         position = self.position(mask).to(source.dtype)
         queries = self.query_embed.weight if queries is None else queries
         hs, reference, memory = self.transformer(source, mask, position, queries, self_mask)
-        layers = [{"pred_logits": self.class_embed(x).float(), "pred_boxes": predict_boxes(self.bbox_embed, x, reference), "hs": x.float()} for x in hs]
+        layers = [{"pred_logits": self.class_embed(x).float(), "pred_boxes": predict_boxes(self.bbox_embed, x, reference), "hs": x.float()}
+                  for x in hs]
         return self.outputs(layers, [memory])
 
 

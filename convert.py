@@ -21,6 +21,7 @@ BACKBONES = (
     ("SwAV ResNet", "module."),
     ("MoCo encoder", "module.encoder_q."),
     ("detector", "backbone.0.body."),
+    ("Siamese DETR", "backbone."),
     ("torchvision ResNet", ""),
 )
 
@@ -82,8 +83,8 @@ SIAMESE_DETR = (
 
 
 def detector_state(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a detector's checkpoint under our names. Handles DistributedDataParallel's `module.` and, of Siamese DETR, both the mmcv file and
-    what its converter writes: on Deformable DETR its position and content queries [Q, D] become one query_embed [Q, 2D] (the released converter
+    """The tensors of a detector's checkpoint under our names. Handles DistributedDataParallel's `module.` and, of Siamese DETR, both the mmcv file
+    and what its converter writes: on Deformable DETR its position and content queries [Q, D] become one query_embed [Q, 2D] (the released converter
     leaves them apart, and Deformable DETR cannot load them), and its one box head and class head become one entry per decoder layer."""
     state = {k.removeprefix("module."): v for k, v in state_of(checkpoint, path).items()}
     if "pred_head.bbox_embed.layers.0.weight" in state:
@@ -108,7 +109,7 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
     The number of heads cannot be read off shapes; every released checkpoint has 8.
     """
     if "transformer.decoder.layers.0.linear1.weight" not in state or "query_embed.weight" not in state:
-        known = next((f"a {name}" for name, prefix in BACKBONES if prefix + "conv1.weight" in state), "an unknown model's")
+        known = next((f"a {name}" for name, prefix in BACKBONES if prefix + "conv1.weight" in state), "an unknown")
         hint = "; give a bare backbone with --backbone_weights" if "ResNet" in known or "MoCo" in known else ""
         raise UserError(f"{path}: this is {known} checkpoint, not one of a DETR, Conditional DETR or Deformable DETR{hint}")
     deformable = "transformer.level_embed" in state

@@ -678,7 +678,7 @@ def apply_photometric(image: Image.Image, draw: dict) -> Image.Image:
 
 
 def cut_patch(image: Image.Image, box_xyxy: Sequence[float], size: int, draw: dict) -> Tensor:
-    """A region (px, rounded as PIL does) squeezed to size x size, its aspect not kept, then recoloured by apply_photometric. Normalised [3, size, size]."""
+    """A region (px, rounded as PIL does) squeezed to size x size, aspect not kept, then recoloured by apply_photometric. [3, size, size]"""
     region = image.crop(tuple(round(v) for v in box_xyxy)).resize((size, size), Image.Resampling.BILINEAR)
     return to_normalized_tensor(apply_photometric(region, draw))
 

@@ -331,7 +331,7 @@ def embedding_loss(features: Tensor, targets: list[dict], pairs: list, num_eleme
 def detreg_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targets: list[dict], num_boxes: float,
                 num_pairs: float, class_weight: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. (3): returns (weighted total, unweighted terms). num_boxes, num_pairs, class_weight: this process's normalisers (common.normalizer)."""
-    losses, pairs = criterion(outputs, targets, num_boxes, class_weight)                   # sigma of Eq. (2); lambda_f L_focal + lambda_b L_box of Eq. (3)
+    losses, pairs = criterion(outputs, targets, num_boxes, class_weight)         # sigma of Eq. (2); lambda_f L_focal + lambda_b L_box of Eq. (3)
     if cfg.embedding_mean == "local":
         num_pairs = max(sum(len(q) for q, _ in pairs), 1) * cfg.accumulate
     z = outputs["pred_features"]

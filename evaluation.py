@@ -319,7 +319,7 @@ def picture(tensor: torch.Tensor) -> Image.Image:
 
 
 def draw_found(path, source, rows: list[dict], titles: tuple[str, str]) -> None:
-    """PNG: what was asked for beside what was found, equal colours for the same region. rows: {"index" in source, "true", "found" cxcywh, "score"}."""
+    """PNG: what was asked for beside what was found, in equal colours. rows: {"index" in source, "true", "found" cxcywh, "score"}."""
     images = [source.load(row["index"]) for row in rows]
     columns: dict[str, list] = {title: [] for title in titles}
     for image, row in zip(images, rows):

@@ -4,7 +4,7 @@
         UP-DETR, Fig. 5: where the pretrained model finds query patches, without any fine-tuning. The patches are cut from the image itself, or from
         --patch_image: the same object in another picture. Boxes below the confidence --threshold (paper: 0.9) are not drawn; every result is printed.
 
-Deviations of `localize` (paper / released notebook / here): the threshold is 0.9 / none / 0.9; patches are not said / recoloured at random / as they are.
+Deviations of `localize` (paper / released notebook / here): the threshold is 0.9 / none / 0.9; patches: not said / recoloured / as they are.
 """
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def load_updetr(path: str, num_patches: int) -> tuple[updetr.UPDETR, int]:
     config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
     script = checkpoint.get("script", "updetr")
     if "patch2query.weight" not in state or script != "updetr":
-        raise UserError(f"{path}: not a checkpoint of UP-DETR's pretraining"
-                        + (" (no patch2query: it was fine-tuned, or is another method's)" if "patch2query.weight" not in state else f" but of {script}.py"))
+        what = f" but of {script}.py" if "patch2query.weight" in state else " (no patch2query: it was fine-tuned, or is another method's)"
+        raise UserError(f"{path}: not a checkpoint of UP-DETR's pretraining{what}")
     cfg = SimpleNamespace(**{"nheads": 8, "dropout": 0.0, "lr_backbone": 0.0, **convert.architecture(state, path)})
     cfg.nheads, num_patches = config.get("nheads", cfg.nheads), config.get("num_patches", min(num_patches, cfg.num_queries))
     if cfg.num_queries % num_patches:
@@ -89,7 +89,8 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
     model, patch_size = load_updetr(args.checkpoint, args.num_patches)
     scores, found = find(model, patch_size, image, origin, boxes, args.size)
     for text, score, box in zip(args.patches, scores.tolist(), found.tolist()):
-        common.say(f"patch {text}: confidence {score:.3f} at {', '.join(f'{v:.0f}' for v in box)}" + ("" if score > args.threshold else " (not drawn)"))
+        place = ", ".join(f"{v:.0f}" for v in box)
+        common.say(f"patch {text}: confidence {score:.3f} at {place}" + ("" if score > args.threshold else " (not drawn)"))
     sure = scores > args.threshold
     shown = torch.where(sure[:, None], found, float("nan"))                  # colours stay those of the patches
     names = [str(i + 1) for i in range(len(boxes))]

@@ -31,8 +31,8 @@ Deviations (released code / here):
     F3  VOC: COCO-style AP and the VOC07 11-point metric are both printed (DETReg: the latter, averaged over ten IoU thresholds; UP-DETR and Siamese
         DETR: the former, with difficult objects as ordinary ones / ignored).
     F4  DETR's cross-entropy: weighted mean of each process / over all processes and micro-batches.
-    F5  UP-DETR, VOC: not in the released code. Batch: 2 per GPU when its README is followed (16) / the paper's 32. lr_backbone: 1e-5 by default, 5e-4 in
-        an older README / 5e-5, the paper's.
+    F5  UP-DETR, VOC: not in the released code. Batch: 2 per GPU when its README is followed (16) / the paper's 32. lr_backbone: 1e-5 by default,
+        5e-4 in an older README / 5e-5, the paper's.
     F6  A checkpoint of UP-DETR's single-query variant holds 3 queries: its query_embed is dropped (not said in the paper).
     F7  --freeze_detector (no released code): all but class and box head keep their weights, statistics and run without dropout.
 """
@@ -184,7 +184,8 @@ class LabelledDataset(torch.utils.data.Dataset):
 # ==== 3. Model ====
 
 
-NAMES = {"detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_detr_ss": "single-scale Deformable DETR", "deformable_detr": "Deformable DETR"}
+NAMES = {"detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_detr_ss": "single-scale Deformable DETR",
+         "deformable_detr": "Deformable DETR"}
 
 # What a checkpoint may hold besides the detector, and why it is left out.
 PRETEXT = {r"^feature_embed\.": "DETReg's embedding head, not needed", r"^patch2query\.": "projection of query patches or regions, not needed",
@@ -207,7 +208,8 @@ def read_init(path: str) -> tuple[dict, dict[str, Tensor], dict[str, Any]]:
 def adopt_architecture(cfg: Config, arch: dict[str, Any], given: set[str]) -> Config:
     """The configuration with the model fields of the checkpoint. A flag on the command line that says otherwise is a UserError."""
     if "detector" in given and cfg.detector != arch["detector"]:
-        raise UserError(f"{cfg.init_from} holds a {NAMES[arch['detector']]}, not a {NAMES[cfg.detector]}: give --detector {arch['detector']} or leave it out")
+        raise UserError(f"{cfg.init_from} holds a {NAMES[arch['detector']]}, not a {NAMES[cfg.detector]}: "
+                        f"give --detector {arch['detector']} or leave it out")
     wrong = [f"--{k} {getattr(cfg, k)} (it has {v})" for k, v in arch.items() if k in given and getattr(cfg, k) != v]
     if wrong:
         raise UserError(f"{cfg.init_from} was trained with another architecture than {', '.join(wrong)}; leave these flags out")

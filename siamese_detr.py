@@ -45,7 +45,7 @@ Deviations (paper / released code / here):
     D2  No proposal in the overlap: not said / the previous image of the list / another image, at most 10 times, then random boxes in the
         overlap, counted.
     D3  L_r and L_loc: sum over the two directions / mean / mean (L_g is a sum in both, so it weighs twice as much as printed).
-    D4  Loss weights L_r, L_g: 3, 10, on COCO 0.3, 3 / 3, 10, Conditional DETR 5, 10, on COCO 3, 0.3 (swapped) / as released; printed: `--preset paper`.
+    D4  Loss weights L_r, L_g: 3, 10, on COCO 0.3, 3 / 3, 10, Conditional DETR 5, 10, on COCO 3, 0.3 (swapped) / as released (`--preset paper`).
     D5  COCO: 60 epochs, drop at 40 / 120k steps = 65 epochs, drop at 43.3 / as released; printed: `--preset paper`.
     D6  L_g, Eq. (11): MLP(c1) against c2, one three-layer MLP / predictor(projector(c1)) against projector(c2) (SimSiam) / as released. c is the mean
         over all positions, padding included; on Deformable DETR over its first three levels, concatenated.
@@ -196,7 +196,7 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 
 def draw_outer(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, float] = (0.5, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
                ) -> tuple[int, int, int, int]:
-    """The box (x1, y1, x2, y2) that holds both views: torchvision's RandomResizedCrop rule, w / h in `ratio` (Sec. 3.2: 50 % to 100 % of the image)."""
+    """The box (x1, y1, x2, y2) that holds both views: torchvision's RandomResizedCrop rule, w / h in `ratio` (Sec. 3.2: 50..100 %)."""
     height, width = hw
     for _ in range(10):
         size, aspect = height * width * rng.uniform(*area), math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -397,13 +397,15 @@ class SiameseDETR(common.Pretext):
             projector = nn.Sequential(nn.Linear(levels * d, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width), nn.BatchNorm1d(width),
                                       nn.ReLU(), nn.Linear(width, width), nn.BatchNorm1d(width))
             predictor = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width))
-            self.enc_head = nn.ModuleList([nn.ModuleDict({k: nn.ModuleDict({"mlp": m}) for k, m in (("projector", projector), ("predictor", predictor))})])
+            self.enc_head = nn.ModuleList([nn.ModuleDict({"projector": nn.ModuleDict({"mlp": projector}),
+                                                          "predictor": nn.ModuleDict({"mlp": predictor})})])
         else:
             self.enc_head = None
 
     def region_features(self, features: list[Tensor], rois: Tensor) -> Tensor:
         """z of Eq. (4): [2B, n, C], the mean of a 7 x 7 RoIAlign, of all levels side by side. rois [2B, n, 4] px."""
-        pooled = [roi_align(f.float(), list(rois), 7, 1 / stride, sampling_ratio=-1, aligned=False).mean((2, 3)) for f, stride in zip(features, self.strides)]
+        pooled = [roi_align(f.float(), list(rois), 7, 1 / stride, sampling_ratio=-1, aligned=False).mean((2, 3))
+                  for f, stride in zip(features, self.strides)]
         return torch.cat(pooled, 1).unflatten(0, rois.shape[:2])
 
     def crop_features(self, crops: Tensor, backbone: nn.Module) -> Tensor:
@@ -422,7 +424,8 @@ class SiameseDETR(common.Pretext):
         """
         z = self.region_features(features, rois)
         asked = z[source] if source is not None else other_view(z) if self.multi_view else z
-        queries = self.detector.conditioned_queries(self.patch2query(asked).repeat_interleave(len(self.detector.query_embed.weight) // self.num_regions, 1))
+        content = self.patch2query(asked)
+        queries = self.detector.conditioned_queries(content.repeat_interleave(len(self.detector.query_embed.weight) // self.num_regions, 1))
         if self.shared_queries:                                              # D8
             queries = queries.unflatten(0, (2, -1))[:, :1].expand(-1, len(queries) // 2, -1, -1).flatten(0, 1)
         outputs = self.detector.detect(features, mask, queries)              # f_q(z + phi) against f_k(c), f_v(c), Eq. (6)(7); b_hat, Eq. (8)
@@ -447,8 +450,8 @@ def build_models(cfg: Config) -> tuple[SiameseDETR, nn.Module | None]:
         nn.init.xavier_uniform_(detector.query_embed.weight.data[:, cfg.hidden_dim:])                         # D10: as tgt_embed
     common.load_backbone_weights(detector.backbone[0].body, cfg.backbone_weights, cfg.arch)
     target = copy.deepcopy(detector.backbone[0]).requires_grad_(False).eval() if cfg.feature_target == "start" else None
-    return SiameseDETR(detector, cfg.num_regions, region_target=cfg.region_target, global_width=cfg.hidden_dim if cfg.lambda_global > 0 else 0, multi_view=cfg.multi_view,
-                       shared_queries=cfg.shared_queries), target
+    return SiameseDETR(detector, cfg.num_regions, region_target=cfg.region_target, global_width=cfg.hidden_dim if cfg.lambda_global > 0 else 0,
+                       multi_view=cfg.multi_view, shared_queries=cfg.shared_queries), target
 
 
 # ==== 4. Loss ====
@@ -468,7 +471,7 @@ def global_loss(projection: Tensor, prediction: Tensor) -> Tensor:
 
 def siamese_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targets: list[dict], num_boxes: float, class_weight: float | None = None
                  ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. (13): returns (weighted total, unweighted terms). targets: 2B, those of view 1 first; the mean over them is that of both directions (D3)."""
+    """Eq. (13): returns (weighted total, unweighted terms). targets: 2B, view 1 first; the mean over them is that of both directions (D3)."""
     losses, _ = criterion(outputs, targets, num_boxes, class_weight)         # L_loc, Eq. (9), and L_r, Eq. (12), on every decoder layer
     total = criterion.total(losses)
     if "projection" in outputs:
@@ -478,8 +481,8 @@ def siamese_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, tar
 
 
 def make_targets(cfg: Config, boxes: Tensor, sizes: Tensor, features: Tensor | None) -> list[dict]:
-    """What each of the 2B images should contain: boxes [2B, n, 4] px of its own view, as cxcywh of its size [2B, 2]; features [2B, n, C], which belong
-    to the view of the queries."""
+    """What each of the 2B images should contain: boxes [2B, n, 4] px of its own view, as cxcywh of its size [2B, 2]; features [2B, n, C], which
+    belong to the view of the queries."""
     labels = torch.ones(boxes.shape[1], dtype=torch.int64, device=boxes.device)
     targets = [{"labels": labels, "boxes": data.normalized_cxcywh(b, tuple(hw))} for b, hw in zip(boxes, sizes.tolist())]
     if features is None:
@@ -532,8 +535,8 @@ def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None,
 
 @torch.no_grad()
 def find_regions(cfg: Config, model: nn.Module, probe_set: TwoViewDataset, device: torch.device, other: bool = False, text: str = "") -> list[dict]:
-    """Where the model finds the regions of one view in the other view of unseen images: {"index", "true" [k, 4], "found" [k, 4] cxcywh, "score" [k]} per
-    image and direction. The most confident box of each region's queries counts; the overlap, always there, is left out.
+    """Where the model finds the regions of one view in the other view of unseen images: {"index", "true" [k, 4], "found" [k, 4] cxcywh, "score" [k]}
+    per image and direction. The most confident box of each region's queries counts; the overlap, always there, is left out.
 
     other: the regions are those of the next image of the batch, with their own boxes as the truth: what can be had from a region without the image.
     """
@@ -547,8 +550,8 @@ def find_regions(cfg: Config, model: nn.Module, probe_set: TwoViewDataset, devic
         source = other_view(asked) if cfg.multi_view else asked
         outputs = model(*(batch[k].to(device) for k in ("images", "mask", "rois")), source.to(device))
         scores, boxes, _ = evaluation.most_confident(outputs["pred_logits"], outputs["pred_boxes"], cfg.num_regions)
-        found += [{"index": batch["index"][i % count], "view": i // count, "true": true[j]["boxes"][skip:].tolist(), "found": boxes[i, skip:].tolist(),
-                   "score": scores[i, skip:].tolist()} for i, j in enumerate(asked.tolist())]
+        found += [{"index": batch["index"][i % count], "view": i // count, "true": true[j]["boxes"][skip:].tolist(),
+                   "found": boxes[i, skip:].tolist(), "score": scores[i, skip:].tolist()} for i, j in enumerate(asked.tolist())]
     return evaluation.gather(found)
 
 

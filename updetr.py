@@ -4,8 +4,8 @@ Paper: Zhigang Dai, Bolun Cai, Yugeng Lin, Junying Chen.
     UP-DETR: Unsupervised Pre-training for Object Detection with Transformers. CVPR 2021, arXiv 2011.09094.
 
 Idea: Cut patches out of an image, hand them to the detector as queries, and ask where they were. A correct answer needs no label, and to give it
-    the decoder must learn to look for something in the image, which is what a detector does. All patches are asked for at once: the object queries are
-    divided into one group per patch, and a mask in the decoder's self-attention keeps the groups apart. The backbone stays frozen, and each query
+    the decoder must learn to look for something in the image, which is what a detector does. All patches are asked for at once: the object queries
+    are divided into one group per patch, and a mask in the decoder's self-attention keeps the groups apart. The backbone stays frozen, and each query
     must also reproduce its patch's backbone feature, so that localising does not destroy what tells objects apart.
 
 Diagram:
@@ -181,8 +181,8 @@ def draw_patches(rng: np.random.Generator, hw: tuple[int, int], count: int, min_
 class PatchDataset(torch.utils.data.Dataset):
     """One sample: an image, M boxes in it, and what is in them (Sec. 3). Everything random is a function of (seed, epoch, index).
 
-    Keys of a sample: image [3, H, W]; target {"boxes" [M, 4] cxcywh, "labels" [M] = 1, "patches" [M, 3, p, p], "index" of the image}; skipped (unusable files).
-    augment False (probe): one scale, plain colours.
+    Keys of a sample: image [3, H, W]; target {"boxes" [M, 4] cxcywh, "labels" [M] = 1, "patches" [M, 3, p, p], "index" of the image}; skipped
+    (unusable files). augment False (probe): one scale, plain colours.
     """
 
     def __init__(self, cfg: Config, source, indices: np.ndarray, augment: bool = True):
@@ -243,7 +243,7 @@ class UPDETR(common.Pretext):
         if given > self.num_patches:
             raise UserError(f"{given} query patches: this model was made for at most {self.num_patches} at a time")
         p = self.detector.backbone[0](patches.flatten(0, 1))[-1].mean((2, 3)).unflatten(0, (batch, given))      # [B, m, C], global average of C5
-        content = self.patch2query(p).repeat_interleave(total // self.num_patches, 1)                          # [B, n, D]: query i belongs to patch i // (N / M)
+        content = self.patch2query(p).repeat_interleave(total // self.num_patches, 1)      # [B, n, D]: query i belongs to patch i // (N / M)
         if keep is not None:
             content = content * keep
         queries = self.detector.conditioned_queries(content, order)                                            # p + q, Sec. 3.1; D2
@@ -257,7 +257,7 @@ class UPDETR(common.Pretext):
 
 
 def build_models(cfg: Config) -> tuple[UPDETR, nn.Module | None]:
-    """The model, and the frozen backbone whose features are reconstructed (None: the model's own). Weights follow from the seed and --backbone_weights."""
+    """The model, and the frozen backbone whose features are reconstructed (None: the model's own). Weights: from seed and --backbone_weights."""
     torch.manual_seed(cfg.seed)
     detector = common.build_detector(cfg, 3, focal=False)                    # D6
     common.load_backbone_weights(detector.backbone[0].body, cfg.backbone_weights, cfg.arch)

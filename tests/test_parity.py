@@ -916,17 +916,19 @@ def siamese_model(case, seen, **overrides):
     """Our Siamese DETR with a case's weights, through the loader of released files; the backbone's own where the case has none."""
     c, state = case["config"], {}
     for name, shape in case["state_dict"]:
-        constant = name.endswith("criterion.empty_weight")
-        state[name] = torch.tensor([1, 1, 0.1]) if constant else torch.from_numpy(fill(name, tuple(shape), case["seed"])) * case["scale"].get(name, 1.0)
+        state[name] = torch.from_numpy(fill(name, tuple(shape), case["seed"])) * case["scale"].get(name, 1.0)
+        if name.endswith("criterion.empty_weight"):
+            state[name] = torch.tensor([1, 1, 0.1])
     path = seen.tmp / "iter_1.pth"
     torch.save({"meta": {"iter": 1}, "state_dict": {f"module.{k}": v for k, v in state.items()}, "optimizer": {}}, path)
     state = convert.detector_state(convert.read_checkpoint(path), path)
     variant = {"vanilla": "detr", "conditional": "conditional_detr", "deform_ss": "deformable_detr_ss", "deform_ms": "deformable_detr"}[c["variant"]]
+    w = c["weights"]
     cfg = siamese_detr.Config(detector=variant, dropout=0.0, num_queries=c["num_queries"], hidden_dim=c["hidden_dim"], nheads=c["nhead"],
                               enc_layers=c["enc_layers"], dec_layers=c["dec_layers"], dim_feedforward=c["dim_feedforward"],
                               num_feature_levels=c["feature_levels"], num_regions=c["num_patches"], eos_coef=c.get("eos_coef", 0.1),
-                              lambda_region=c["weights"]["loss_feature"], lambda_global=c["weights"]["loss_enc_global_contra"],
-                              lambda_cls=c["weights"]["loss_ce"], lambda_l1=c["weights"]["loss_bbox"], lambda_giou=c["weights"]["loss_giou"], **overrides)
+                              lambda_region=w["loss_feature"], lambda_global=w["loss_enc_global_contra"], lambda_cls=w["loss_ce"],
+                              lambda_l1=w["loss_bbox"], lambda_giou=w["loss_giou"], **overrides)
     with torch.no_grad():
         detector = common.build_detector(cfg, 3, focal=False, position_offset=0.0)
         if detector.backbone[0].num_channels != c["backbone_channels"]:     # given features of other widths
@@ -1133,7 +1135,8 @@ def view_stats(case, arrays, _):
 
     def describe(rows):
         outer, first, second, inter = (rows[:, i:i + 4] for i in (0, 4, 8, 12))
-        area = lambda b: (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
+        def area(b):
+            return (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
         image = np.prod(c["image_hw"])
         return {"iou_views": area(inter) / (area(first) + area(second) - area(inter)), "outer_over_image": area(outer) / image,
                 "outer_aspect_w_over_h": (outer[:, 2] - outer[:, 0]) / (outer[:, 3] - outer[:, 1]), "view1_over_outer": area(first) / area(outer),
@@ -1145,7 +1148,7 @@ def view_stats(case, arrays, _):
     for name, stats in case["stats"].items():
         if isinstance(stats, dict):
             close(mine[name].mean(), stats["mean"], 4 * stats["std"] * (2 / n) ** 0.5 + 1e-6, what=name)
-            close(theirs[name].mean(), stats["mean"], 4 * stats["std"] * (1 / 500 + 1 / n) ** 0.5 + 1e-6, what=name)      # the formulas read the rows right
+            close(theirs[name].mean(), stats["mean"], 4 * stats["std"] * (1 / 500 + 1 / n) ** 0.5 + 1e-6, what=name)
     assert mine["iou_views"].min() >= c["iou"] - 1e-6 and mine["iou_views"].max() <= 1 + 1e-6
     stored = np.sort(arrays["iou"])
     distance = np.abs(np.searchsorted(np.sort(mine["iou_views"]), stored) / n - np.arange(len(stored)) / len(stored)).max()
