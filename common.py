@@ -85,7 +85,7 @@ def _add_knob(parser: argparse.ArgumentParser, name: str, hint: Any, default: An
         parser.add_argument(flag, nargs="?", const=True, default=argparse.SUPPRESS, type=_boolean, metavar="BOOL", help=text)
         parser.add_argument(f"--no_{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     elif typing.get_origin(hint) is Literal:
-        parser.add_argument(flag, choices=args, default=argparse.SUPPRESS, help=text)
+        parser.add_argument(flag, choices=args, type=type(args[0]), default=argparse.SUPPRESS, help=text)
     elif typing.get_origin(hint) is tuple:
         parser.add_argument(flag, nargs="+", type=args[0], default=argparse.SUPPRESS, metavar=args[0].__name__.upper(), help=text)
     else:
@@ -925,7 +925,7 @@ def build_detector(cfg: Any, rows: int, *, focal: bool, position_offset: float |
     trainable = 0 if cfg.lr_backbone <= 0 else 5 if cfg.backbone_norm == "bn" else 3
     deformable = cfg.detector.startswith("deformable")
     levels = 1 if cfg.detector == "deformable_detr_ss" else cfg.num_feature_levels
-    stages = (2, 3, 4)[-levels:] if deformable else ({16: 3, 32: 4}[cfg.stride],)
+    stages = (2, 3, 4)[-levels:] if deformable else ({4: 1, 8: 2, 16: 3, 32: 4}[cfg.stride],)
     backbone = Backbone(cfg.arch, stages, cfg.backbone_norm, trainable)
     shared = (cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout)
     offset = {} if position_offset is None else {"position_offset": position_offset}
@@ -934,6 +934,29 @@ def build_detector(cfg: Any, rows: int, *, focal: bool, position_offset: float |
                               with_box_refine=cfg.with_box_refine, **offset)
     transformer = ConditionalTransformer(*shared) if cfg.detector == "conditional_detr" else DETRTransformer(*shared, cfg.pre_norm)
     return DETR(backbone, transformer, rows=rows, focal=focal, num_queries=cfg.num_queries, **offset)
+
+
+def align_start(detector: Detector, to_query: nn.Linear) -> None:
+    """Let a random DETR or Conditional DETR compare queries with the image from the first step: features enter queries as they enter the encoder, and
+    the decoder's keys start as its queries do. Without it a random model needs thousands of steps to find out that both speak of the same thing.
+
+    Not part of any paper: for the demos. to_query: features [.., C] -> query content. Deformable DETR compares no keys and is left as it is.
+    """
+    if not isinstance(detector, DETR):
+        return
+    with torch.no_grad():
+        to_query.weight.copy_(detector.input_proj.weight[:, :, 0, 0])
+        to_query.bias.copy_(detector.input_proj.bias)
+        detector.query_embed.weight.mul_(0.1)                                 # what a query asks for outweighs which query it is
+        for layer in detector.transformer.decoder.layers:
+            if isinstance(layer, ConditionalDecoderLayer):
+                query, keys = layer.ca_qcontent_proj.weight.mul_(2), [layer.ca_kcontent_proj.weight]
+                keys += [layer.ca_qpos_proj.weight] if layer.ca_qpos_proj is not None else []
+            else:
+                query, *keys = layer.multihead_attn.in_proj_weight.chunk(3)[:2]
+                query.mul_(2)                                                 # attention sharp enough to see a difference
+            for key in keys:
+                key.copy_(query)
 
 
 class Pretext(nn.Module):

@@ -114,10 +114,12 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
         raise UserError(f"{path}: this is {known} checkpoint, not one of a DETR, Conditional DETR or Deformable DETR{hint}")
     deformable = "transformer.level_embed" in state
     body = "backbone.0.body."
+    stages = [_count(state, f"{body}layer{i}.") for i in (1, 2, 3) if f"{body}layer{i}.0.conv1.weight" in state]
     kinds = {(False, (2, 2, 2)): "resnet18", (False, (3, 4, 6)): "resnet34", (True, (3, 4, 6)): "resnet50", (True, (3, 4, 23)): "resnet101"}
     try:
         found = {
-            "arch": kinds[body + "layer1.0.conv3.weight" in state, tuple(_count(state, f"{body}layer{i}.") for i in (1, 2, 3))],
+            "arch": next(name for (bottleneck, blocks), name in kinds.items() if bottleneck == (body + "layer1.0.conv3.weight" in state)
+                         and list(blocks[:len(stages)]) == stages != []),
             "backbone_norm": "bn" if any(k.startswith("backbone.") and k.endswith("num_batches_tracked") for k in state) else "frozen",
             "num_queries": state["query_embed.weight"].shape[0],
             "hidden_dim": state["query_embed.weight"].shape[1] // (2 if deformable else 1),
@@ -125,13 +127,13 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
             "dec_layers": _count(state, "transformer.decoder.layers."),
             "dim_feedforward": state["transformer.encoder.layers.0.linear1.weight"].shape[0],
         }
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, StopIteration) as error:
         raise UserError(f"{path}: a detector's checkpoint that lacks parts, or whose backbone is none of {', '.join(kinds.values())}") from error
     if deformable:
         levels = state["transformer.level_embed"].shape[0]
         return found | {"detector": "deformable_detr_ss" if levels == 1 else "deformable_detr", "num_feature_levels": levels,
                         "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state}
-    found["stride"] = 32 if body + "layer4.0.conv1.weight" in state else 16
+    found["stride"] = 2 ** (1 + max(i for i in (1, 2, 3, 4) if f"{body}layer{i}.0.conv1.weight" in state))
     if "transformer.decoder.ref_point_head.layers.0.weight" in state:
         return found | {"detector": "conditional_detr"}
     return found | {"detector": "detr", "pre_norm": "transformer.encoder.norm.weight" in state}

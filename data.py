@@ -241,12 +241,15 @@ class SyntheticScenes:
 
     def __init__(self, n: int, size: int = 160, seed: int = 0, offset: int = 0):
         self.name, self.n, self.size, self.seed, self.offset = "synthetic", n, size, seed, offset
+        self.drawn: dict[int, Image.Image] = {}  # scenes are drawn once: drawing takes longer than all that follows
 
     def __len__(self) -> int:
         return self.n
 
     def load(self, i: int) -> Image.Image:
-        return self.scene(i)[0]
+        if i not in self.drawn and len(self.drawn) * self.size ** 2 < 5e7:  # at most 150 MB
+            self.drawn[i] = self.scene(i)[0]
+        return self.drawn[i] if i in self.drawn else self.scene(i)[0]
 
     def key(self, i: int) -> str:
         return f"synthetic/{self.size}/{self.seed}/{self.offset + i:08d}"

@@ -110,7 +110,7 @@ class Config:
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 6)
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 6)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen)
-    stride: Literal[16, 32] = 32  # of the map that DETR and Conditional DETR see; 16 leaves out the last stage
+    stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see; below 32 the last stages are left out
     num_feature_levels: int = 4  # of deformable_detr (Sec. 5)
     pre_norm: bool = True  # LayerNorm before each block, of detr (released)
     hidden_dim: int = 256  # transformer width (Sec. 6)
@@ -541,7 +541,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    title = f"class-agnostic boxes on unseen images (ground truth: {metrics.get('ground_truth')};"
+    title = f"class-agnostic boxes on unseen images (ground truth: {metrics.get('ground_truth')}; "
     return evaluation.probe_table(metrics, ["AP", "AP50", "AP75", "AR1", "AR10", "AR100"], title)
 
 

@@ -309,7 +309,7 @@ def probe_table(metrics: dict, columns: list[str], title: str) -> str:
     rows = {name: row for name, row in metrics.items() if isinstance(row, dict)}
     if not rows:
         return f"finished after {metrics['steps']} steps (no probe: give --probe_data or --probe_images)"
-    return metrics_table(rows, columns, title=f"{title} primary: {metrics['primary']})")
+    return metrics_table(rows, columns, title=f"{title}primary: {metrics['primary']})")
 
 
 def picture(tensor: torch.Tensor) -> Image.Image:

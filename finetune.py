@@ -85,7 +85,7 @@ class Config:
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file; only without --init_from (released: swav)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen)
-    stride: Literal[16, 32] = 32  # of the map that DETR and Conditional DETR see; 16 leaves out the last stage
+    stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see; below 32 the last stages are left out
     num_feature_levels: int = 4  # of deformable_detr
     pre_norm: bool = False  # LayerNorm before each block, of detr (DETR: off)
     hidden_dim: int = 256  # transformer width

@@ -58,6 +58,7 @@ Deviations (paper / released code / here):
     D12 Box jitter: "following [33]" / width x (0.2 sigmoid(N(0, 1)) - 0.1) per coordinate, for the RoIs only / as released.
     D13 R-O (Table 3, c): target is z1 / not in the code / z1 of the unjittered box, without gradient.
     D14 BatchNorm in L_g: statistics of all processes on CUDA (SyncBatchNorm, released), of each process on CPU; at least 2 images per process.
+    D15 Demo only: `--aligned_start` (common.align_start): a random backbone on a CPU has 4 minutes.
 
 Expected: EXPECTED_DEMO
     Paper, Table 2 (VOC AP after fine-tuning Conditional DETR, 50 epochs): 58.1, from scratch 49.9, UP-DETR 56.9, DETReg 57.5. Not rerun here.
@@ -118,13 +119,14 @@ class Config:
     multi_view: bool = True  # queries of one view look into the other; off: into their own (Table 3, single-view)
     region_target: Literal["crop", "object", "none"] = "crop"  # what L_r draws to: p, z or nothing (Table 3: R-C, R-O)
     feature_target: Literal["current", "start"] = "current"  # which backbone describes the crops: as it is, or as it was at the start
+    aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D15)
     shared_queries: bool = False  # queries of image 0 for the whole batch, as released for Deformable DETR (D8)
     # model
     detector: common.DETECTORS = "conditional_detr"  # what is pretrained (Tables 1 and 2)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 4.1)
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 4.1)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen)
-    stride: Literal[16, 32] = 32  # of the map that DETR and Conditional DETR see; 16 leaves out the last stage
+    stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see; below 32 the last stages are left out
     num_feature_levels: int = 4  # of deformable_detr
     pre_norm: bool = False  # LayerNorm before each block, of detr (released: off)
     position_offset: float = 0.0  # of the sine code (D9)
@@ -170,11 +172,11 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"region_choice": "random", "epochs": 60, "lr_drop": 40},       # D1, D5; D4 in recipe_of
     "demo": {
-        "data": "synthetic", "cache_proposals": True, "scales": (144, 160), "max_size": 200, "patch_size": 32, "num_regions": 5,
-        "feature_target": "start", "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 4e-4, "stride": 16,
-        "hidden_dim": 128, "enc_layers": 2, "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0, "num_queries": 25, "lambda_region": 1.0,
-        "lambda_global": 1.0, "batch_size": 8, "epochs": 4, "lr_drop": 3, "lr": 4e-4, "num_workers": 2, "log_every": 20, "save_every": 100,
-        "probe_images": 100,
+        "data": "synthetic", "cache_proposals": True, "scales": (56, 64), "max_size": 90, "patch_size": 16, "num_regions": 5,
+        "aligned_start": True, "feature_target": "start", "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn",
+        "lr_backbone": 1e-3, "stride": 4, "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 128, "dropout": 0.0,
+        "num_queries": 10, "lambda_region": 1.0, "lambda_global": 0.1, "batch_size": 16, "epochs": 18, "lr_drop": 15, "lr": 1e-3, "num_workers": 2,
+        "log_every": 50, "save_every": 500, "probe_images": 100,
     },
 }
 
@@ -450,8 +452,11 @@ def build_models(cfg: Config) -> tuple[SiameseDETR, nn.Module | None]:
         nn.init.xavier_uniform_(detector.query_embed.weight.data[:, cfg.hidden_dim:])                         # D10: as tgt_embed
     common.load_backbone_weights(detector.backbone[0].body, cfg.backbone_weights, cfg.arch)
     target = copy.deepcopy(detector.backbone[0]).requires_grad_(False).eval() if cfg.feature_target == "start" else None
-    return SiameseDETR(detector, cfg.num_regions, region_target=cfg.region_target, global_width=cfg.hidden_dim if cfg.lambda_global > 0 else 0,
-                       multi_view=cfg.multi_view, shared_queries=cfg.shared_queries), target
+    model = SiameseDETR(detector, cfg.num_regions, region_target=cfg.region_target, global_width=cfg.hidden_dim if cfg.lambda_global > 0 else 0,
+                        multi_view=cfg.multi_view, shared_queries=cfg.shared_queries)
+    if cfg.aligned_start:
+        common.align_start(detector, model.patch2query)
+    return model, target
 
 
 # ==== 4. Loss ====
@@ -538,7 +543,7 @@ def find_regions(cfg: Config, model: nn.Module, probe_set: TwoViewDataset, devic
     """Where the model finds the regions of one view in the other view of unseen images: {"index", "true" [k, 4], "found" [k, 4] cxcywh, "score" [k]}
     per image and direction. The most confident box of each region's queries counts; the overlap, always there, is left out.
 
-    other: the regions are those of the next image of the batch, with their own boxes as the truth: what can be had from a region without the image.
+    other: the queries are regions of the next image of the batch; "asked" are their own boxes.
     """
     model.eval()
     found, skip = [], int(cfg.region_choice == "top")
@@ -550,18 +555,24 @@ def find_regions(cfg: Config, model: nn.Module, probe_set: TwoViewDataset, devic
         source = other_view(asked) if cfg.multi_view else asked
         outputs = model(*(batch[k].to(device) for k in ("images", "mask", "rois")), source.to(device))
         scores, boxes, _ = evaluation.most_confident(outputs["pred_logits"], outputs["pred_boxes"], cfg.num_regions)
-        found += [{"index": batch["index"][i % count], "view": i // count, "true": true[j]["boxes"][skip:].tolist(),
-                   "found": boxes[i, skip:].tolist(), "score": scores[i, skip:].tolist()} for i, j in enumerate(asked.tolist())]
+        found += [{"index": batch["index"][i % count], "view": i // count, "true": true[i]["boxes"][skip:].tolist(),
+                   "asked": true[j]["boxes"][skip:].tolist(), "found": boxes[i, skip:].tolist(), "score": scores[i, skip:].tolist()}
+                  for i, j in enumerate(asked.tolist())]
     return evaluation.gather(found)
 
 
 def probe(cfg: Config, model: nn.Module, probe_source, held_out: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """Mean IoU and recall at 0.5 of the most confident box per region, of the pretrained model and three controls, and predictions.png."""
+    """Mean IoU and recall at 0.5 of the most confident box per region, of the pretrained model and four controls, and predictions.png.
+
+    random_boxes: of the sizes that regions have; shuffled: regions of another image as queries; wrong_image: the same predictions, scored on the
+    boxes those regions really have, so what a region's feature tells by itself, of its place for example, without the image to look into.
+    """
     probe_set = TwoViewDataset(cfg, probe_source, held_out, augment=False)
     untrained = build_models(cfg)[0].to(device)
     rows = {"untrained": find_regions(cfg, untrained, probe_set, device, text="untrained"), "random_boxes": [],
             "shuffled": find_regions(cfg, model, probe_set, device, other=True, text="shuffled"),
-            "pretrained": find_regions(cfg, model, probe_set, device, text="pretrained")}
+            "wrong_image": [], "pretrained": find_regions(cfg, model, probe_set, device, text="pretrained")}
+    rows["wrong_image"] = [{**row, "true": row["asked"]} for row in rows["shuffled"]]
     if common.rank() != 0:
         return {}
     pool = np.concatenate([np.array(row["true"], np.float32)[:, 2:] for row in rows["pretrained"]])          # sizes of regions, relative

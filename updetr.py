@@ -55,6 +55,7 @@ Deviations (paper / released code / here):
         frozen backbone as it was (demo: its backbone starts random).
     D11 Images of at most 16 pixels a side: not said / the next image / another image is drawn, the file is named and counted.
     D12 Scales 320..480 in steps of 16: 384 is missing in the released list / as released.
+    D13 Demo only: `--aligned_start` (common.align_start), and patches in their own colours: a random backbone on a CPU has 4 minutes.
 
 Expected: at initialisation the loss of the full model is about 48 (released, random boxes). EXPECTED_DEMO
     Paper, Table 1 (VOC AP after fine-tuning 150 / 300 epochs): 56.1 / 57.2, DETR alone 49.9 / 54.1. Not rerun here: no ImageNet.
@@ -99,13 +100,15 @@ class Config:
     query_shuffle: bool = False  # permute the object queries at every step (Sec. 3.2; D3)
     attention_mask: bool = True  # keep the groups apart in the decoder, Eq. (3), Fig. 6
     reconstruction: bool = True  # L_rec, Eq. (2), Table 4
+    patch_colours: bool = True  # change the colours of the query patches (Sec. 4)
+    aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D13)
     feature_target: Literal["current", "start"] = "current"  # whose feature is reconstructed: the backbone as it is, or as it was (D10)
     # model
     detector: common.DETECTORS = "detr"  # what is pretrained (Siamese DETR, Tables 1 and 2)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 4)
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 4)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen)
-    stride: Literal[16, 32] = 32  # of the map that DETR and Conditional DETR see; 16 leaves out the last stage
+    stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see; below 32 the last stages are left out
     num_feature_levels: int = 4  # of deformable_detr
     pre_norm: bool = True  # LayerNorm before each block, of detr (released)
     hidden_dim: int = 256  # transformer width (Sec. 4)
@@ -152,10 +155,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "official": {"eos_coef": 0.1, "loss_mean": "local"},                     # D5, D9
     "single": {"num_patches": 1, "num_queries": 3},                          # single-query patch detection, Sec. 3.1
     "demo": {
-        "data": "synthetic", "scales": (112, 128), "max_size": 160, "patch_size": 32, "num_patches": 5, "feature_target": "start", "arch": "resnet18",
-        "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 4e-4, "stride": 16, "hidden_dim": 128, "enc_layers": 2, "dec_layers": 3,
-        "dim_feedforward": 256, "dropout": 0.0, "num_queries": 25, "batch_size": 16, "epochs": 10, "lr_drop": 8, "lr": 4e-4, "num_workers": 2,
-        "log_every": 20, "save_every": 100, "probe_images": 100,
+        "data": "synthetic", "scales": (48,), "max_size": 80, "patch_size": 16, "num_patches": 5, "patch_colours": False, "aligned_start": True,
+        "feature_target": "start", "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 1e-3, "stride": 4,
+        "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 128, "dropout": 0.0, "num_queries": 5, "eos_coef": 1.0,
+        "mask_ratio": 0.0, "batch_size": 32, "epochs": 50, "lr_drop": 42, "lr": 1e-3, "num_workers": 2, "log_every": 50, "save_every": 500,
+        "probe_images": 200,
     },
 }
 
@@ -188,7 +192,7 @@ class PatchDataset(torch.utils.data.Dataset):
     def __init__(self, cfg: Config, source, indices: np.ndarray, augment: bool = True):
         self.cfg, self.source, self.indices = cfg, source, indices
         self.scales = cfg.scales if augment else (max(cfg.scales),)
-        p = (0.8, 0.2, 0.5) if augment else (0, 0, 0)
+        p = (0.8, 0.2, 0.5) if augment and cfg.patch_colours else (0, 0, 0)
         self.photometric = data.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=p[0], p_gray=p[1], p_blur=p[2])     # Sec. 4: as SimCLR; released strengths
 
     def __len__(self) -> int:
@@ -262,7 +266,10 @@ def build_models(cfg: Config) -> tuple[UPDETR, nn.Module | None]:
     detector = common.build_detector(cfg, 3, focal=False)                    # D6
     common.load_backbone_weights(detector.backbone[0].body, cfg.backbone_weights, cfg.arch)
     target = copy.deepcopy(detector.backbone[0]).requires_grad_(False).eval() if cfg.feature_target == "start" and cfg.reconstruction else None
-    return UPDETR(detector, cfg.num_patches, cfg.attention_mask, cfg.reconstruction), target
+    model = UPDETR(detector, cfg.num_patches, cfg.attention_mask, cfg.reconstruction)
+    if cfg.aligned_start:
+        common.align_start(detector, model.patch2query)
+    return model, target
 
 
 # ==== 4. Loss ====
@@ -327,29 +334,33 @@ def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None,
 def find_patches(cfg: Config, model: nn.Module, probe_set: PatchDataset, device: torch.device, other: bool = False, text: str = "") -> list[dict]:
     """Where the model finds the query patches of unseen images: {"index", "true" [M, 4], "found" [M, 4] cxcywh, "score" [M]} per image.
 
-    The most confident box of each patch's group counts. other: the patches are those of the next image of the batch, with their own boxes as the
-    truth: what can be had from a patch without the image.
+    The most confident box of each patch's group counts. other: the queries are patches of the next image of the batch; "asked" are their own boxes.
     """
     model.eval()
     found = []
     for batch in evaluation.batches(probe_set, cfg.num_workers, text):
-        order = torch.arange(len(batch["targets"])).roll(-1) if other else torch.arange(len(batch["targets"]))
-        patches = torch.stack([batch["targets"][i]["patches"] for i in order]).to(device)
+        targets, asked = batch["targets"], batch["targets"][other:] + batch["targets"][:other]
+        patches = torch.stack([t["patches"] for t in asked]).to(device)
         outputs = model(batch["images"].to(device), batch["mask"].to(device), patches)
         scores, boxes, _ = evaluation.most_confident(outputs["pred_logits"], outputs["pred_boxes"], cfg.num_patches)
-        found += [{"index": t["index"].item(), "true": batch["targets"][j]["boxes"].tolist(), "found": b.tolist(), "score": s.tolist()}
-                  for t, j, b, s in zip(batch["targets"], order, boxes, scores)]
+        found += [{"index": t["index"].item(), "true": t["boxes"].tolist(), "asked": q["boxes"].tolist(), "found": b.tolist(), "score": s.tolist()}
+                  for t, q, b, s in zip(targets, asked, boxes, scores)]
     return evaluation.gather(found)
 
 
 def probe(cfg: Config, model: nn.Module, probe_source, held_out: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """Mean IoU and recall at 0.5 of the most confident box per query patch, of the pretrained model and three controls, and predictions.png."""
+    """Mean IoU and recall at 0.5 of the most confident box per query patch, of the pretrained model and four controls, and predictions.png.
+
+    random_boxes: another draw of the sampler; shuffled: patches of another image as queries; wrong_image: the same predictions, scored on the boxes
+    those patches really have, so what a patch tells by itself, of its size for example, without the image it lies in.
+    """
     probe_set = PatchDataset(cfg, probe_source, held_out, augment=False)
     untrained = build_models(cfg)[0].to(device)
     rows = {"untrained": find_patches(cfg, untrained, probe_set, device, text="untrained"), "random_boxes": [],
             "shuffled": find_patches(cfg, model, probe_set, device, other=True, text="shuffled"),
-            "pretrained": find_patches(cfg, model, probe_set, device, text="pretrained")}
-    for i, row in enumerate(rows["pretrained"]):                             # another draw of the same sampler
+            "wrong_image": [], "pretrained": find_patches(cfg, model, probe_set, device, text="pretrained")}
+    rows["wrong_image"] = [{**row, "true": row["asked"]} for row in rows["shuffled"]]
+    for i, row in enumerate(rows["pretrained"]):
         boxes = torch.from_numpy(draw_patches(np.random.default_rng([cfg.seed, i]), (480, 640), cfg.num_patches)).float()
         rows["random_boxes"].append({"true": row["true"], "found": data.normalized_cxcywh(boxes, (480, 640)).tolist()})
     if common.rank() != 0:

@@ -36,12 +36,12 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory):
-    """What worker() of test_detreg and test_finetune gives in two processes joined by gloo, as torchrun starts them: {module: [rank 0, rank 1]}."""
-    out, modules = tmp_path_factory.mktemp("two_processes"), ("test_detreg", "test_finetune")
+    """What worker() of these modules gives in two processes joined by gloo, as torchrun starts them: {module: [rank 0, rank 1]}."""
+    out, modules = tmp_path_factory.mktemp("two_processes"), ("test_detreg", "test_finetune", "test_siamese_detr", "test_updetr")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    code = ("import torch, common, test_detreg, test_finetune\n"
+    code = (f"import torch, common, {', '.join(modules)}\n"
             "torch.set_num_threads(1)\n"
             "assert common.setup_distributed('cpu').type == 'cpu' and common.world_size() == 2\n"
             f"for name in {modules}: torch.save(__import__(name).worker(), f'{{name}}{{common.rank()}}.pt')\n"

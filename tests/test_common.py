@@ -24,6 +24,7 @@ import common
 import convert
 import detreg
 import finetune
+import siamese_detr
 import updetr
 from common import UserError
 
@@ -97,7 +98,7 @@ def test_help_shows_the_comments(capsys):
     assert "how many, 5 % of them (default: 3)" in text and "sides (default: (1, 2))" in text
 
 
-@pytest.mark.parametrize("script", (detreg, updetr, finetune))
+@pytest.mark.parametrize("script", (detreg, updetr, siamese_detr, finetune))
 def test_every_knob_is_explained_and_read(script):
     code = "\n".join(path.read_text() for path in sorted(ROOT.glob("*.py")))
     explained = common._knob_help(script.Config)
@@ -110,7 +111,8 @@ def test_every_knob_is_explained_and_read(script):
 
 
 def test_shared_knobs_have_one_order():
-    for one, two in itertools.combinations([[f.name for f in dataclasses.fields(script.Config)] for script in (detreg, updetr, finetune)], 2):
+    scripts = (detreg, updetr, siamese_detr, finetune)
+    for one, two in itertools.combinations([[f.name for f in dataclasses.fields(script.Config)] for script in scripts], 2):
         shared = set(one) & set(two)
         assert [n for n in one if n in shared] == [n for n in two if n in shared]
 
@@ -323,6 +325,96 @@ def test_queries_per_image(refine):
         assert all(torch.equal(a, b) for a, b in zip(shared, repeated))
 
 
+DETECTORS = ("detr", "conditional_detr", "deformable_detr_ss", "deformable_detr")
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_queries_that_say_what_to_look_for(name):
+    model = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3), 3, focal=False).eval()
+    table, features = model.query_embed.weight.detach(), tensor("query_features", 2, 6, 64)
+    assert table.shape == (8, 128 if name.startswith("deformable") else 64)
+    for order, rows in ((None, table[:6]), (torch.tensor([7, 0, 1, 6, 5, 4, 3, 2]), table[[7, 0, 1, 6, 5, 4]])):
+        queries = model.conditioned_queries(features, order).detach()
+        assert queries.shape == (2, 6, table.shape[1])
+        for b in range(2):
+            assert torch.equal(queries[b, :, :64], rows[:, :64] + features[b]) and torch.equal(queries[b, :, 64:], rows[:, 64:])
+    images, mask = tensor("query_images", 2, 3, 32, 48), torch.zeros(2, 32, 48, dtype=torch.bool)
+    with torch.no_grad():                                                 # features of zeros are the detector as it is
+        one, two = model(images, mask), model(images, mask, model.conditioned_queries(torch.zeros(2, 8, 64)))
+        for key in ("pred_logits", "pred_boxes", "hs"):
+            torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=1e-5)
+        few = model(images, mask, model.conditioned_queries(torch.zeros(2, 3, 64)), torch.zeros(3, 3, dtype=torch.bool))
+        assert few["pred_boxes"].shape == (2, 3, 4) and few["aux_outputs"][0]["hs"].shape == (2, 3, 64)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_query_sees_what_the_mask_lets_it_see(name):
+    """A mask that keeps the halves of the queries apart: each half is what it is alone."""
+    model = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3), 3, focal=False).eval()
+    images, mask = tensor("query_images", 2, 3, 32, 48), torch.zeros(2, 32, 48, dtype=torch.bool)
+    half = torch.arange(8) // 4
+    queries = model.query_embed.weight.detach().expand(2, -1, -1)
+    with torch.no_grad():
+        both, free = model(images, mask, queries, half[:, None] != half[None]), model(images, mask, queries)
+        for part in (slice(0, 4), slice(4, 8)):
+            alone = model(images, mask, queries[:, part])
+            torch.testing.assert_close(alone["hs"], both["hs"][:, part], atol=1e-5, rtol=1e-4)
+            assert (alone["hs"] - free["hs"][:, part]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_aligned_start(name):
+    model = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=1), 3, focal=False)
+    to_query, before = nn.Linear(512, 64), {k: v.clone() for k, v in model.state_dict().items()}
+    common.align_start(model, to_query)
+    after = model.state_dict()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    if name.startswith("deformable"):
+        assert not changed
+        return
+    maps = tensor("align_maps", 2, 512, 2, 3)                             # a feature enters a query as it enters the encoder
+    torch.testing.assert_close(to_query(maps.mean((2, 3))), model.input_proj(maps).mean((2, 3)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(after["query_embed.weight"], 0.1 * before["query_embed.weight"])
+    for i, layer in enumerate(model.transformer.decoder.layers):          # keys start as queries do; nothing else has changed
+        prefix = f"transformer.decoder.layers.{i}."
+        if name == "conditional_detr":
+            assert torch.equal(layer.ca_kcontent_proj.weight, before[prefix + "ca_qcontent_proj.weight"])
+            changed.remove(prefix + "ca_kcontent_proj.weight")
+            changed.discard(prefix + "ca_qpos_proj.weight")
+        else:
+            query = before[prefix + "multihead_attn.in_proj_weight"][:64]
+            value = before[prefix + "multihead_attn.in_proj_weight"][128:]
+            assert torch.equal(layer.multihead_attn.in_proj_weight, torch.cat([query, query, value]))
+            changed.remove(prefix + "multihead_attn.in_proj_weight")
+    assert changed == {"query_embed.weight"}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_pretext_models_keep_the_released_names(name):
+    class Task(common.Pretext):
+        def __init__(self, detector):
+            super().__init__(detector)
+            self.head = nn.Linear(2, 3)
+
+    def make(seed):
+        torch.manual_seed(seed)
+        return Task(common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3, with_box_refine=True), 3, focal=False))
+
+    one, two = make(0), make(1)
+    state = one.state_dict()
+    assert state.keys() == one.detector.state_dict().keys() | {"head.weight", "head.bias"}
+    assert not any(k.startswith("detector.") for k in state) and "query_embed.weight" in state and "backbone.0.body.conv1.weight" in state
+    assert {k for k, _ in one.named_parameters()} & {"detector.query_embed.weight", "head.weight"} == {"detector.query_embed.weight", "head.weight"}
+    two.load_state_dict(state)
+    assert all(torch.equal(v, state[k]) for k, v in two.state_dict().items())
+    assert torch.equal(two.detector.query_embed.weight, one.detector.query_embed.weight)
+    with pytest.raises(RuntimeError, match="query_embed.weight"):
+        two.load_state_dict({k: v for k, v in state.items() if k != "query_embed.weight"})
+    bare = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3, with_box_refine=True), 3, focal=False)
+    common.load_matching(bare, state, drop={r"^head\.": "pretext"}, source="FILE")
+    assert all(torch.equal(v, state[k]) for k, v in bare.state_dict().items())
+
+
 # ==== Matching, losses, post-processing ============================================================================
 
 @pytest.mark.parametrize(("cost", "pairs"), (
@@ -431,6 +523,63 @@ def test_criterion_without_any_target():
         assert layer["pred_logits"].grad.abs().sum() > 0 and not layer["pred_boxes"].grad.any()
 
 
+def softmax64(logits, boxes, targets, eos, cost):
+    """Cross-entropy (its weighted sum, its weights), L1 and GIoU sums of one layer, matched by trying every assignment; and the pairs."""
+    total, all_pairs = np.zeros(4), []
+    for s, b, (labels, true) in zip(logits, boxes, targets):
+        log_p = s - np.log(np.exp(s).sum(1, keepdims=True))
+        C = np.array([[-cost[0] * np.exp(log_p[q, label]) + cost[1] * np.abs(b[q] - t).sum() - cost[2] * giou64(b[q], t)
+                       for label, t in zip(labels, true)] for q in range(len(s))]).reshape(len(s), len(labels))
+        few = min(C.shape)
+        ways = [list(zip(qs, ts)) for qs in itertools.combinations(range(C.shape[0]), few) for ts in itertools.permutations(range(C.shape[1]), few)]
+        pairs = min(ways, key=lambda way: sum(C[q, t] for q, t in way))
+        wanted = dict(pairs)
+        for q in range(len(s)):
+            label, weight = (labels[wanted[q]], 1.0) if q in wanted else (s.shape[1] - 1, eos)
+            total[:2] -= weight * log_p[q, label], -weight
+        for q, t in pairs:
+            total[2:] += np.abs(b[q] - true[t]).sum(), 1 - giou64(b[q], true[t])
+        all_pairs.append(pairs)
+    return total, all_pairs
+
+
+def test_softmax_criterion_against_numpy():
+    predictions, targets = criterion_case(C=4)                            # three classes and "no object"; image 2 has more targets than queries
+    targets = [(labels % 3, boxes) for labels, boxes in targets]
+    layers, outputs, torch_targets = torch_case(predictions, targets)
+    criterion = common.SetCriterion(common.HungarianMatcher(1.5, 4, 3, focal=False), 1.5, 4.0, 3.0, eos_coef=0.25)
+    counts = [len(labels) for labels, _ in targets]
+    assert criterion.class_weight_sum(counts, 3) == (2 + 0.25) + 3 * 0.25 + 3       # counts 2, 0, 4 for 3 queries
+    for class_weight in (None, 5.0):
+        losses, pairs = criterion(outputs, torch_targets, 6.0, class_weight)
+        for suffix, (logits, boxes) in (("", predictions[1]), ("_0", predictions[0])):
+            (ce, weight, l1, giou), wanted_pairs = softmax64(logits, boxes, targets, 0.25, (1.5, 4, 3))
+            assert weight == criterion.class_weight_sum(counts, 3) == 6.0
+            assert losses["loss_ce" + suffix].item() == pytest.approx(ce / (class_weight or weight), rel=1e-5)
+            assert losses["loss_bbox" + suffix].item() == pytest.approx(l1 / 6, rel=1e-5)
+            assert losses["loss_giou" + suffix].item() == pytest.approx(giou / 6, rel=1e-5)
+            if not suffix:
+                assert [list(zip(q.tolist(), t.tolist())) for q, t in pairs] == wanted_pairs
+            some = [abs(int((l.argmax(1) != 3).sum()) - n) for l, n in zip(logits, counts)]
+            assert losses["cardinality_error" + suffix].item() == pytest.approx(np.mean(some))
+    by_hand = common.SetCriterion(common.HungarianMatcher(focal=False), eos_coef=0.5)
+    logits = torch.log(torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.25, 0.25, 0.5]]]))
+    value = by_hand.class_loss(logits, (torch.tensor([0]), torch.tensor([2])), torch.tensor([1]), 99.0, None)
+    assert value.item() == pytest.approx(-(math.log(0.25) + 0.5 * math.log(0.2) + 0.5 * math.log(0.8)) / 2)      # weights 1, 1/2, 1/2
+
+
+def test_feature_loss_by_hand():
+    criterion = common.SetCriterion(common.HungarianMatcher(focal=False), weight_feature=2.0)
+    outputs = {"pred_logits": torch.zeros(1, 3, 3), "pred_boxes": torch.full((1, 3, 4), 0.4),
+               "pred_features": torch.tensor([[[3.0, 4], [1, 0], [0, -2]]])}
+    targets = [{"labels": torch.tensor([1, 1]), "boxes": torch.full((2, 4), 0.4), "features": torch.tensor([[0.0, 5], [2, 0]])}]
+    pairs = [(torch.tensor([0, 2]), torch.tensor([1, 0]))]                # cosines 3/5 and -1
+    losses = criterion.losses(outputs, targets, pairs, 4.0)
+    assert losses["loss_feature"].item() == pytest.approx((2 - 2 * 0.6 + 4) / 4)
+    assert losses["loss_bbox"].item() == 0 and criterion.total(losses).item() == pytest.approx(2 * losses["loss_ce"].item() + 2 * 4.8 / 4)
+    assert "loss_feature" not in common.SetCriterion(common.HungarianMatcher(focal=False)).losses(outputs, targets, pairs, 4.0)
+
+
 def test_normalizer(monkeypatch):
     assert [common.normalizer(n, CPU) for n in (0, 1, 7)] == [1, 1, 7]
     monkeypatch.setattr(common, "world_size", lambda: 4)
@@ -449,6 +598,17 @@ def test_detections_and_pixels():
     pixels = [[0, 0, 50, 50], [40, 15, 60, 35], [70, 0, 110, 10], [0, 0, 50, 50]]
     np.testing.assert_allclose(best["boxes"], pixels, atol=1e-4)
     assert len(common.top_detections(logits, boxes)["scores"]) == 6       # fewer than 100 candidates
+
+
+def test_softmax_detections():
+    logits = torch.tensor([[1.0, 3, 0, 9], [2, 0, 0, -9], [0, 0, 5, 0]])
+    boxes = torch.arange(12.0).view(3, 4)
+    found = common.top_detections(logits, boxes, top=1, focal=False)      # every query once, whatever `top`; the last row is no class
+    assert found["labels"].tolist() == [1, 0, 2] and torch.equal(found["boxes"], boxes)
+    p = np.exp(logits.double().numpy()) / np.exp(logits.double().numpy()).sum(1, keepdims=True)
+    np.testing.assert_allclose(found["scores"], [p[0, 1], p[1, 0], p[2, 2]], rtol=1e-5)
+    whole = common.post_process({"pred_logits": logits[None], "pred_boxes": torch.full((1, 3, 4), 0.5)}, torch.tensor([[50, 100]]), focal=False)[0]
+    assert whole["labels"].tolist() == [1, 0, 2] and whole["boxes"].tolist() == [[25, 12.5, 75, 37.5]] * 3
 
 
 # ==== Optimisation =================================================================================================
@@ -591,6 +751,9 @@ def test_load_matching(capsys):
     assert said.startswith("  pretext head: head.a, head.b\n") or "\n  pretext head: head.a, head.b\n" in said
     assert "  other size: 1.bias\n" in said
     assert (model[0].weight == 1).all() and (model[1].weight == 3).all() and not (model[1].bias == 4).any()
+    common.load_matching(model, {**state, **{f"head.{i}": torch.zeros(1) for i in range(30)}}, drop={r"^head\.": "pretext head"}, source="FILE")
+    said = capsys.readouterr().out                                        # every name, however many
+    assert f"  pretext head: {', '.join(sorted(f'head.{i}' for i in range(30)))}\n" in said and "30 named above are left out or new" in said
     before = {k: v.clone() for k, v in model.state_dict().items()}
     bad = {"0.weight": torch.zeros(3, 5), "0.bias": torch.zeros(3), **{f"x{i}": torch.zeros(1) for i in range(6)}}
     with pytest.raises(UserError) as caught:

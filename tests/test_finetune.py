@@ -15,7 +15,10 @@ from test_detreg import pieces, same_step
 import common
 import data
 import detreg
+import evaluation
 import finetune
+import siamese_detr
+import updetr
 from common import UserError
 
 CPU = torch.device("cpu")
@@ -27,9 +30,12 @@ def tensor(name, *shape):
     return torch.from_numpy(fill(f"input:{name}", shape))
 
 
-def build(rows, **values):
+DETECTORS = ("detr", "conditional_detr", "deformable_detr_ss", "deformable_detr")
+
+
+def build(rows, focal=True, **values):
     torch.manual_seed(5)
-    return common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS, **values), rows, focal=True)
+    return common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS, **values), rows, focal=focal)
 
 
 # ==== Heads, architecture, recipes =================================================================================
@@ -143,22 +149,156 @@ def test_recipes(values, expected):
     assert (cfg.epochs, cfg.lr_drop, cfg.batch_size) == expected
 
 
+DETR, DEFORMABLE = (1e-4, 5e-5, 2048, 100), (2e-4, 2e-5, 1024, 300)          # rates, feed-forward width, queries
+
+
+@pytest.mark.parametrize(("detector", "data", "flag", "schedule"), (
+    ("detr", "coco", {}, (150, 100)), ("detr", "voc", {}, (150, 100)), ("detr", "some/folder", {}, (150, 100)),
+    ("detr", "coco", {"protocol": "updetr_long"}, (300, 200)), ("detr", "voc", {"protocol": "updetr_long"}, (300, 200)),
+    ("detr", "coco", {"protocol": "siamese"}, (150, 120)), ("detr", "voc", {"protocol": "siamese"}, (50, 40)),
+    ("detr", "voc", {"protocol": "siamese", "labels_percent": 30}, (50, 40)),
+    ("conditional_detr", "coco", {}, (50, 40)), ("conditional_detr", "voc", {}, (50, 40)),
+    ("conditional_detr", "coco", {"protocol": "siamese"}, (50, 40)), ("conditional_detr", "voc", {"protocol": "siamese"}, (50, 40)),
+    ("deformable_detr", "coco", {}, (50, 40)), ("deformable_detr", "voc", {}, (100, 70)), ("deformable_detr_ss", "coco", {}, (50, 40)),
+    ("deformable_detr_ss", "voc", {}, (100, 70)), ("deformable_detr_ss", "voc", {"labels_percent": 10}, (200, 150)),
+    ("deformable_detr", "voc", {"labels_percent": 30}, (100, 70)), ("deformable_detr", "coco", {"protocol": "siamese"}, (50, 40)),
+    ("deformable_detr", "voc", {"protocol": "siamese"}, (50, 40)),
+    ("deformable_detr_ss", "voc", {"protocol": "siamese", "labels_percent": 10}, (50, 40))))
+def test_recipes_of_the_detectors(detector, data, flag, schedule):
+    def parse(**values):
+        return common.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="", by_data=finetune.recipe_of)
+
+    cfg = parse(detector=detector, data=data, **flag)
+    assert (cfg.epochs, cfg.lr_drop) == schedule
+    assert cfg.batch_size == (8 if schedule == (200, 150) else 32)
+    assert (cfg.lr, cfg.lr_backbone, cfg.dim_feedforward, cfg.num_queries) == (DEFORMABLE if detector.startswith("deformable") else DETR)
+    assert (cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, cfg.pre_norm) == (1.0 if detector == "detr" else 2.0, 5, 2, False)
+    only = parse(detector=detector, data=data, eval_only="true", init_from="x", **flag)
+    assert only.out == ("out/finetune-folder-eval" if "/" in data else f"out/finetune-{data}-eval") and only.num_queries == cfg.num_queries
+
+
+# ==== Checkpoints of the pretraining methods =======================================================================
+
+METHODS = {"detreg": detreg, "updetr": updetr, "siamese_detr": siamese_detr}
+PRETEXT_HEADS = {"detreg": ("feature_embed",), "updetr": ("patch2query", "feature_align"),
+                 "siamese_detr": ("patch2query", "feature_align", "enc_head")}
+
+
+def save_pretrained(path, method, detector, **values):
+    """A small checkpoint as the script saves it; returns (its tensors, configuration)."""
+    own = {"detreg": {}, "updetr": {"num_patches": 4}, "siamese_detr": {"num_regions": 4}}[method]
+    cfg = small_config(METHODS[method].Config, **{"num_feature_levels": LEVELS, "detector": detector, "backbone_weights": "random", **own, **values})
+    model = METHODS[method].build_models(cfg)[0]
+    heads = model.detector.class_embed
+    for head in heads if isinstance(heads, torch.nn.ModuleList) else [heads]:
+        torch.nn.init.normal_(head.weight, std=0.2)
+    common.save_checkpoint(path, model, None, 0, cfg, script=method)
+    return torch.load(path, weights_only=True)["model"], cfg
+
+
+def load(path, categories, **values):
+    checkpoint, state, arch = finetune.read_init(str(path))
+    cfg = finetune.adopt_architecture(finetune.Config(init_from=str(path), **values), arch, set())
+    return cfg, *finetune.build_model(cfg, checkpoint, state, categories)
+
+
+CATEGORIES = [{"id": 7, "name": "a"}, {"id": 9, "name": "b"}, {"id": 300, "name": "c"}, {"id": 301, "name": "d"}]
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("method", METHODS)
+def test_pretrained_checkpoints(method, detector, tmp_path, capsys):
+    state, old = save_pretrained(tmp_path / "last.pt", method, detector)
+    capsys.readouterr()
+    cfg, model, mapped = load(tmp_path / "last.pt", CATEGORIES)
+    said = capsys.readouterr().out
+    same = ["detector", "arch", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "num_queries", "backbone_norm"]
+    same += ["num_feature_levels", "with_box_refine"] if detector == "deformable_detr" else ["pre_norm"] if detector == "detr" else []
+    assert {k: getattr(cfg, k) for k in same} == {k: getattr(old, k) for k in same}
+    assert cfg.pre_norm == (method != "siamese_detr" and detector == "detr")                  # read off the file
+    own, dropped = model.state_dict(), [k for k in state if k.startswith((*PRETEXT_HEADS[method], "class_embed"))]
+    assert own.keys() - state.keys() == set() and state.keys() - own.keys() == {k for k in dropped if not k.startswith("class_embed")}
+    assert all(torch.equal(v, state[k]) for k, v in own.items() if not k.startswith("class_embed"))
+    for name in dropped:                                                  # every tensor that is left out is named
+        assert f" {name}," in said or f" {name}\n" in said, name
+    for prefix in PRETEXT_HEADS[method]:
+        assert any(k.startswith(prefix) for k in dropped)
+    assert f"loaded {len(state) - len(dropped)} tensors from {tmp_path / 'last.pt'}" in said and f"made anew for {len(CATEGORIES)} categories" in said
+    head = model.class_embed if isinstance(model.class_embed, torch.nn.Linear) else model.class_embed[0]
+    assert mapped == [0, 1, 2, 3] and head.out_features == (5 if detector == "detr" else 4)   # DETR: and "no object"
+    assert (head.bias == -np.float32(np.log(99))).all() == (detector != "detr")
+
+
+@pytest.mark.parametrize("detector", ("detr", "conditional_detr"))
+def test_queries_of_a_single_query_checkpoint_are_made_anew(detector, tmp_path, capsys):
+    state, _ = save_pretrained(tmp_path / "last.pt", "updetr", detector, num_patches=1, num_queries=3)
+    capsys.readouterr()
+    cfg, model, _ = load(tmp_path / "last.pt", CATEGORIES)
+    assert cfg.num_queries == 100 and model.query_embed.weight.shape == (100, 64) and 0.9 < model.query_embed.weight.std() < 1.1
+    assert "queries of a single-query checkpoint, made anew for 100 queries: query_embed.weight\n" in capsys.readouterr().out
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if not k.startswith(("class_embed", "query_embed")))
+
+
+def test_checkpoint_of_another_detector(fails, tmp_path):
+    names = {"detr": "a DETR", "conditional_detr": "a Conditional DETR", "deformable_detr": "a Deformable DETR",
+             "deformable_detr_ss": "a single-scale Deformable DETR"}
+    for mine, wanted in (("detr", "deformable_detr"), ("conditional_detr", "detr"), ("deformable_detr_ss", "conditional_detr"),
+                         ("deformable_detr", "deformable_detr_ss")):
+        save_pretrained(tmp_path / "last.pt", "siamese_detr", mine)
+        line = fails(finetune.main, ["--data", "synthetic", "--init_from", tmp_path / "last.pt", "--detector", wanted, "--out", tmp_path / "out"])
+        assert f"last.pt holds {names[mine]}, not {names[wanted]}: give --detector {mine} or leave it out" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_detr_head(tmp_path):
+    cfg = small_config(finetune.Config, detector="detr", backbone_weights="random")
+    model, mapped = finetune.build_model(cfg, None, {}, CATEGORIES)       # from scratch
+    assert model.class_embed.weight.shape == (5, 64) and mapped == [0, 1, 2, 3]
+    coco = [{"id": i, "name": f"c{i}"} for i in COCO_IDS]
+    old = build(92, focal=False, detector="detr")                         # a released one: 91 COCO ids and "no object"
+    torch.nn.init.normal_(old.class_embed.bias)
+    cfg, state = dataclasses.replace(cfg, init_from="f"), old.state_dict()
+    model, mapped = finetune.build_model(dataclasses.replace(cfg, eval_only=True), {}, state, coco)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and len(mapped) == 91
+    logits = torch.full((4, 92), -5.0)
+    logits[0, 13], logits[1, 12], logits[2, 91], logits[3, 90] = 4.0, 4.0, 4.0, 2.0
+    logits[2, 1] = 1.0
+    boxes = torch.arange(16.0).view(4, 4)
+    found = finetune.category_detections(logits, boxes, mapped, COCO_IDS, 5, softmax=True)
+    assert [(d["category_id"], d["bbox"][0]) for d in found] == [(13, 0), (1, 8), (90, 12)]   # id 12 is none; "no object" keeps its best class
+    p = (logits[2].double().exp() / logits[2].double().exp().sum())[1].item()
+    assert found[1]["score"] == pytest.approx(p, rel=1e-5)
+    model, mapped = finetune.build_model(cfg, {}, state, coco)            # to train on: one row per category, "no object" stays last
+    assert mapped == list(range(80)) and model.class_embed.weight.shape == (81, 64)
+    for mine, theirs in (*enumerate(COCO_IDS), (80, 91)):
+        assert torch.equal(model.class_embed.weight[mine], old.class_embed.weight[theirs])
+        assert model.class_embed.bias[mine] == old.class_embed.bias[theirs]
+    ours = {"categories": CATEGORIES}
+    five = build(5, focal=False, detector="detr").state_dict()
+    turned = finetune.build_model(cfg, ours, five, CATEGORIES[::-1])[0]
+    assert torch.equal(turned.class_embed.weight, five["class_embed.weight"][[3, 2, 1, 0, 4]])
+
+
 # ==== The step =====================================================================================================
 
 COUNTS = (3, 1, 7, 0)
 
 
-@functools.cache
-def one_step(start=0, stop=4, accumulate=1):
-    cfg = small_config(finetune.Config, clip_max_norm=0.0, accumulate=accumulate, num_queries=6, num_feature_levels=LEVELS)
-    model = build(4, num_queries=6, with_box_refine=True)
-    for bbox in model.bbox_embed:
-        torch.nn.init.normal_(bbox.layers[-1].weight, std=0.05)
+def step_case():
     images, mask = tensor("step_images", 4, 3, 32, 48), torch.zeros(4, 32, 48, dtype=torch.bool)
     mask[1, 24:], mask[2, :, 30:] = True, True
     images = images.masked_fill(mask[:, None], 0.0)
     targets = [{"labels": torch.arange(n) % 4, "boxes": tensor(f"step_boxes{i}", n, 4).mul(0.5).sigmoid()} for i, n in enumerate(COUNTS)]
-    micro_batches = pieces({"images": images, "mask": mask, "targets": targets}, start, stop, accumulate)
+    return {"images": images, "mask": mask, "targets": targets}
+
+
+@functools.cache
+def one_step(start=0, stop=4, accumulate=1, detector="deformable_detr"):
+    cfg = small_config(finetune.Config, clip_max_norm=0.0, accumulate=accumulate, num_queries=6, num_feature_levels=LEVELS, detector=detector)
+    model = build(4 + (detector == "detr"), focal=detector != "detr", num_queries=6, with_box_refine=True, detector=detector)
+    for bbox in model.bbox_embed if detector.startswith("deformable") else [model.bbox_embed]:
+        torch.nn.init.normal_(bbox.layers[-1].weight, std=0.05)
+    micro_batches = pieces(step_case(), start, stop, accumulate)
     wrapped = common.wrap_model(model.train(), CPU)
     terms = finetune.train_step(cfg, wrapped, finetune.build_criterion(cfg), common.build_optimizer(cfg, model), micro_batches, 0, CPU)
     return {k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -167,17 +307,45 @@ def one_step(start=0, stop=4, accumulate=1):
 def worker():
     """What one of two processes does (conftest.two_processes)."""
     r = common.rank()
-    return {accumulate: one_step(2 * r, 2 * r + 2, accumulate) for accumulate in (1, 2)}
+    return {(a, detector): one_step(2 * r, 2 * r + 2, a, detector) for a in (1, 2) for detector in ("deformable_detr", "detr")}
 
 
-def test_accumulation_is_one_batch():
+@pytest.mark.parametrize("detector", ("deformable_detr", "detr"))
+def test_accumulation_is_one_batch(detector):
     for accumulate in (2, 4):
-        same_step([one_step(accumulate=accumulate)], one_step())
+        same_step([one_step(accumulate=accumulate, detector=detector)], one_step(detector=detector))
 
 
-def test_two_processes_are_one_batch(two_processes):
+@pytest.mark.parametrize("detector", ("deformable_detr", "detr"))
+def test_two_processes_are_one_batch(two_processes, detector):
+    """DETR: also the weighted mean of the cross-entropy, though the images have different numbers of boxes."""
     for accumulate in (1, 2):
-        same_step([r[accumulate] for r in two_processes["test_finetune"]], one_step())
+        same_step([r[accumulate, detector] for r in two_processes["test_finetune"]], one_step(detector=detector))
+
+
+@pytest.mark.parametrize(("detector", "refine"), (*((detector, False) for detector in DETECTORS), ("deformable_detr", True)))
+def test_a_frozen_detector_learns_with_its_heads_only(detector, refine):
+    cfg = small_config(finetune.Config, detector=detector, freeze_detector=True, backbone_norm="bn", dropout=0.3, num_feature_levels=LEVELS,
+                       with_box_refine=refine, weight_decay=0.1, lr=0.01)
+    model = build(5, focal=detector != "detr", **{k: getattr(cfg, k) for k in ("detector", "backbone_norm", "dropout", "with_box_refine")})
+    finetune.freeze(model)
+    before, batch = {k: v.clone() for k, v in model.state_dict().items()}, step_case()
+    finetune.train_mode(cfg, model)
+    with torch.no_grad():                                                 # no dropout, no batch statistics
+        outputs = [model(batch["images"][:k], batch["mask"][:k])["hs"][:1] for k in (2, 2, 4)]
+    assert torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[0], outputs[2], atol=1e-5, rtol=1e-4)
+    finetune.train_step(cfg, model, finetune.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], 0, CPU)
+    after = model.state_dict()
+    for name, value in after.items():
+        head = name.startswith(("class_embed.", "bbox_embed.", "transformer.decoder.bbox_embed."))
+        assert head or torch.equal(value, before[name]), name
+    last = "bbox_embed.layers.2.weight" if not detector.startswith("deformable") else "bbox_embed.1.layers.2.weight"
+    assert not torch.equal(after[last], before[last]), "the box head has not learned"
+    learning = {id(p) for p in model.parameters() if p.requires_grad}
+    assert learning == {id(p) for head in (model.class_embed, model.bbox_embed) for p in head.parameters()}
+    finetune.train_mode(dataclasses.replace(cfg, freeze_detector=False), model)
+    assert all(module.training for module in model.modules())
 
 
 # ==== Small labelled sets ==========================================================================================
@@ -333,6 +501,43 @@ def test_class_agnostic_evaluation(tuned, pretrained, tmp_path):
         logits = model(batch["images"], batch["mask"])["pred_logits"]
     for image_id, row in zip((550, 640), logits[..., 1]):                 # the score is the logit of row 1, "object"
         assert [d["score"] for d in found if d["image_id"] == image_id] == pytest.approx(sorted(row.tolist(), reverse=True), abs=1e-5)
+
+
+@pytest.mark.parametrize(("method", "detector", "softmax"), (
+    ("updetr", "detr", True), ("updetr", "deformable_detr", True), ("siamese_detr", "conditional_detr", True),
+    ("siamese_detr", "deformable_detr_ss", True), ("detreg", "detr", True), ("detreg", "conditional_detr", False), ("detreg", "deformable_detr", False)))
+def test_class_agnostic_evaluation_of_every_method(method, detector, softmax, tuned, tmp_path):
+    state, cfg = save_pretrained(tmp_path / "last.pt", method, detector)
+    metrics = run(tmp_path / "out", data=tuned[1], init_from=tmp_path / "last.pt", class_agnostic="true")
+    rows = state["class_embed.weight" if "class_embed.weight" in state else "class_embed.0.weight"].shape[0]
+    assert {"AP", "AR1", "AR10", "AR100"} <= metrics.keys() and rows == (91 + softmax if method == "detreg" else 3)
+    model = build(rows, focal=False, detector=detector, pre_norm=cfg.pre_norm).eval()
+    model.load_state_dict({k: v for k, v in state.items() if not k.startswith(PRETEXT_HEADS[method])})
+    samples = [{"image": data.to_normalized_tensor(Image.open(tuned[1] / f"{i}.png")), "target": {}, "skipped": []} for i in (5, 4)]
+    batch = data.collate(samples)                                         # their short sides are 48 already
+    with torch.no_grad():
+        logits = model(batch["images"], batch["mask"])["pred_logits"].double().numpy()
+    scores = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)) if softmax else logits)[..., 1]           # row 1, "object"
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    for image_id, row in zip((550, 640), scores):
+        assert [d["score"] for d in found if d["image_id"] == image_id] == pytest.approx(sorted(row.tolist(), reverse=True), abs=1e-4)
+
+
+@pytest.mark.parametrize("detector", ("detr", "conditional_detr"))
+def test_run_of_another_detector(detector, tuned, tmp_path):
+    save_pretrained(tmp_path / "last.pt", "updetr", detector)
+    metrics = run(tmp_path / "out", data=tuned[1], init_from=tmp_path / "last.pt", freeze_detector="true")
+    old, state = (torch.load(tmp_path / name, weights_only=True) for name in ("last.pt", "out/last.pt"))
+    assert state["config"]["detector"] == detector and state["config"]["pre_norm"] == (detector == "detr")
+    assert all(torch.equal(v, old["model"][k]) for k, v in state["model"].items() if not k.startswith(("class_embed.", "bbox_embed.")))
+    assert not torch.equal(state["model"]["bbox_embed.layers.0.weight"], old["model"]["bbox_embed.layers.0.weight"])
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert len(found) == 2 * (8 if detector == "detr" else 16)            # DETR: every query once
+    anyhow = evaluation.detection_metrics(finetune.open_sets(finetune.Config(data=str(tuned[1])))[1].coco_ground_truth(), found, class_agnostic=True)
+    for k in (1, 10, 100):                                                # Siamese DETR, Table 5
+        assert plain(metrics)[f"agnostic_AR{k}"] == pytest.approx(anyhow[f"AR{k}"])
+    again = run(tmp_path / "again", data=tuned[1], init_from=tmp_path / "out" / "last.pt", eval_only="true")
+    assert {k: v for k, v in plain(again).items()} == {k: v for k, v in plain(metrics).items() if not k.startswith("agnostic") and k != "steps"}
 
 
 def test_voc_run(pretrained, tmp_path):

@@ -955,7 +955,7 @@ def rebuilt(cfg, backbone):
 
 def decoder_rounding(model, features, mask, rois):
     """How far float32 rounding of the BACKBONE alone moves the decoder's outputs: the largest change over five draws of noise of that size
-    (7e-7 of a feature's spread, measured against float64 on ResNet-50). 1e-6 in a well-conditioned network; the six random deformable decoder layers of
+    (7e-7 of a feature's spread, measured against float64 on ResNet-50). 1e-6 in a well-conditioned network; the six deformable decoder layers of
     siam_r50_deform_ms_bs1 make 1e-3 of it, which is twice that case's tolerance: there even the float64 result is 1.2e-3 from the stored one."""
     generator, moved = torch.Generator().manual_seed(0), {}
     with torch.no_grad():
