@@ -379,6 +379,10 @@ class Backbone(nn.Module):
         for name, parameter in self.body.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in learning)
 
+    def train(self, mode: bool = True) -> Backbone:
+        """A backbone of which nothing learns stays in evaluation mode: its BatchNorm statistics are constant too."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
     def forward(self, images: Tensor) -> list[Tensor]:                       # [B, 3, H, W] -> [[B, D_l, H/s, W/s], ...]
         x, outputs = images, []
         for name, stage in self.body.named_children():
@@ -924,7 +928,7 @@ def build_detector(cfg: Any, rows: int, *, focal: bool, position_offset: float |
     """
     trainable = 0 if cfg.lr_backbone <= 0 else 5 if cfg.backbone_norm == "bn" else 3
     deformable = cfg.detector.startswith("deformable")
-    levels = 1 if cfg.detector == "deformable_detr_ss" else cfg.num_feature_levels
+    levels = cfg.num_feature_levels if cfg.detector == "deformable_detr" else 1
     stages = (2, 3, 4)[-levels:] if deformable else ({4: 1, 8: 2, 16: 3, 32: 4}[cfg.stride],)
     backbone = Backbone(cfg.arch, stages, cfg.backbone_norm, trainable)
     shared = (cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout)

@@ -109,7 +109,7 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
     The number of heads cannot be read off shapes; every released checkpoint has 8.
     """
     if "transformer.decoder.layers.0.linear1.weight" not in state or "query_embed.weight" not in state:
-        known = next((f"a {name}" for name, prefix in BACKBONES if prefix + "conv1.weight" in state), "an unknown")
+        known = next((f"a {name}" for name, prefix in BACKBONES if prefix + "conv1.weight" in state), "an unknown model's")
         hint = "; give a bare backbone with --backbone_weights" if "ResNet" in known or "MoCo" in known else ""
         raise UserError(f"{path}: this is {known} checkpoint, not one of a DETR, Conditional DETR or Deformable DETR{hint}")
     deformable = "transformer.level_embed" in state

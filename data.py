@@ -207,6 +207,8 @@ def open_pretraining(cfg) -> tuple:
         indices, held_out = hold_out(source, cfg.probe_images, cfg.seed, cfg.data)
         return source, indices, source, held_out
     probe_source = open_images(cfg.probe_data or "synthetic", cfg.data_root, split="val", synthetic_images=cfg.probe_images, **shared)
+    if cfg.probe_images and len(probe_source) < 2:
+        raise UserError(f"--probe_data {cfg.probe_data}: one image is too few, the row `shuffled` needs at least 2")
     return source, np.arange(len(source)), probe_source, np.arange(min(cfg.probe_images, len(probe_source)))
 
 

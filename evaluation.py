@@ -308,7 +308,7 @@ def probe_table(metrics: dict, columns: list[str], title: str) -> str:
     """The before/after table of metrics.json, or one line when there was no probe."""
     rows = {name: row for name, row in metrics.items() if isinstance(row, dict)}
     if not rows:
-        return f"finished after {metrics['steps']} steps (no probe: give --probe_data or --probe_images)"
+        return f"finished after {metrics['steps']} steps (no probe: give --probe_images N, and --probe_data for other images)"
     return metrics_table(rows, columns, title=f"{title}primary: {metrics['primary']})")
 
 
@@ -365,7 +365,7 @@ def _tile(image: Image.Image, boxes_xyxy, labels: list[str] | None, max_boxes: i
     scale = min(TILE / image.height, 2 * TILE / image.width)
     tile = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(11)
-    boxes = (torch.as_tensor(boxes_xyxy).detach().cpu().double().reshape(-1, 4)[:max_boxes] * scale).round().tolist()
+    boxes = (torch.as_tensor(boxes_xyxy).detach().cpu().double().reshape(-1, 4)[:max_boxes].nan_to_num() * scale).round().tolist()
     limits = (tile.width - 1, tile.height - 1) * 2
     corners = [[int(min(max(v, 0), limit)) for v, limit in zip(box, limits)] for box in boxes]
     ranked = [(i, PALETTE[i % len(PALETTE)], *box) for i, box in enumerate(corners) if box[2] > box[0] and box[3] > box[1]][::-1]

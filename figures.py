@@ -11,6 +11,7 @@ from __future__ import annotations
 import common  # first: it tells OpenMP how to wait before torch is loaded
 
 import argparse
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,7 +71,7 @@ def parse_box(text: str) -> tuple[float, ...]:
         box = tuple(float(v) for v in text.split(","))
     except ValueError:
         box = ()
-    if len(box) != 4 or box[2] - box[0] < 1 or box[3] - box[1] < 1:
+    if len(box) != 4 or not all(map(math.isfinite, box)) or min(round(box[2]) - round(box[0]), round(box[3]) - round(box[1])) < 1:
         raise UserError(f"--patches {text}: a patch is x1,y1,x2,y2 in pixels, with x1 < x2 and y1 < y2")
     return box
 
@@ -86,6 +87,8 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
     for text, (x1, y1, x2, y2) in zip(args.patches, boxes):
         if x1 < 0 or y1 < 0 or x2 > origin.width or y2 > origin.height:
             raise UserError(f"--patches {text}: reaches out of {args.patch_image or args.image}, which is {origin.width} x {origin.height} pixels")
+    if args.num_patches < 1:
+        raise UserError(f"--num_patches {args.num_patches}: must be at least 1")
     model, patch_size = load_updetr(args.checkpoint, args.num_patches)
     scores, found = find(model, patch_size, image, origin, boxes, args.size)
     for text, score, box in zip(args.patches, scores.tolist(), found.tolist()):

@@ -22,8 +22,9 @@ Schedules (epochs / drop at), batch 32; learning rate, that of the backbone:
     conditional_detr     50 / 40, 1e-4, 5e-5         50 / 40                   Siamese DETR, Sec. 4
     deformable_detr(_ss) 50 / 40, 2e-4, 2e-5         100 / 70                  DETReg, released
     `--protocol siamese`: detr COCO 150 / 120; all detectors on VOC, or a share of it, 50 / 40 (Siamese DETR, Sec. 4)
-    Shares of labels of Deformable DETR (DETReg, released): COCO 1 % 2000 epochs, 2 % 1000, 5 % 500, 10 % 400, never dropped, batch 24; VOC 10 % 200 /
-    150, batch 8. `--protocol semi_supervised`: 1-2 % 200 / 150, 5-10 % 100 / 40 (DETReg, Sec. 6.1); `--protocol low_data`: 150, no drop (Fig. 3)
+    Shares of labels (DETReg, released for Deformable DETR): COCO, any detector: 1 % 2000 epochs, 2 % 1000, 5 % 500, 10 % 400, never dropped,
+    batch 24; `--protocol semi_supervised`: 1-2 % 200 / 150, 5-10 % 100 / 40 (DETReg, Sec. 6.1); `--protocol low_data`: 150, no drop (Fig. 3);
+    VOC, Deformable DETR: 10 % 200 / 150, batch 8.
 
 Deviations (released code / here):
     F1  One class row per category / 91 rows for COCO, 21 for VOC. A released head is still evaluated: its rows are mapped to category ids.
@@ -192,17 +193,25 @@ PRETEXT = {r"^feature_embed\.": "DETReg's embedding head, not needed", r"^patch2
            r"^feature_align\.": "reconstruction head, not needed", r"^enc_head\.": "Siamese DETR's global head, not needed"}
 
 
-def read_init(path: str) -> tuple[dict, dict[str, Tensor], dict[str, Any]]:
-    """(checkpoint, its detector's tensors, the model flags it was made with) of --init_from."""
+def read_init(path: str, keep_queries: bool = False) -> tuple[dict, dict[str, Tensor], dict[str, Any]]:
+    """(checkpoint, its detector's tensors, the model flags it was made with) of --init_from.
+
+    UP-DETR's single-query variant (F6) has 3 queries: without keep_queries the flags say as many as its detector usually has.
+    """
     checkpoint = convert.read_checkpoint(path)
     state = convert.detector_state(checkpoint, path)
     arch = convert.architecture(state, path)
-    config = checkpoint.get("config")
-    if isinstance(config, dict) and "nheads" in config:
+    config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
+    if "nheads" in config:
         arch["nheads"] = config["nheads"]
-    if "patch2query.weight" in state and arch["num_queries"] == 3:           # F6
-        arch["num_queries"] = 100
+    single = config.get("num_patches", 1 if arch["num_queries"] == 3 and not is_siamese(checkpoint, state) else None) == 1
+    if "patch2query.weight" in state and single and not keep_queries:
+        arch["num_queries"] = 300 if arch["detector"].startswith("deformable") else 100
     return checkpoint, state, arch
+
+
+def is_siamese(checkpoint: dict, state: dict[str, Tensor]) -> bool:
+    return checkpoint.get("script") == "siamese_detr" or any(k.startswith("enc_head.") for k in state)
 
 
 def adopt_architecture(cfg: Config, arch: dict[str, Any], given: set[str]) -> Config:
@@ -266,15 +275,18 @@ def build_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], 
         state = {k: v[order] if k.startswith("class_embed.") else v for k, v in state.items()}
         mapped, rows = list(range(len(categories))), len(categories)
         common.say(f"the class head's rows were put in the order of the {rows} categories of {cfg.data}")
-    model = common.build_detector(cfg, rows + softmax, focal=not softmax)
+    # where nothing is trained any more, positions stay those of the pretraining (Siamese DETR, D9)
+    offset = checkpoint.get("config", {}).get("position_offset", 0.0) if cfg.class_agnostic and is_siamese(checkpoint, state) else None
+    model = common.build_detector(cfg, rows + softmax, focal=not softmax, position_offset=offset)
     common.load_matching(model, state, drop=drop, source=cfg.init_from)
     return model, mapped
 
 
 def freeze(model: common.Detector) -> None:
     """Only the heads learn (F7)."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(("class_embed.", "bbox_embed.")))
+    model.requires_grad_(False)
+    model.class_embed.requires_grad_(True)
+    model.bbox_embed.requires_grad_(True)
 
 
 def train_mode(cfg: Config, model: nn.Module) -> None:
@@ -387,7 +399,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     def recipe(values: dict[str, Any]) -> dict[str, Any]:
         nonlocal checkpoint, state, arch
         if values["init_from"]:
-            checkpoint, state, arch = read_init(values["init_from"])
+            checkpoint, state, arch = read_init(values["init_from"], keep_queries=values["class_agnostic"])
         return recipe_of(values | arch)
 
     cfg = common.parse_config(Config, PRESETS, argv, script="finetune", description=__doc__.split("\n\n")[0], by_data=recipe)
@@ -395,8 +407,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     cfg.eval_only |= cfg.class_agnostic
     if cfg.init_from:
         cfg = adopt_architecture(cfg, arch, {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")})
+    elif cfg.freeze_detector:
+        raise UserError("--freeze_detector needs --init_from FILE: without one the heads would be trained on a random detector")
     elif cfg.eval_only:
         raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
+    if cfg.protocol == "updetr_long" and cfg.detector != "detr":
+        raise UserError(f"--protocol updetr_long is a schedule of detr, not of {cfg.detector}")
+    if cfg.protocol in ("semi_supervised", "low_data") and not (cfg.data == "coco" and cfg.labels_percent < 100):
+        raise UserError(f"--protocol {cfg.protocol} is a schedule of shares of COCO: give --data coco --labels_percent P")
     train_set, test_set = open_sets(cfg)
     if cfg.eval_only:
         if (Path(cfg.out) / "last.pt").exists():

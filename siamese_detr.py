@@ -117,9 +117,9 @@ class Config:
     min_area: float = 0.05  # least area of a region, of the overlap's (released)
     box_jitter: float = 0.1  # largest shift of an RoI's side, of the RoI's size (D12)
     multi_view: bool = True  # queries of one view look into the other; off: into their own (Table 3, single-view)
+    aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D15)
     region_target: Literal["crop", "object", "none"] = "crop"  # what L_r draws to: p, z or nothing (Table 3: R-C, R-O)
     feature_target: Literal["current", "start"] = "current"  # which backbone describes the crops: as it is, or as it was at the start
-    aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D15)
     shared_queries: bool = False  # queries of image 0 for the whole batch, as released for Deformable DETR (D8)
     # model
     detector: common.DETECTORS = "conditional_detr"  # what is pretrained (Tables 1 and 2)
@@ -172,11 +172,11 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"region_choice": "random", "epochs": 60, "lr_drop": 40},       # D1, D5; D4 in recipe_of
     "demo": {
-        "data": "synthetic", "cache_proposals": True, "scales": (56, 64), "max_size": 90, "patch_size": 16, "num_regions": 5,
-        "aligned_start": True, "feature_target": "start", "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn",
-        "lr_backbone": 1e-3, "stride": 4, "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 128, "dropout": 0.0,
-        "num_queries": 10, "lambda_region": 1.0, "lambda_global": 0.1, "batch_size": 16, "epochs": 18, "lr_drop": 15, "lr": 1e-3, "num_workers": 2,
-        "log_every": 50, "save_every": 500, "probe_images": 100,
+        "data": "synthetic", "cache_proposals": True, "scales": (56, 64), "max_size": 90, "patch_size": 16, "num_regions": 10,
+        "aligned_start": True, "feature_target": "start", "detector": "detr", "arch": "resnet18", "backbone_weights": "random",
+        "backbone_norm": "bn", "lr_backbone": 1e-3, "stride": 4, "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 2,
+        "dim_feedforward": 128, "dropout": 0.0, "num_queries": 10, "lambda_region": 1.0, "lambda_global": 0.1, "batch_size": 16, "epochs": 16,
+        "lr_drop": 13, "lr": 1e-3, "num_workers": 2, "log_every": 50, "save_every": 500, "probe_images": 100,
     },
 }
 
@@ -320,6 +320,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
         cfg = self.cfg
         geometry = data.draw_geometry(rng, (image.height, image.width), scales=cfg.scales if self.augment else (max(cfg.scales),),
                                       max_size=cfg.max_size, crop_scales=None, flip=0.5)                     # one flip for both views
+        geometry.hw = max(geometry.hw[0], 16), max(geometry.hw[1], 16)       # a strip of pixels has no room for two views
         boxes = torch.zeros(0, 4) if cfg.proposal_method == "random" else self.propose(image, index, epoch)
         image, boxes, _ = data.apply_geometry(image, boxes, geometry)
         outer = draw_outer(rng, (image.height, image.width))
@@ -339,7 +340,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
             if len(usable[0]):
                 break
             position = int(rng.integers(len(self.indices)))
-        if not len(usable[0]):                                               # D2
+        if fallback := not len(usable[0]):                                   # D2
             inside = draw_random_regions(rng, views[2], cfg.num_regions, cfg.min_area)
             middle = torch.cat([views[2][:2] * 0.75 + views[2][2:] * 0.25, views[2][:2] * 0.25 + views[2][2:] * 0.75])[None]
             usable = usable_regions(inside if len(inside) else middle, views, hw, 0.0)
@@ -354,7 +355,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
                  for picture, b in zip(pictures, boxes)]
         recoloured = [data.apply_photometric(picture, data.draw_photometric(rng, self.photometric)) for picture in pictures]
         return {"views": [data.to_normalized_tensor(picture) for picture in recoloured], "boxes": boxes.float(), "rois": rois.float(),
-                "crops": torch.stack(crops), "index": index, "skipped": skipped, "fallback": int(attempt == 10 and len(usable[0]) > 0)}
+                "crops": torch.stack(crops), "index": index, "skipped": skipped, "fallback": int(fallback)}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -452,7 +453,8 @@ def build_models(cfg: Config) -> tuple[SiameseDETR, nn.Module | None]:
         nn.init.xavier_uniform_(detector.query_embed.weight.data[:, cfg.hidden_dim:])                         # D10: as tgt_embed
     common.load_backbone_weights(detector.backbone[0].body, cfg.backbone_weights, cfg.arch)
     target = copy.deepcopy(detector.backbone[0]).requires_grad_(False).eval() if cfg.feature_target == "start" else None
-    model = SiameseDETR(detector, cfg.num_regions, region_target=cfg.region_target, global_width=cfg.hidden_dim if cfg.lambda_global > 0 else 0,
+    model = SiameseDETR(detector, cfg.num_regions, region_target=cfg.region_target if cfg.lambda_region > 0 else "none",
+                        global_width=cfg.hidden_dim if cfg.lambda_global > 0 else 0,
                         multi_view=cfg.multi_view, shared_queries=cfg.shared_queries)
     if cfg.aligned_start:
         common.align_start(detector, model.patch2query)
@@ -610,7 +612,7 @@ def check(cfg: Config) -> None:
     if cfg.num_queries % cfg.num_regions:
         raise UserError(f"--num_queries {cfg.num_queries} --num_regions {cfg.num_regions}: every region needs the same number of queries; "
                         f"for example --num_queries {max(cfg.num_queries // cfg.num_regions, 1) * cfg.num_regions}")
-    if cfg.num_regions < 2:
+    if cfg.num_regions < 2 and cfg.region_choice == "top":
         raise UserError("--num_regions 1: only the overlap would be left; give at least 2")
     if not 0 < cfg.view_iou <= 1:
         raise UserError(f"--view_iou {cfg.view_iou}: must lie above 0 and not above 1")

@@ -50,7 +50,7 @@ Deviations (paper / released code / here):
     D6  Classes: 2 / 3 rows: row 0 unused, 1 = found, 2 = no object / as released, on every detector.
     D7  Eq. (2) prints x / ||x||^2 / x / ||x||, which makes it a mean of 2 - 2 cos / as released; the square in the paper is a typing error.
     D8  Group mask: released loop leaves rows without any allowed query (NaN) when M > N/M / block diagonal for every M.
-    D9  The weighted mean of the cross-entropy runs over all processes and micro-batches / of each process / all (`--loss_mean local`).
+    D9  The weighted mean of the cross-entropy: - / of each process / over all processes and micro-batches: the same, every image having M patches.
     D10 Target of Eq. (2) with a learning backbone: not said / the current feature, with gradient / as released; `--feature_target start`: the
         frozen backbone as it was (demo: its backbone starts random).
     D11 Images of at most 16 pixels a side: not said / the next image / another image is drawn, the file is named and counted.
@@ -125,7 +125,6 @@ class Config:
     lambda_giou: float = 2.0  # GIoU part of L_box and its matching cost (released)
     lambda_rec: float = 1.0  # L_rec, Eq. (1)
     eos_coef: float | None = None  # class weight of "no object"; none: M/N (D5)
-    loss_mean: Literal["global", "local"] = "global"  # weighted mean of the cross-entropy over all processes, or over each (D9)
     # optimisation
     batch_size: int = 256  # images per step over all processes (Sec. 4)
     accumulate: int = 1  # micro-batches per step: one GPU reaches the global batch
@@ -152,13 +151,13 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"query_shuffle": True},                                        # D3
-    "official": {"eos_coef": 0.1, "loss_mean": "local"},                     # D5, D9
+    "official": {"eos_coef": 0.1},                                           # D5
     "single": {"num_patches": 1, "num_queries": 3},                          # single-query patch detection, Sec. 3.1
     "demo": {
-        "data": "synthetic", "scales": (48,), "max_size": 80, "patch_size": 16, "num_patches": 5, "patch_colours": False, "aligned_start": True,
+        "data": "synthetic", "scales": (48,), "max_size": 80, "patch_size": 16, "num_patches": 10, "patch_colours": False, "aligned_start": True,
         "feature_target": "start", "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 1e-3, "stride": 4,
-        "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 128, "dropout": 0.0, "num_queries": 5, "eos_coef": 1.0,
-        "mask_ratio": 0.0, "batch_size": 32, "epochs": 50, "lr_drop": 42, "lr": 1e-3, "num_workers": 2, "log_every": 50, "save_every": 500,
+        "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 128, "dropout": 0.0, "num_queries": 10,
+        "mask_ratio": 0.0, "batch_size": 32, "epochs": 32, "lr_drop": 27, "lr": 1e-3, "num_workers": 2, "log_every": 50, "save_every": 500,
         "probe_images": 200,
     },
 }
@@ -266,7 +265,7 @@ def build_models(cfg: Config) -> tuple[UPDETR, nn.Module | None]:
     detector = common.build_detector(cfg, 3, focal=False)                    # D6
     common.load_backbone_weights(detector.backbone[0].body, cfg.backbone_weights, cfg.arch)
     target = copy.deepcopy(detector.backbone[0]).requires_grad_(False).eval() if cfg.feature_target == "start" and cfg.reconstruction else None
-    model = UPDETR(detector, cfg.num_patches, cfg.attention_mask, cfg.reconstruction)
+    model = UPDETR(detector, cfg.num_patches, cfg.attention_mask, cfg.reconstruction and cfg.lambda_rec > 0)
     if cfg.aligned_start:
         common.align_start(detector, model.patch2query)
     return model, target
@@ -315,8 +314,6 @@ def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None,
                 targets = [{**t, "features": f} for t, f in zip(targets, features)]
             outputs = model(images, mask, patches, *draw_masking(cfg, len(images), device))
             with torch.autocast(device.type, enabled=False):
-                if cfg.loss_mean == "local":                                 # D9
-                    class_weight = cfg.accumulate * criterion.class_weight_sum([len(t["labels"]) for t in targets], cfg.num_queries)
                 loss, losses = updetr_loss(criterion, outputs, targets, num_boxes, class_weight)
             loss.backward()
         for name, value in {"loss": loss, **losses}.items():

@@ -709,9 +709,10 @@ def test_probe_asks_for_own_and_for_other_regions(multi_view, choice):
         assert [(row["index"], row["view"]) for row in rows] == [(20 + i, v) for v in (0, 1) for i in range(3)]
         for row in rows:
             i, v = row["index"] - 20, row["view"]
-            whose = sample((i + 1) % 3 if other else i)                   # the queries carry its regions of the other view, the truth is in this one
-            x1, y1, x2, y2 = whose["boxes"][v, skip:].T.numpy() / 40
-            np.testing.assert_allclose(row["true"], np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], 1), atol=1e-6)
+            whose = sample((i + 1) % 3 if other else i)                   # the queries carry its regions of the other view
+            for key, image in (("true", sample(i)), ("asked", whose)):    # both in this view
+                x1, y1, x2, y2 = image["boxes"][v, skip:].T.numpy() / 40
+                np.testing.assert_allclose(row[key], np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], 1), atol=1e-6)
             np.testing.assert_allclose(row["found"], whose["rois"][1 - v if multi_view else v, skip:] / 100, atol=1e-6)
             np.testing.assert_allclose(row["score"], [np.exp(2) / (np.exp(2) + 2)] * (3 - skip), atol=1e-6)
 
@@ -748,7 +749,7 @@ def test_recipes():
 
 # ==== Whole runs ===================================================================================================
 
-ROWS = {"untrained", "random_boxes", "shuffled", "pretrained"}
+ROWS = {"untrained", "random_boxes", "shuffled", "wrong_image", "pretrained"}
 RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "batch_size": 4, "probe_images": 4, "log_every": 1, "save_every": 1,
        "dropout": 0.1, "stride": 16, "epochs": 4, "lambda_region": 0.5, "lambda_global": 2.0, "eos_coef": 0.2}
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, flags, small_config
+from conftest import SMALL, flags
 from fill import fill
 from PIL import Image
 from test_detreg import pieces, plain, same_step
@@ -347,9 +347,9 @@ def step_case(**values):
 
 
 @functools.cache
-def one_step(start=0, stop=4, accumulate=1, mean="global", detector="detr"):
+def one_step(start=0, stop=4, accumulate=1, detector="detr"):
     """updetr.train_step on images start..stop -> (terms, gradients)."""
-    cfg, model, batch = step_case(accumulate=accumulate, loss_mean=mean, detector=detector)
+    cfg, model, batch = step_case(accumulate=accumulate, detector=detector)
     optimizer, wrapped = common.build_optimizer(cfg, model), common.wrap_model(model, CPU)
     terms = updetr.train_step(cfg, wrapped, None, updetr.build_criterion(cfg), optimizer, pieces(batch, start, stop, accumulate), 0, CPU)
     return {k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -358,7 +358,7 @@ def one_step(start=0, stop=4, accumulate=1, mean="global", detector="detr"):
 def worker():
     """What one of two processes does (conftest.two_processes)."""
     r = common.rank()
-    return {(accumulate, mean): one_step(2 * r, 2 * r + 2, accumulate, mean) for accumulate, mean in ((1, "global"), (2, "global"), (2, "local"))}
+    return {accumulate: one_step(2 * r, 2 * r + 2, accumulate) for accumulate in (1, 2)}
 
 
 def test_accumulation_is_one_batch():
@@ -373,14 +373,8 @@ def test_accumulation_is_one_batch():
 def test_two_processes_are_one_batch(two_processes):
     results = two_processes["test_updetr"]
     for accumulate in (1, 2):
-        same_step([r[accumulate, "global"] for r in results], one_step())
-    assert results[0][1, "global"][0]["loss_bbox"] != results[1][1, "global"][0]["loss_bbox"]  # each saw its own images
-
-
-def test_local_and_global_mean(two_processes):
-    """Every image has M patches, so each process's weighted mean has the same denominator."""
-    same_step([one_step(accumulate=2, mean="local")], one_step())
-    same_step([r[2, "local"] for r in two_processes["test_updetr"]], one_step())
+        same_step([r[accumulate] for r in results], one_step())
+    assert results[0][1][0]["loss_bbox"] != results[1][1][0]["loss_bbox"]  # each saw its own images
 
 
 class Spy(common.SetCriterion):
@@ -451,6 +445,9 @@ def test_bf16_is_close_to_fp32():
 
 # ==== Probe ========================================================================================================
 
+ROWS = {"untrained", "random_boxes", "shuffled", "wrong_image", "pretrained"}
+
+
 class Asked(torch.nn.Module):
     """Finds the "box" that is written in a patch, with the first query of its group."""
 
@@ -482,15 +479,31 @@ def test_probe_asks_for_own_and_for_other_patches():
         assert [row["index"] for row in rows] == [10, 11, 12]
         for i, row in enumerate(rows):
             j = (i + 1) % 3 if other else i
-            true = sample(j)["target"]["boxes"]
-            np.testing.assert_allclose(row["true"], true, atol=1e-6)      # the truth goes with the patch
-            np.testing.assert_allclose(row["found"], true[:, [0, 1, 2, 2]], atol=1e-6)
+            asked = sample(j)["target"]["boxes"]
+            np.testing.assert_allclose(row["true"], sample(i)["target"]["boxes"], atol=1e-6)  # of the image that is looked into
+            np.testing.assert_allclose(row["asked"], asked, atol=1e-6)    # of the image the patches come from
+            np.testing.assert_allclose(row["found"], asked[:, [0, 1, 2, 2]], atol=1e-6)
             np.testing.assert_allclose(row["score"], np.exp(2) / (np.exp(2) + 2), atol=1e-6)
+
+
+def test_rows_of_the_probe(monkeypatch, tmp_path):
+    def find(cfg, model, probe_set, device, other=False, text=""):
+        assert model == "trained" or text == "untrained"
+        assert probe_set.scales == (64,)                                  # no augmentation
+        own, theirs, far = [[0.2, 0.2, 0.2, 0.2]], [[0.8, 0.8, 0.2, 0.2]], [[0.5, 0.5, 0.1, 0.1]]
+        found = far if text == "untrained" else theirs if other else own
+        return [{"index": i, "true": own, "asked": theirs if other else own, "found": found, "score": [0.5]} for i in range(2)]
+
+    monkeypatch.setattr(updetr, "find_patches", find)
+    metrics = updetr.probe(config(out=str(tmp_path), num_patches=1), "trained", data.SyntheticScenes(2, 32), np.arange(2), CPU)
+    assert metrics.keys() == ROWS | {"primary"} and (tmp_path / "predictions.png").exists()
+    one = {"IoU": pytest.approx(1), "recall50": 1}                        # wrong_image: the prediction of `shuffled` on the patches' own boxes
+    assert (metrics["pretrained"], metrics["wrong_image"]) == (one, one)
+    assert metrics["shuffled"] == metrics["untrained"] == {"IoU": 0, "recall50": 0} and 0 <= metrics["random_boxes"]["IoU"] < 1
 
 
 # ==== Whole runs ===================================================================================================
 
-ROWS = {"untrained", "random_boxes", "shuffled", "pretrained"}
 RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "batch_size": 4, "probe_images": 4, "log_every": 1, "save_every": 1,
        "dropout": 0.1, "stride": 16, "epochs": 4, "mask_ratio": 0.1, "eos_coef": 0.2}
 
