@@ -853,8 +853,9 @@ class DETR(Detector):
     def __init__(self, backbone: Backbone, transformer: DETRTransformer, *, rows: int, focal: bool, num_queries: int = 100,
                  position_offset: float = 0.0):
         d = transformer.d_model
+        class_embed, bbox_embed = nn.Linear(d, rows), MLP(d, d, 4, 3)
         super().__init__(backbone, transformer, num_queries, d, position_offset)
-        self.class_embed, self.bbox_embed = nn.Linear(d, rows), MLP(d, d, 4, 3)
+        self.class_embed, self.bbox_embed = class_embed, bbox_embed
         self.input_proj = nn.Conv2d(backbone.num_channels[-1], d, 1)
         if focal:
             start_heads(self.class_embed, self.bbox_embed)
@@ -880,9 +881,9 @@ class DeformableDETR(Detector):
     def __init__(self, backbone: Backbone, transformer: DeformableTransformer, *, rows: int, focal: bool = True, num_queries: int = 300,
                  with_box_refine: bool = False, position_offset: float = -0.5):
         d, channels = transformer.d_model, backbone.num_channels
+        class_embed, bbox_embed = nn.Linear(d, rows), MLP(d, d, 4, 3)
         super().__init__(backbone, transformer, num_queries, 2 * d, position_offset)
         levels, layers = len(transformer.level_embed), len(transformer.decoder.layers)
-        class_embed, bbox_embed = nn.Linear(d, rows), MLP(d, d, 4, 3)
         if focal:
             start_heads(class_embed, bbox_embed)
         share = copy.deepcopy if with_box_refine else (lambda module: module)

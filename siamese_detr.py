@@ -41,7 +41,8 @@ Hyperparameters (default; COCO; where from):
     schedule      60 epochs, x 0.1 after 40; COCO: 65 (120k steps), 43.3          Sec. 4.1; released
 
 Deviations (paper / released code / here):
-    D1  Regions: n = 10 random ones / the overlap itself and the first 9 in score order / as released (`--region_choice random`: as printed).
+    D1  Regions: n = 10 random ones / the overlap itself and the first 9 of 512 edge boxes in score order / as released, of 300
+        (`--region_choice random`: as printed).
     D2  No proposal in the overlap: not said / the previous image of the list / another image, at most 10 times, then random boxes in the
         overlap, counted.
     D3  L_r and L_loc: sum over the two directions / mean / mean (L_g is a sum in both, so it weighs twice as much as printed).

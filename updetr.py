@@ -154,10 +154,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "official": {"eos_coef": 0.1},                                           # D5
     "single": {"num_patches": 1, "num_queries": 3},                          # single-query patch detection, Sec. 3.1
     "demo": {
-        "data": "synthetic", "scales": (48,), "max_size": 80, "patch_size": 16, "num_patches": 10, "patch_colours": False, "aligned_start": True,
+        "data": "synthetic", "scales": (48,), "max_size": 80, "patch_size": 16, "num_patches": 5, "patch_colours": False, "aligned_start": True,
         "feature_target": "start", "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 1e-3, "stride": 4,
-        "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 128, "dropout": 0.0, "num_queries": 10,
-        "mask_ratio": 0.0, "batch_size": 32, "epochs": 32, "lr_drop": 27, "lr": 1e-3, "num_workers": 2, "log_every": 50, "save_every": 500,
+        "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 128, "dropout": 0.0, "num_queries": 5,
+        "mask_ratio": 0.0, "batch_size": 32, "epochs": 44, "lr_drop": 38, "lr": 1e-3, "num_workers": 2, "log_every": 50, "save_every": 500,
         "probe_images": 200,
     },
 }
