@@ -173,11 +173,11 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"region_choice": "random", "epochs": 60, "lr_drop": 40},       # D1, D5; D4 in recipe_of
     "demo": {
-        "data": "synthetic", "cache_proposals": True, "scales": (56, 64), "max_size": 90, "patch_size": 16, "num_regions": 10,
+        "data": "synthetic", "cache_proposals": True, "scales": (56, 64), "max_size": 90, "patch_size": 16, "num_regions": 5,
         "aligned_start": True, "feature_target": "start", "detector": "detr", "arch": "resnet18", "backbone_weights": "random",
         "backbone_norm": "bn", "lr_backbone": 1e-3, "stride": 4, "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 2,
-        "dim_feedforward": 128, "dropout": 0.0, "num_queries": 10, "lambda_region": 1.0, "lambda_global": 0.1, "batch_size": 16, "epochs": 16,
-        "lr_drop": 13, "lr": 1e-3, "num_workers": 2, "log_every": 50, "save_every": 500, "probe_images": 100,
+        "dim_feedforward": 128, "dropout": 0.0, "num_queries": 5, "lambda_region": 1.0, "lambda_global": 0.1, "batch_size": 16, "epochs": 20,
+        "lr_drop": 17, "lr": 1e-3, "num_workers": 2, "log_every": 50, "save_every": 500, "probe_images": 100,
     },
 }
 
