@@ -78,6 +78,9 @@ def parse_box(text: str) -> tuple[float, ...]:
 
 def localize(args: argparse.Namespace) -> dict[str, Any]:
     """Draw args.out; returns {"scores" [n], "boxes" [n, 4] xyxy px}."""
+    for path in (args.image, args.patch_image):
+        if path and not Path(path).is_file():
+            raise UserError(f"{path}: no such image file")
     try:
         image = data.decode_image(args.image)
         origin = data.decode_image(args.patch_image) if args.patch_image else image

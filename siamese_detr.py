@@ -477,13 +477,16 @@ def global_loss(projection: Tensor, prediction: Tensor) -> Tensor:
     return 2 * (1 - F.cosine_similarity(prediction, other_view(projection).detach())).mean()
 
 
-def siamese_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targets: list[dict], num_boxes: float, class_weight: float | None = None
-                 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. (13): returns (weighted total, unweighted terms). targets: 2B, view 1 first; the mean over them is that of both directions (D3)."""
+def siamese_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targets: list[dict], num_boxes: float, class_weight: float | None = None,
+                 share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. (13): returns (weighted total, unweighted terms). targets: 2B, view 1 first; the mean over them is that of both directions (D3).
+
+    share: the part of the whole batch these images are, for L_g, which is a mean.
+    """
     losses, _ = criterion(outputs, targets, num_boxes, class_weight)         # L_loc, Eq. (9), and L_r, Eq. (12), on every decoder layer
     total = criterion.total(losses)
     if "projection" in outputs:
-        losses["loss_global"] = global_loss(outputs["projection"], outputs["prediction"])
+        losses["loss_global"] = share * global_loss(outputs["projection"], outputs["prediction"])
         total = total + cfg.lambda_global * losses["loss_global"]
     return total, losses
 
@@ -524,11 +527,8 @@ def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None,
                 elif cfg.region_target == "object":
                     features = module.region_features((target_backbone or module.detector.backbone[0])(images), boxes)
             with torch.autocast(device.type, enabled=False):
-                loss, losses = siamese_loss(cfg, criterion, outputs, make_targets(cfg, boxes, batch["sizes"], features), num_boxes, class_weight)
-                if "loss_global" in losses and cfg.accumulate > 1:           # a mean over each micro-batch
-                    share = 1 / cfg.accumulate
-                    loss = loss - (1 - share) * cfg.lambda_global * losses["loss_global"]
-                    losses["loss_global"] = share * losses["loss_global"]
+                targets = make_targets(cfg, boxes, batch["sizes"], features)
+                loss, losses = siamese_loss(cfg, criterion, outputs, targets, num_boxes, class_weight, share=1 / cfg.accumulate)
             loss.backward()
         for name, value in {"loss": loss, **losses}.items():
             share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged

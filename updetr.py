@@ -370,12 +370,17 @@ def probe(cfg: Config, model: nn.Module, probe_source, held_out: np.ndarray, dev
 # ==== 7. Main ====
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = common.parse_config(Config, PRESETS, argv, script="updetr", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+def check(cfg: Config) -> None:
+    """What a configuration alone can be wrong in."""
     if cfg.num_queries % cfg.num_patches:
         raise UserError(f"--num_queries {cfg.num_queries} --num_patches {cfg.num_patches}: every patch needs the same number of queries; "
                         f"for example --num_queries {max(cfg.num_queries // cfg.num_patches, 1) * cfg.num_patches}")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    cfg = common.parse_config(Config, PRESETS, argv, script="updetr", description=__doc__.split("\n\n")[0], by_data=recipe_of)
     device = common.setup_distributed(cfg.device)
+    check(cfg)
     out = Path(cfg.out)
     source, indices, probe_source, held_out = data.open_pretraining(cfg)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
