@@ -943,7 +943,7 @@ def build_detector(cfg: Any, rows: int, *, focal: bool, position_offset: float |
 
 def align_start(detector: Detector, to_query: nn.Linear) -> None:
     """Let a random DETR or Conditional DETR compare queries with the image from the first step: features enter queries as they enter the encoder, and
-    the decoder's keys start as its queries do. Without it a random model needs thousands of steps to find out that both speak of the same thing.
+    the decoder's keys start as its queries do. Without it a model of the demos' size still answered the same for any image after 600 steps.
 
     Not part of any paper: for the demos. to_query: features [.., C] -> query content. Deformable DETR compares no keys and is left as it is.
     """
@@ -959,7 +959,7 @@ def align_start(detector: Detector, to_query: nn.Linear) -> None:
                 keys += [layer.ca_qpos_proj.weight] if layer.ca_qpos_proj is not None else []
             else:
                 query, *keys = layer.multihead_attn.in_proj_weight.chunk(3)[:2]
-                query.mul_(2)                                                 # attention sharp enough to see a difference
+                query.mul_(2)                                                 # sharp enough attention, as above
             for key in keys:
                 key.copy_(query)
 
