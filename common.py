@@ -959,7 +959,7 @@ def align_start(detector: Detector, to_query: nn.Linear) -> None:
                 keys += [layer.ca_qpos_proj.weight] if layer.ca_qpos_proj is not None else []
             else:
                 query, *keys = layer.multihead_attn.in_proj_weight.chunk(3)[:2]
-                query.mul_(2)                                                 # sharp enough attention, as above
+                query.mul_(2)                                                 # attention sharp enough to see a difference
             for key in keys:
                 key.copy_(query)
 
