@@ -384,12 +384,17 @@ class Backbone(nn.Module):
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def forward(self, images: Tensor) -> list[Tensor]:                       # [B, 3, H, W] -> [[B, D_l, H/s, W/s], ...]
-        x, outputs = images, []
-        for name, stage in self.body.named_children():
-            x = stage(x)
-            if name in self.layers:
-                outputs.append(x)
-        return outputs
+        return run_stages(self.body, images, self.layers)
+
+
+def run_stages(body: nn.Module, images: Tensor, layers: tuple[str, ...]) -> list[Tensor]:
+    """The outputs of the children called `layers` of a body whose children are run one after another."""
+    x, outputs = images, []
+    for name, stage in body.named_children():
+        x = stage(x)
+        if name in layers:
+            outputs.append(x)
+    return outputs
 
 
 BACKBONE_URLS = {

@@ -20,8 +20,12 @@ from common import UserError
 BACKBONES = (
     ("SwAV ResNet", "module."),
     ("MoCo encoder", "module.encoder_q."),
+    ("DUPR or MoCo encoder", "encoder_q."),
+    ("SoCo encoder", "module.encoder."),
+    ("SoCo encoder", "encoder."),
     ("detector", "backbone.0.body."),
     ("Siamese DETR", "backbone."),
+    ("torchvision detector", "backbone.body."),
     ("torchvision ResNet", ""),
 )
 
@@ -58,18 +62,21 @@ def state_of(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_backbone(body: nn.Module, path: str | Path) -> None:
-    """Fill a ResNet body (conv1, bn1, layer1..) from a SwAV, MoCo, torchvision, DETR-family or own checkpoint; strict, and prints what it left."""
-    state = state_of(read_checkpoint(path), path)
+def backbone_state(state: dict[str, Tensor], path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """(what the file is, the tensors of its ResNet as torchvision names them, without a classifier) of a checkpoint of any known family."""
     found = [(name, prefix) for name, prefix in BACKBONES if prefix + "conv1.weight" in state]
     if not found:
         raise UserError(f"{path}: no ResNet found in it; known are " + ", ".join(f"{n} ({p}conv1.weight)" for n, p in BACKBONES))
     name, prefix = found[0]
     parts = tuple(prefix + part for part in ("conv1", "bn1", "layer"))
-    tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(parts)}
+    return name, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(parts)}
+
+
+def load_backbone(body: nn.Module, path: str | Path) -> None:
+    """Fill a ResNet body (conv1, bn1, layer1..) from any checkpoint of BACKBONES; strict, and prints what it left."""
+    name, tensors = backbone_state(state_of(read_checkpoint(path), path), path)
     stages = tuple(f"{child}." for child, _ in body.named_children())
-    drop = {r"^layer\d\.": "a later stage that is not used"} if not all(k.startswith(stages) for k in tensors) else {}
-    drop = {rf"^(?!{'|'.join(stages)})": "a later stage that is not used"} if drop else {}
+    drop = {rf"^(?!{'|'.join(stages)})": "a later stage that is not used"} if not all(k.startswith(stages) for k in tensors) else {}
     drop[r"num_batches_tracked$"] = "a counter that only momentum-free BatchNorm reads"
     common.load_matching(body, tensors, drop=drop, source=f"{path} ({name})")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -595,6 +596,22 @@ def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequ
         crop = int(rng.integers(hw[0] - h + 1)), int(rng.integers(hw[1] - w + 1)), h, w
         hw = h, w
     return Geometry(flipped, first, crop, resized_hw(hw, int(rng.choice(scales)), max_size))
+
+
+def draw_crop(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+               ) -> tuple[int, int, int, int]:
+    """A random box (x1, y1, x2, y2) of an image of size hw, as torchvision's RandomResizedCrop: its share of the area, then w / h in `ratio`."""
+    height, width = hw
+    for _ in range(10):
+        size, aspect = height * width * rng.uniform(*area), math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return x, y, x + w, y + h
+    aspect = min(max(width / height, ratio[0]), ratio[1])                    # the central part with an allowed aspect
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
 
 
 def flip_boxes(boxes_xyxy: Tensor, width: float) -> Tensor:

@@ -198,22 +198,6 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 # ==== 2. Data ====
 
 
-def draw_outer(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, float] = (0.5, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
-               ) -> tuple[int, int, int, int]:
-    """The box (x1, y1, x2, y2) that holds both views: torchvision's RandomResizedCrop rule, w / h in `ratio` (Sec. 3.2: 50..100 %)."""
-    height, width = hw
-    for _ in range(10):
-        size, aspect = height * width * rng.uniform(*area), math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return x, y, x + w, y + h
-    aspect = min(max(width / height, ratio[0]), ratio[1])                    # the central part with an allowed aspect
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-    x, y = (width - w) // 2, (height - h) // 2
-    return x, y, x + w, y + h
-
-
 def view_boxes(outer: tuple[float, ...], iou: float, u1: float, u2: float, swap: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Two boxes in `outer` with IoU >= `iou`, and their overlap; float64 [4] xyxy each (Sec. 3.2, Fig. 3).
 
@@ -325,7 +309,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
         geometry.hw = max(geometry.hw[0], 16), max(geometry.hw[1], 16)       # a strip of pixels has no room for two views
         boxes = torch.zeros(0, 4) if cfg.proposal_method == "random" else self.propose(image, index, epoch)
         image, boxes, _ = data.apply_geometry(image, boxes, geometry)
-        outer = draw_outer(rng, (image.height, image.width))
+        outer = data.draw_crop(rng, (image.height, image.width), (0.5, 1.0))                                     # Sec. 3.2
         views = view_boxes(outer, cfg.view_iou, *rng.uniform(size=2), swap=bool(rng.random() < 0.5))
         hw = outer[3] - outer[1], outer[2] - outer[0]
         if cfg.proposal_method == "random":

@@ -1129,7 +1129,7 @@ def view_stats(case, arrays, _):
     c, n = case["config"], case["config"]["draws"]
     rng, rows = np.random.default_rng(0), []
     for _ in range(n):
-        outer = siamese_detr.draw_outer(rng, tuple(c["image_hw"]), tuple(c["scale"]), tuple(c["ratio"]))
+        outer = data.draw_crop(rng, tuple(c["image_hw"]), tuple(c["scale"]), tuple(c["ratio"]))
         u1, u2 = rng.uniform(size=2) if c["stochastic"] else (0.0, 0.0)
         rows.append(torch.cat([torch.tensor(outer), *siamese_detr.view_boxes(outer, c["iou"], u1, u2, bool(rng.random() < 0.5))]).numpy())
 

@@ -77,14 +77,14 @@ def test_outer_box():
     for height, width in ((100, 150), (240, 160), (480, 480)):
         shares, ratios = [], []
         for i in range(400):
-            x1, y1, x2, y2 = siamese_detr.draw_outer(np.random.default_rng(i), (height, width))
+            x1, y1, x2, y2 = data.draw_crop(np.random.default_rng(i), (height, width), (0.5, 1.0))
             assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
             shares.append((x2 - x1) * (y2 - y1) / (height * width))
             ratios.append((x2 - x1) / (y2 - y1))
         assert min(shares) > 0.49 and max(shares) <= 1 and max(shares) > 0.8 and min(ratios) > 0.74 and max(ratios) < 1.35
     # no box of half the area fits: the largest one with an allowed aspect, in the middle
     for hw, expected in (((30, 600), (280, 0, 320, 30)), ((600, 30), (0, 280, 30, 320)), ((8, 601), (295, 0, 306, 8))):
-        assert {siamese_detr.draw_outer(np.random.default_rng(i), hw) for i in range(5)} == {expected}
+        assert {data.draw_crop(np.random.default_rng(i), hw, (0.5, 1.0)) for i in range(5)} == {expected}
 
 
 VIEWS = tuple(torch.tensor(v, dtype=torch.float64) for v in ((0, 0, 80, 40), (20, 10, 100, 50), (20, 10, 80, 40)))
