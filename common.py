@@ -24,6 +24,7 @@ import time
 import types
 import typing
 import urllib.error
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Callable, Literal
 
@@ -64,7 +65,8 @@ def cli(main: Callable[[], Any]) -> None:
 RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change", "data_root", "eval_every"}
 
 AT_LEAST_ONE = {"batch_size", "accumulate", "epochs", "max_prop", "num_queries", "num_feature_levels", "enc_layers",
-                "dec_layers", "log_every", "save_every", "max_steps", "num_patches", "num_regions"}
+                "dec_layers", "log_every", "save_every", "max_steps", "num_patches", "num_regions", "queue_size", "queued_patches", "logit_rows",
+                "num_boxes"}
 
 
 def _knob_help(config_class: type) -> dict[str, str]:
@@ -171,13 +173,16 @@ def barrier() -> None:
         dist.barrier()
 
 
-def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """DistributedDataParallel at world size > 1, after turning trained BatchNorm into SyncBatchNorm where CUDA is (it raises on CPU)."""
+def wrap_model(model: nn.Module, device: torch.device, *, sync_bn: bool = True) -> nn.Module:
+    """DistributedDataParallel at world size > 1, after turning trained BatchNorm into SyncBatchNorm where CUDA is (it raises on CPU).
+
+    sync_bn False: BatchNorm keeps the statistics of each process. Buffers are never sent around: those that must agree are computed alike.
+    """
     if world_size() == 1:
         return model
-    if device.type == "cuda":
+    if device.type == "cuda" and sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 
 def gradient_sync(model: nn.Module, last_micro_batch: bool):
@@ -325,8 +330,9 @@ def finished(out: Path, state: dict | None, total_steps: int) -> dict | None:
 def tell_plan(cfg: Any, images: int, what: str, steps_per_epoch: int, start: int, total_steps: int, device: torch.device) -> None:
     """One line on what is about to run; another one on a backbone that starts without weights."""
     if cfg.backbone_weights == "random" and not getattr(cfg, "init_from", None):
-        say("the backbone starts random: " + ("it is trained, with ordinary BatchNorm" if cfg.lr_backbone > 0 and cfg.backbone_norm == "bn" else
-                                              "it is trained, with frozen BatchNorm" if cfg.lr_backbone > 0 else "and it is FROZEN"))
+        learns, norm = getattr(cfg, "lr_backbone", 1) > 0, getattr(cfg, "backbone_norm", "bn")               # SoCo, DUPR: always, bn
+        say("the backbone starts random: " + ("it is trained, with ordinary BatchNorm" if learns and norm == "bn" else
+                                              "it is trained, with frozen BatchNorm" if learns else "and it is FROZEN"))
     pieces = world_size() * cfg.accumulate
     say(f"{images} {what}, {steps_per_epoch} steps per epoch, steps {start}..{total_steps}; batch {cfg.batch_size} = {world_size()} processes x "
         f"{cfg.accumulate} x {cfg.batch_size // pieces}; {device}")
@@ -384,13 +390,13 @@ class Backbone(nn.Module):
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def forward(self, images: Tensor) -> list[Tensor]:                       # [B, 3, H, W] -> [[B, D_l, H/s, W/s], ...]
-        return run_stages(self.body, images, self.layers)
+        return run_stages(self.body.named_children(), images, self.layers)
 
 
-def run_stages(body: nn.Module, images: Tensor, layers: tuple[str, ...]) -> list[Tensor]:
-    """The outputs of the children called `layers` of a body whose children are run one after another."""
+def run_stages(stages: Iterable[tuple[str, nn.Module]], images: Tensor, layers: tuple[str, ...]) -> list[Tensor]:
+    """Run modules one after another; the outputs of those called `layers`."""
     x, outputs = images, []
-    for name, stage in body.named_children():
+    for name, stage in stages:
         x = stage(x)
         if name in layers:
             outputs.append(x)
