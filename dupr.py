@@ -43,8 +43,8 @@ Deviations and choices where the paper is silent (paper / here; the last four ar
         does (`--patch_reduction sum`, `--preset paper`).
     D3  Eq. (6): the mean of the map itself / through MoCo v2's head of two layers, per level: Table 1's first row is MoCo v2 to the digit.
     D4  Patch head: a 1x1 MLP of unsaid depth / two layers, as the image head; its own weights.
-    D5  Views without overlap (up to 1 % of pairs): not said / the patch loss leaves them out, the image loss keeps them; their keys are patches of the
-        whole view and enter the queue, so that it moves by the same number on every process. `--min_overlap` px: what counts as overlap.
+    D5  Views without overlap (up to 1 % of pairs): not said / the patch loss leaves them out, the image loss keeps them; their keys are patches of
+        the whole view and enter the queue, so that it moves by the same number on every process. `--min_overlap` px: what counts as overlap.
     D6  Flips: not said / a flipped view's grid is mirrored; without it half of the pairs would join wrong places.
     D7  RoIAlign: not said / aligned: without it the two views of a flipped pair lie half a cell apart in opposite directions.
     D8  A level of weight 0 has no head and no queue. The mean over valid pairs is that of all processes.
