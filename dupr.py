@@ -23,7 +23,8 @@ Run:
     torchrun --nproc_per_node=8 dupr.py --data imagenet                    # the published recipe, batch 256
     torchrun --nproc_per_node=8 finetune.py --data voc --detector faster_rcnn_c4 --init_from out/dupr-imagenet/last.pt
     python detreg.py --data imagenet100 --backbone_weights out/dupr-imagenet/last.pt      # a backbone for the DETR family
-    python figures.py iou-similarity|affinity|match|neighbours --checkpoint out/dupr-imagenet/last.pt ...       # Fig. 5, 6, 9, 10
+    python figures.py iou-similarity --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data voc         # Fig. 5; affinity: 9; match: 10;
+                                                                                                            # neighbours: 6
 
     Tables 1 and 2 (with --lr 0.03): --alpha 0 0 0 1 --beta 0 0 0 0 is MoCo v2; --alpha 0 0 1 1 | 1 1 1 1 --beta 0 0 0 0; --beta 0 0 0 0;
     --beta 0 0 0 1 --roi_sizes 56 28 14 3 | 7; --beta 0 0 0 1; patches only: --alpha 0 0 0 0 --beta 0 0 0 1.
@@ -53,7 +54,7 @@ Deviations and choices where the paper is silent (paper / here; the last four ar
     D11 BatchNorm is never synchronised: shuffling the key batch is MoCo's way, and needs statistics of each process.
     D12 The patch loss's gradient: each process has that of its own queries; keys carry none, queues neither.
 
-Expected: at the first step each L_g and L_p starts near ln(queue size + 1) = 11.09 (demo: 7.6) and falls once the queue holds real keys.
+Expected: at the first step each L_g and L_p starts near ln(queue size + 1) = 11.09 (demo: 6.2) and falls once the queue holds real keys.
     Paper, Table 3 (Faster R-CNN C4, VOC, AP): 58.5; MoCo v2 57.0; supervised 53.5. Table 9 (Mask R-CNN FPN 1x, COCO): 40.0 / 36.2. Not rerun here.
 """
 from __future__ import annotations
@@ -135,8 +136,8 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"roi_sizes": (56, 28, 7, 14), "patch_reduction": "sum"},       # D1, D2
     "demo": {
-        "data": "synthetic", "image_size": 64, "roi_sizes": (16, 8, 4, 2), "embedding_dim": 64, "queue_size": 2048, "ema_momentum": 0.99,
-        "arch": "resnet18", "batch_size": 32, "epochs": 20, "lr": 0.06, "num_workers": 2, "log_every": 25, "save_every": 250, "probe_images": 200,
+        "data": "synthetic", "image_size": 64, "roi_sizes": (16, 8, 4, 2), "embedding_dim": 64, "queue_size": 512, "ema_momentum": 0.99,
+        "arch": "resnet18", "batch_size": 32, "epochs": 20, "lr": 0.01, "num_workers": 2, "log_every": 25, "save_every": 250, "probe_images": 200,
     },
 }
 LEVELS = ("conv2", "conv3", "conv4", "conv5")                                # the paper's names of layer1..layer4; strides 4, 8, 16, 32
@@ -147,6 +148,8 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 
 
 # ==== 2. Data ====
+
+COLOURS = data.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=0.5)                          # MoCo v2
 
 
 def draw_view(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, ...], spec: data.Photometric) -> dict[str, Any]:
@@ -183,8 +186,7 @@ class TwoCropsDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, cfg: Config, source, indices: np.ndarray):
-        self.cfg, self.source, self.indices = cfg, source, indices
-        self.photometric = data.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=0.5)        # MoCo v2
+        self.cfg, self.source, self.indices, self.photometric = cfg, source, indices, COLOURS
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -428,11 +430,11 @@ def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 @torch.no_grad()
 def match_patches(model: DUPR, probe_set: TwoCropsDataset, num_workers: int, device: torch.device, other: bool = False, text: str = "") -> list[dict]:
-    """Where the query encoder finds the patches of view 1 in view 2 of unseen images: {"index", "<level>": share of right places, "image": bool,
-    "found" [S * S] of the last level} per image with an overlap. Untrained queues play no part.
+    """Are the patches of view 1 found again in view 2 of unseen images? By their r, Eq. (3), from the query encoder; queues play no part.
 
-    A patch is right when, of the S * S patches of the overlap in view 2, the one at its own place is most alike; an image, when its view 2 is the
-    most alike of those in the batch. other: the patches of view 1 are those of the next image of the batch.
+    Per image with an overlap {"index", "patch_<level>", "own_<level>": shares of its S * S patches that are right, "image_<level>", "found" [S * S]}.
+    patch: the most alike of all patches of the batch's images is the one at the same place of the same image; own, found: of those of its image;
+    image: view 2 is the most alike of the batch's. other: view 1 is that of the next image, so what a patch's place gives away is left in `own`.
     """
     model.eval()
     found = []
@@ -443,27 +445,32 @@ def match_patches(model: DUPR, probe_set: TwoCropsDataset, num_workers: int, dev
             first = {kind: e.roll(-1, 0) for kind, e in first.items()}
         rows = [{"index": index, "valid": bool(v)} for index, v in zip(batch["index"], batch["valid"])]
         for kind, q in first.items():
-            similarity = torch.einsum("bcp,bcq->bpq", q.flatten(2), second[kind].flatten(2)) if q.dim() == 4 else (q @ second[kind].T)[:, None]
-            best = similarity.argmax(-1).cpu()                               # [B, S * S], or [B, 1]: place in the batch
-            wanted = torch.arange(best.shape[1]) if q.dim() == 4 else torch.arange(len(best))[:, None]
-            right = (best == wanted).float().mean(1)
-            for row, share, places in zip(rows, right.tolist(), best.tolist()):
-                row |= {kind: share} | ({"found": places} if q.dim() == 4 else {})
+            q, k = (e.flatten(2).transpose(1, 2) if e.dim() == 4 else e[:, None] for e in (q, second[kind]))  # [B, S * S, dim], or [B, 1, dim]
+            similarity = torch.einsum("bpc,kqc->bpkq", q, k).cpu()           # to every patch of every image
+            count, places = similarity.shape[:2]
+            right = similarity.flatten(2).argmax(-1) == torch.arange(count * places).view(count, places)
+            own = similarity[torch.arange(count), :, torch.arange(count)].argmax(-1)                          # [B, S * S]
+            for row, hits, best in zip(rows, right, own):
+                row[kind] = hits.float().mean().item()
+                if kind.startswith("patch"):
+                    row |= {kind.replace("patch", "own"): (best == torch.arange(places)).float().mean().item(), "found": best.tolist()}
         found += [row for row in rows if row["valid"]]
     return evaluation.gather(found)
 
 
 def match_metrics(rows: list[dict]) -> dict[str, float]:
-    """Means over images: accuracy of patches per level and of all levels ("patch"), of images at the last level ("image")."""
-    kinds = [k for k in rows[0] if k.startswith("patch_")]
-    metrics = {k: float(np.mean([row[k] for row in rows])) for k in rows[0] if "_" in k}
-    last_image = [k for k in metrics if k.startswith("image_")][-1:]
-    return metrics | ({"patch": float(np.mean([metrics[k] for k in kinds]))} if kinds else {}) | {"image": metrics[k] for k in last_image}
+    """Means over images: "patch", "own_image" over all levels and per level; "image": of the last level."""
+    if not rows:
+        raise UserError("no two views of any probe image overlap: give more --probe_images")
+    mean = {k: float(np.mean([row[k] for row in rows])) for k in rows[0] if "_" in k}
+    over = {name: [v for k, v in mean.items() if k.startswith(start)] for name, start in (("patch", "patch_"), ("own_image", "own_"))}
+    last = [v for k, v in mean.items() if k.startswith("image_")][-1:]
+    return ({name: float(np.mean(v)) for name, v in over.items() if v} | {k: v for k, v in mean.items() if not k.startswith("image_")}
+            | ({"image": last[0]} if last else {}))
 
 
 def probe(cfg: Config, model: DUPR, probe_source, held_out: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """Accuracy of finding the corresponding patch, before and after, and predictions.png. `shuffled`: patches of another image are looked for, so
-    what the place alone gives away; a guess is right once in S * S times."""
+    """Accuracy of finding the corresponding patch, before and after, and predictions.png. `shuffled`: see match_patches, other."""
     probe_set = TwoCropsDataset(cfg, probe_source, held_out)
     untrained = build_model(cfg).to(device)
     rows = {"untrained": match_patches(untrained, probe_set, cfg.num_workers, device, text="untrained"),
@@ -521,6 +528,8 @@ def check(cfg: Config) -> None:
         raise UserError(f"--crop_area {' '.join(map(str, cfg.crop_area))}: give the smallest and the largest share, 0 < smallest <= largest <= 1")
     if cfg.image_size < 32:
         raise UserError(f"--image_size {cfg.image_size}: a view needs at least 32 pixels a side, the stride of conv5")
+    if cfg.min_overlap > cfg.image_size:
+        raise UserError(f"--min_overlap {cfg.min_overlap}: no overlap is larger than a view of {cfg.image_size} pixels")
     if not 0 <= cfg.ema_momentum <= 1 or cfg.temperature <= 0:
         raise UserError(f"--ema_momentum {cfg.ema_momentum} must lie in 0..1, --temperature {cfg.temperature} above 0")
     if cfg.batch_size == common.world_size():
@@ -573,14 +582,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metrics |= probe(cfg, model, probe_source, held_out, device)
     if common.rank() == 0:
         evaluation.write_json(out / "metrics.json", metrics)
-        common.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if len(held_out) else ""))
+        drawn = ", predictions.png" if len(held_out) and any(cfg.beta) else ""
+        common.say(f"{summary(metrics)}\nwrote {out}/last.pt, log.jsonl, metrics.json{drawn}")
     common.barrier()
     return metrics
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    columns = list(dict.fromkeys(k for row in metrics.values() if isinstance(row, dict) for k in row if k != "image"))
-    return evaluation.probe_table(metrics, columns, "share of patches (of images) found in the other view, unseen images (")
+    columns = next((list(row) for row in metrics.values() if isinstance(row, dict)), [])
+    return evaluation.probe_table(metrics, columns, "share of patches found again in another view, among all of 8 or 9 unseen images (")
 
 
 if __name__ == "__main__":

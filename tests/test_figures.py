@@ -1,15 +1,22 @@
-"""figures.py: what `localize` finds is what the model says, and what it draws."""
+"""figures.py: what `localize` finds is what the model says, and what it draws; DUPR's analyses by hand, on geometry that is known, and end to end."""
+import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from conftest import SMALL
 from PIL import Image
 from test_updetr import picture
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import box_iou, roi_align
 
 import common
 import data
+import dupr
 import evaluation
 import figures
 import siamese_detr
@@ -169,3 +176,287 @@ def test_bad_input_ends_in_one_line(fails, saved, tmp_path):
     common.save_checkpoint(tmp_path / "tuned.pt", model.detector, None, 0, cfg, script="finetune")
     assert "tuned.pt: not a checkpoint of UP-DETR's pretraining (no patch2query" in fail(checkpoint=tmp_path / "tuned.pt")
     assert not (tmp_path / "out.png").exists()
+
+
+# ==== DUPR: equations ==============================================================================================
+
+def test_equations_by_hand():
+    torch.manual_seed(0)
+    f = torch.randn(5, 7, 9, dtype=torch.float64)                            # [n, C, P]
+    torch.testing.assert_close(figures.iou_similarity(f, 3 * f), torch.ones(5).double())
+    torch.testing.assert_close(figures.iou_similarity(f[:1], -f[:1]), -torch.ones(1).double())
+    q, k = torch.tensor([[3.0, 1, 0], [4, 0, 2]]), torch.tensor([[4.0, 0, 0], [3, 5, 1]])
+    assert figures.iou_similarity(q, k).item() == pytest.approx((24 / 25 + 0 + 1) / 3)
+    pairs = figures.map_similarity(f[:2], f[2:])
+    assert pairs.shape == (2, 3)
+    torch.testing.assert_close(pairs, figures.iou_similarity(f[:2, None], f[None, 2:]))
+
+    eye = torch.eye(6).double()
+    torch.testing.assert_close(figures.affinity(eye, 2 * eye, 0.001), eye)
+    matrix = figures.affinity(f[0, :, :4], f[1], 0.1)                         # [4, 9]
+    assert matrix.shape == (4, 9)
+    torch.testing.assert_close(matrix.sum(0), torch.ones(9).double())
+    i, j = 2, 5
+    sim = [float(f[0, :, a] @ f[1, :, j] / f[0, :, a].norm() / f[1, :, j].norm()) for a in range(4)]
+    assert matrix[i, j].item() == pytest.approx(np.exp(sim[i] / 0.1) / np.exp(np.array(sim) / 0.1).sum())
+
+    order = torch.randperm(9)
+    assert torch.equal(figures.match(f[0], 2 * f[0][:, order]), order.argsort()) and figures.match(f[0, :, :4], f[1]).shape == (4,)
+
+
+@pytest.mark.parametrize("box", [(40, 30, 90, 70), (0, 0, 160, 120), (0, 100, 8, 120), (70.5, 3.25, 72, 115)])
+def test_rois_have_the_iou_they_say(box):
+    box, hw = torch.tensor(box, dtype=torch.float32), (120, 160)
+    rois, bins = figures.sample_rois(np.random.default_rng(1), box, hw)
+    assert rois.dtype == torch.float64 and rois.shape == (len(bins), 4) and len(set(bins.tolist())) == len(bins)
+    ious = box_iou(box[None].double(), rois)[0]
+    assert torch.equal((ious * 20).long(), bins) and (ious < 1).all() and len(bins) >= 19
+    assert (rois >= 0).all() and (rois <= torch.tensor([160, 120, 160, 120])).all()
+    again, _ = figures.sample_rois(np.random.default_rng(1), box, hw)
+    other, _ = figures.sample_rois(np.random.default_rng(2), box, hw)
+    assert torch.equal(again, rois) and not torch.equal(other, rois)
+    few, bins = figures.sample_rois(np.random.default_rng(1), box, hw, rounds=1, tries=12)                  # what is not reached is left out
+    assert len(few) == len(bins) < 13 and torch.equal((box_iou(box[None].double(), few)[0] * 20).long(), bins)
+
+
+# ==== DUPR: geometry ===============================================================================================
+
+@pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True), (True, True)])
+def test_true_places_are_those_of_the_crops(flips):
+    crops, size, grid = [(10, 20, 110, 90), (45, 0, 105, 64)], 64, 4
+    boxes, valid = dupr.overlap_boxes(crops, list(flips), size)
+    places, inside = figures.true_places(boxes, flips, size, grid)
+    assert valid and places.shape == (16, 2) and 0 < inside.sum() < 16
+    for p in range(16):
+        i, j = divmod(p, grid)
+        seen = []
+        for (x1, y1, x2, y2), flip, at in zip(crops, flips, ((j + 0.5, i + 0.5), None)):
+            if at:                                                           # view 1 -> the image
+                x, y = x1 + ((grid - at[0]) if flip else at[0]) / grid * (x2 - x1), y1 + at[1] / grid * (y2 - y1)
+            else:                                                            # the image -> view 2
+                seen = [(x - x1) / (x2 - x1), (y - y1) / (y2 - y1)]
+                seen[0] = 1 - seen[0] if flip else seen[0]
+        assert bool(inside[p]) == all(0 <= v <= 1 for v in seen)
+        if inside[p]:
+            assert places[p].tolist() == pytest.approx([seen[0] * grid - 0.5, seen[1] * grid - 0.5], abs=1e-4)
+
+
+def test_distances_are_in_patches():
+    places = torch.tensor([[0.0, 0], [3, 1], [1.5, 2]], dtype=torch.float64)
+    assert figures.distances(torch.tensor([0, 4, 9]), places, 4).tolist() == pytest.approx([0, 3, 0.5])
+    numbers = figures.match_numbers([torch.tensor([0.0, 1.0]), torch.tensor([1.1, 5, 7])])
+    assert numbers == {"within_1": pytest.approx(0.4), "median_distance": pytest.approx(1.1)}
+
+
+def test_a_view_keeps_the_box_whole():
+    rng, hw, size = np.random.default_rng(0), (90, 120), 64
+    crops = set()
+    for box in ((30, 20, 60, 50), (0, 0, 20, 90), (100, 80, 120, 90), (0, 0, 120, 90)):
+        for _ in range(10):
+            draw, seen = figures.draw_box_view(rng, hw, torch.tensor(box, dtype=torch.float32), size)
+            x1, y1, x2, y2 = draw["crop"]
+            assert 0 <= x1 <= box[0] and 0 <= y1 <= box[1] and box[2] <= x2 <= 120 and box[3] <= y2 <= 90 and not draw["flip"]
+            back = (seen / size * torch.tensor([x2 - x1, y2 - y1] * 2) + torch.tensor([x1, y1] * 2)).tolist()
+            assert back == pytest.approx(box, abs=1e-4)
+            crops.add(draw["crop"])
+    assert draw["crop"] == (0, 0, 120, 90) and len(crops) > 10               # no allowed aspect fits the last box: the whole image
+
+
+# ==== DUPR: the commands ===========================================================================================
+
+NO_COLOURS = data.Photometric(0, 0, 0, 0, p_jitter=0, p_gray=0, p_blur=0)
+
+
+def analyse(figure, out, **values):
+    """The command's result, after a look at what it wrote."""
+    values = {"checkpoint": "random", "arch": "resnet18", "data": "synthetic", **values, "out": out}
+    argv = [figure] + [v for k, value in values.items() for v in (f"--{k}", *(value if isinstance(value, (list, tuple)) else [value]))]
+    result = figures.main(list(map(str, argv)))
+    with Image.open(out) as sheet:
+        assert sheet.format == "PNG" and min(sheet.size) > 200 and len(sheet.convert("RGB").getcolors(1 << 20)) > 20
+    written = json.loads(out.with_suffix(".json").read_text())
+    assert written == evaluation._plain(result) and written["figure"] == figure
+    return result
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory):
+    """Pictures whose red and green say where a pixel is."""
+    folder = tmp_path_factory.mktemp("ramps")
+    y, x = np.mgrid[:200, :256].astype(np.float64)
+    for i in range(3):
+        pixels = np.stack([x, y / 200 * 255, np.full_like(x, 40 * i)], -1)
+        Image.fromarray(pixels.round().astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+class Places(torch.nn.Module):
+    """conv4 features that say where in the picture of `ramps` a patch lies."""
+
+    def forward(self, images):
+        mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+        angles = F.avg_pool2d(images * std + mean, 16)[:, :2] * torch.pi / 2
+        return [torch.cat([angles.cos(), angles.sin()], 1)]                  # cosines fall with the distance in x and in y
+
+
+def test_match_finds_what_the_features_say(ramps, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "COLOURS", NO_COLOURS)
+    monkeypatch.setattr(figures, "open_backbones", lambda args, stage: {"exact": Places()} if stage == "conv4" else None)
+    result = analyse("match", tmp_path / "m.png", data=ramps, size=128)
+    exact = result["checkpoints"]["exact"]
+    assert result["grid"] == 8 and result["images"] == 3 and result["patches"] > 20
+    assert exact["within_1"] == 1 and exact["median_distance"] < 0.6 and exact["shuffled"]["within_1"] < 0.5
+    draw = dupr.draw_view                                                    # a flip that is not accounted for is seen
+    monkeypatch.setattr(dupr, "draw_view", lambda *a: {**draw(*a), "flip": False})
+    flips = iter([False, True] * 3)
+    monkeypatch.setattr(dupr, "apply_view", lambda image, d, size, apply=dupr.apply_view: apply(image, {**d, "flip": next(flips)}, size))
+    assert analyse("match", tmp_path / "m.png", data=ramps, size=128)["checkpoints"]["exact"]["within_1"] < 0.7
+
+
+def test_match_of_another_image_is_worse(tmp_path):
+    result = analyse("match", tmp_path / "m.png", images=4, size=128)
+    numbers = result["checkpoints"]["random"]
+    assert numbers["within_1"] > numbers["shuffled"]["within_1"] and numbers["median_distance"] < numbers["shuffled"]["median_distance"]
+
+
+def test_affinity_of_equal_views_is_the_identity(tmp_path, monkeypatch):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(tmp_path / "0.png")
+    (tmp_path / "test.json").write_text(json.dumps({
+        "images": [{"id": 1, "width": 80, "height": 60, "file_name": "0.png"}], "categories": [{"id": 1, "name": "x"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 80, 60]}, {"image_id": 1, "category_id": 1, "bbox": [5, 5, 9, 9]},
+                        {"image_id": 1, "category_id": 1, "bbox": [0, 0, 80, 60], "iscrowd": 1}]}))
+    monkeypatch.setattr(figures, "COLOURS", NO_COLOURS)
+    result = analyse("affinity", tmp_path / "a.png", data=tmp_path / "test.json", tau=0.01)         # the object is the whole image: so are its views
+    found = result["checkpoints"]["random"]
+    assert result["images"] == 1 and result["tau"] == 0.01 and found["accuracy"] == 1 and 1 / 196 < found["diagonal"] < 1
+
+
+def test_iou_similarity_is_that_of_the_model(tmp_path, capsys):
+    result = analyse("iou-similarity", tmp_path / "i.png", images=2, size=64)
+    labelled = data.open_detection("synthetic", None, "test", synthetic_images=2, seed=42)
+    torch.manual_seed(42)
+    resnet = torchvision.models.resnet18().eval()
+    sums, counts = np.zeros(20), np.zeros(20, int)
+    for i in range(2):
+        image, target = labelled.load(i)
+        x = data.to_normalized_tensor(image.resize((64, 64), Image.Resampling.BILINEAR))[None]
+        with torch.no_grad():
+            feature = resnet.layer3(resnet.layer2(resnet.layer1(resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x)))))))
+        rng = data.sample_rng(42, 0, i)
+        for box in target["boxes_xyxy"]:
+            rois, bins = figures.sample_rois(rng, box, (160, 160))
+            boxes = torch.cat([box[None], rois.float()]) * 64 / 160
+            q, *k = roi_align(feature, [boxes], 14, 1 / 16, aligned=True)
+            for b, other in zip(bins.tolist(), k):
+                sums[b] += float(F.cosine_similarity(q, other, dim=0).mean())
+                counts[b] += 1
+    found = result["checkpoints"]["random"]
+    assert result["counts"].tolist() == counts.tolist() and counts.min() > 0 and result["objects"] == sum(len(r.boxes) for r in labelled.records)
+    np.testing.assert_allclose(found["similarity"], sums / counts, atol=1e-5)
+    assert found["difference"] == pytest.approx((sums / counts)[10:].mean() - (sums / counts)[:6].mean(), abs=1e-5) and found["difference"] > 0
+    assert re.search(rf"random +{found['above_0.5']:.3f} +{found['below_0.3']:.3f} +{found['difference']:.3f}\n", capsys.readouterr().out)
+
+
+def test_checkpoints_do_not_change_each_other(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state, tmp_path / "one.pth")
+    both = analyse("iou-similarity", tmp_path / "i.png", checkpoint=["random", tmp_path / "one.pth"], images=2, size=64)
+    alone = analyse("iou-similarity", tmp_path / "j.png", checkpoint=[f"mine={tmp_path / 'one.pth'}"], images=2, size=64)
+    assert list(both["checkpoints"]) == ["random", "one"] and both["checkpoints"]["one"] == alone["checkpoints"]["mine"]
+    assert both["checkpoints"]["random"]["similarity"] != both["checkpoints"]["one"]["similarity"]
+    other = analyse("iou-similarity", tmp_path / "j.png", checkpoint=tmp_path / "one.pth", images=2, size=64, seed=1)
+    assert other["checkpoints"]["one"]["similarity"] != both["checkpoints"]["one"]["similarity"]
+
+
+def test_neighbours_of_a_duplicate(tmp_path):
+    """18 images in class folders of 2, 2 and 14: more than one chunk. 0 and 1 are the same picture, 2 and 3 are not."""
+    keys = []
+    for i in range(18):
+        folder = tmp_path / "images" / f"n0000000{min(i // 2, 2)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(0 if i == 1 else i, (70, 60)).save(folder / f"{i:02d}.png")
+        keys.append(f"{folder.name}/{i:02d}.png")
+    result = analyse("neighbours", tmp_path / "n.png", data=tmp_path / "images", size=64, queries=18, top=3)
+    assert result["images"] == 18 and sorted(row["key"] for row in result["queries"]) == keys
+    near = {row["key"]: row["neighbours"]["random"] for row in result["queries"]}
+    for one, other in ((0, 1), (1, 0)):
+        assert near[keys[one]][0]["key"] == keys[other] and near[keys[one]][0]["similarity"] == pytest.approx(1, abs=1e-5)
+    assert all(row["key"] == keys[row["index"]] and len(near[row["key"]]) == 3 for row in result["queries"])
+    assert all(n["index"] != row["index"] for row in result["queries"] for n in row["neighbours"]["random"])
+    assert all(a["similarity"] >= b["similarity"] for found in near.values() for a, b in zip(found, found[1:]))
+    share = np.mean([n["key"][:9] == key[:9] for key, found in near.items() for n in found])
+    assert result["checkpoints"]["random"]["same_folder"] == pytest.approx(share) and 0 < share < 1
+
+
+def test_same_folder_needs_class_folders_with_company():
+    keys = {0: "n00000001/a", 1: "n00000001/b", 2: "n00000002/c"}
+    assert figures.same_folder(keys, {0: [1, 2], 2: [0, 1]}) == 0.5           # c is alone in its folder and is not counted
+    assert figures.same_folder(keys, {2: [0, 1]}) is None
+    assert figures.same_folder({0: "dogs/a", 1: "dogs/b"}, {0: [1]}) is None
+
+
+def opened(*checkpoints, arch=None, stage="conv5"):
+    return figures.open_backbones(SimpleNamespace(checkpoint=list(map(str, checkpoints)), arch=arch, seed=3, device=torch.device("cpu")), stage)
+
+
+def test_backbones_of_any_family(tmp_path, capsys):
+    torch.manual_seed(0)
+    resnet, x = torchvision.models.resnet18(), torch.randn(1, 3, 64, 64)
+    for name, buffer in resnet.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)                                          # so that training mode would be seen
+    state = resnet.eval().state_dict()
+    body = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    files = {"tv.pth": state, "moco.pth.tar": {"state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()}},
+             "swav.pth": {f"module.{k}": v for k, v in body.items()}, "soco.pth": {"model": {f"module.encoder.{k}": v for k, v in body.items()}},
+             "detr.pth": {"model": {f"backbone.0.body.{k}": v for k, v in body.items() if "num_batches" not in k}},
+             "run/last.pt": {"model": {f"encoder_q.{k}": v for k, v in body.items()}, "script": "dupr"}}
+    (tmp_path / "run").mkdir()
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+    capsys.readouterr()
+    found = opened(*(tmp_path / name for name in files), f"again={tmp_path / 'tv.pth'}", "random")
+    assert list(found) == ["tv", "moco", "swav", "soco", "detr", "run", "again", "random"]
+    assert len(capsys.readouterr().out.splitlines()) == 7                    # one line per file
+    with torch.no_grad():
+        extract = create_feature_extractor(resnet, {"layer3": "conv4", "layer4": "conv5"})
+        for name, backbone in found.items():
+            assert torch.allclose(backbone(x)[0], extract(x)["conv5"], atol=1e-4) == (name != "random"), name
+        torch.testing.assert_close(opened(tmp_path / "detr.pth", stage="conv4")["detr"](x)[0], extract(x)["conv4"])
+    assert found["random"].arch == "resnet18" and not found["random"].training
+    again = opened("random", arch="resnet18")["random"].state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in found["random"].state_dict().items())
+    assert opened("random", stage="conv4")["random"].arch == "resnet50"
+    with pytest.raises(common.UserError, match="call.*run.*NAME="):
+        opened(tmp_path / "run/last.pt", f"run={tmp_path / 'tv.pth'}")
+    torch.save({k: v for k, v in body.items() if not k.startswith("layer4.")}, tmp_path / "short.pth")
+    assert list(opened(tmp_path / "short.pth", stage="conv4")) == ["short"]
+    with pytest.raises(common.UserError, match="short.pth: its ResNet ends before conv5"):
+        opened(tmp_path / "short.pth")
+
+
+def test_analyses_of_bad_input_end_in_one_line(fails, ramps, tmp_path):
+    def fail(figure="match", **values):
+        values = {"checkpoint": "random", "arch": "resnet18", "data": ramps, "size": 64, "out": tmp_path / "out.png", **values}
+        return fails(figures.main, [figure, *(v for k, value in values.items() for v in (f"--{k}", value))])
+
+    assert "nowhere.pt: no such checkpoint" in fail(checkpoint=tmp_path / "nowhere.pt") and "no such checkpoint" in fail(checkpoint="x=dpur")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    assert "text.pt: " in fail(checkpoint=tmp_path / "text.pt")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    assert "other.pt: no ResNet found in it" in fail(checkpoint=tmp_path / "other.pt")
+    for size in (0, 40, -32):
+        assert f"--size {size}: must be a multiple of 32" in fail(size=size)
+    assert "--out" in fail(out=tmp_path / "out.json") and "--images 0" in fail(images=0) and "--seed -1" in fail(seed=-1)
+    assert "1 images, at least 2 are needed" in fail(images=1) and "at least 4 are needed" in fail("neighbours", top=3, queries=1)
+    assert "--top 0" in fail("neighbours", top=0) and "--tau 0.0" in fail("affinity", tau=0, data="synthetic", images=1)
+    assert "nowhere" in fail(data=tmp_path / "nowhere") and "no images in" in fail(data=(tmp_path / "empty", (tmp_path / "empty").mkdir())[0])
+    assert "no labelled set for the test split" in fail("affinity") and "no labelled set" in fail("iou-similarity")
+    (tmp_path / "small").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 30)).save(tmp_path / "small" / f"{i}.png")
+    assert "8 x 30 pixels, at least 16 a side are needed" in fail(data=tmp_path / "small")
+    (tmp_path / "small" / "test.json").write_text(json.dumps({
+        "images": [{"id": 1, "width": 8, "height": 30, "file_name": "1.png"}], "categories": [{"id": 1, "name": "x"}], "annotations": []}))
+    assert "none of the 1 images of its test split has a box to look at" in fail("iou-similarity", data=tmp_path / "small")
+    assert not (tmp_path / "out.png").exists() and not (tmp_path / "out.json").exists()
