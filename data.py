@@ -19,11 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
+from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
@@ -262,6 +265,12 @@ class SyntheticScenes:
 
     def scene(self, i: int) -> tuple[Image.Image, np.ndarray, np.ndarray]:
         """-> (PIL RGB [size, size], boxes_xyxy float32 [n, 4] px, labels int64 [n]), n >= 1."""
+        image, seen, labels = self.draw(i)
+        boxes = [(x.min(), y.min(), x.max() + 1, y.max() + 1) for y, x in map(np.nonzero, seen)]
+        return image, np.array(boxes, np.float32).reshape(-1, 4), labels
+
+    def draw(self, i: int) -> tuple[Image.Image, list[np.ndarray], np.ndarray]:
+        """-> (PIL RGB, the visible part of each object as bool [size, size], labels int64 [n])."""
         rng = np.random.default_rng([3, self.seed, self.offset + i])
         canvas = self._background(rng)
         seen: list[np.ndarray] = []  # what is visible so far of each object, bool [size, size]
@@ -277,9 +286,7 @@ class SyntheticScenes:
             seen = [s & ~mask for s in seen] + [mask]
             areas, labels = areas + [full], labels + [label]
         canvas = cv2.GaussianBlur(canvas, (0, 0), 0.7) + rng.normal(0, 4, canvas.shape).astype(np.float32)
-        boxes = [(x.min(), y.min(), x.max() + 1, y.max() + 1) for y, x in map(np.nonzero, seen)]
-        image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-        return image, np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64)
+        return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), seen, np.array(labels, np.int64)
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
         """Smooth colour field, faint blotches and lines, low-frequency noise: float32 [size, size, 3]."""
@@ -332,6 +339,7 @@ class _Record:
     crowd: np.ndarray  # bool [n] COCO iscrowd
     difficult: np.ndarray  # bool [n] VOC difficult
     areas: np.ndarray  # float64 [n] px^2: the file's own area (COCO: of the segment), else width * height
+    segments: list | None = None  # COCO segmentation of each object (polygons or RLE), where the set was opened with masks
 
 
 @dataclass
@@ -366,17 +374,34 @@ class DetectionSet:
                   "image_id": record.id, "orig_size": torch.tensor([h, w])}
         return image, target
 
+    def masks(self, i: int) -> Tensor:
+        """uint8 [n, h, w] in 0, 1: the objects of load(i), of a set that was opened with masks."""
+        record = self.records[i]
+        decoded = [coco_mask.decode(segment_rle(segment, record.hw)) for segment in record.segments]
+        return torch.from_numpy(np.stack(decoded)) if decoded else torch.zeros(0, *record.hw, dtype=torch.uint8)
+
+    def with_objects(self) -> DetectionSet:
+        """Without the images that have no object to learn from, as detectron2 trains; a note says how many they were."""
+        kept = [r for r in self.records if (~r.crowd).any()]
+        if not kept:
+            raise UserError(f"{self.name}: none of the {len(self)} training images has an object. Give annotated images.")
+        notes = [f"{len(self) - len(kept)} of {len(self)} training images have no object and are left out"] if len(kept) < len(self) else []
+        return DetectionSet(self.name, self.categories, kept, self.notes + notes, self.scenes, self.voc)
+
     def coco_ground_truth(self) -> dict:
-        """COCO-format dict for pycocotools: original category ids, annotation ids from 1 (its matching reads 0 as 'unmatched'), the boxes of load().
-        Difficult objects carry "ignore": 1 and "difficult": 1; pycocotools overwrites "ignore" by iscrowd, so an evaluation reads "difficult"."""
+        """COCO-format dict for pycocotools: original category ids, annotation ids from 1 (its matching reads 0 as 'unmatched'), the boxes of load(),
+        RLE segmentations where there are masks.
+        Difficult objects carry "ignore": 1 and "difficult": 1; pycocotools overwrites "ignore" by iscrowd, so
+        an evaluation reads "difficult"."""
         images, annotations = [], []
         for r in self.records:
             file = Path(r.image).name if isinstance(r.image, Path) else f"{r.image:08d}"
             images.append({"id": r.id, "width": r.hw[1], "height": r.hw[0], "file_name": file})
-            for box, label, crowd, difficult, area in zip(r.boxes.tolist(), r.labels, r.crowd, r.difficult, r.areas):
+            segments = [{}] * len(r.boxes) if r.segments is None else [{"segmentation": segment_rle(s, r.hw)} for s in r.segments]
+            for box, label, crowd, difficult, area, segment in zip(r.boxes.tolist(), r.labels, r.crowd, r.difficult, r.areas, segments):
                 annotations.append({"id": len(annotations) + 1, "image_id": r.id, "category_id": self.categories[label]["id"], "area": float(area),
                                     "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "iscrowd": int(crowd)}
-                                   | ({"ignore": 1, "difficult": 1} if difficult else {}))
+                                   | ({"ignore": 1, "difficult": 1} if difficult else {}) | segment)
         return {"images": images, "annotations": annotations, "categories": [dict(c) for c in self.categories]}
 
     def subset(self, percent: float, seed: int) -> DetectionSet:
@@ -394,14 +419,40 @@ def label_subset(ids: Sequence[int], fraction: float, seed: int) -> list[int]:
     return np.random.default_rng(seed).choice(np.asarray(ids), count, replace=False).tolist() if 0 < count <= len(ids) else []
 
 
+def segment_rle(segmentation: list | dict, hw: tuple[int, int]) -> dict:
+    """COCO polygons [[x, y, ...], ...] or RLE, compressed or not -> compressed RLE of an image of size hw."""
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, *hw))
+    return coco_mask.frPyObjects(segmentation, *hw) if isinstance(segmentation["counts"], list) else segmentation
+
+
+def _usable_segment(segmentation: Any, hw: tuple[int, int]) -> list | dict | None:
+    """Polygons of at least three points, or an RLE of the image's size; None when it is neither."""
+    if isinstance(segmentation, dict):
+        return segmentation if "counts" in segmentation and list(segmentation.get("size", ())) == list(hw) else None
+    polygons = [p for p in segmentation or [] if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]  # detectron2's rule
+    return polygons or None
+
+
+def _check_segments(records: list[_Record], source: str | Path) -> None:
+    """UserError when an object has no usable segmentation."""
+    lacking = [(r, k) for r in records for k, segment in enumerate(r.segments or [None] * len(r.boxes)) if segment is None]
+    if lacking:
+        record, k = lacking[0]
+        raise UserError(f"{source}: {len(lacking)} of {sum(len(r.boxes) for r in records)} objects have no segmentation (polygons, or an RLE of the "
+                        f"image's size), the first: object {k + 1} of {record.image}. Masks need one for every object; boxes alone are enough for "
+                        "--detector faster_rcnn_fpn or faster_rcnn_c4.")
+
+
 class _Boxes:
     """Takes one set's boxes image by image: clips, drops and counts what is empty, and refuses a set with more than 1 % of such."""
 
     def __init__(self):
         self.total, self.bad = 0, []
 
-    def record(self, image: Path | int, image_id: int, hw: tuple[int, int], rows: list[tuple], where: str | Path) -> _Record:
-        """`rows`: (x1, y1, x2, y2, empty in the file's own terms, label, crowd, difficult, area or NaN)."""
+    def record(self, image: Path | int, image_id: int, hw: tuple[int, int], rows: list[tuple], where: str | Path,
+               segments: list | None = None) -> _Record:
+        """`rows`: (x1, y1, x2, y2, empty in the file's own terms, label, crowd, difficult, area or NaN); `segments`: one per row."""
         table = np.array(rows, np.float64).reshape(-1, 9)
         boxes = table[:, :4].clip(0, [hw[1], hw[0], hw[1], hw[0]]).astype(np.float32)
         bad = (table[:, 4] > 0) | ~np.isfinite(table[:, :4]).all(1) | (boxes[:, 2:] <= boxes[:, :2]).any(1)
@@ -410,7 +461,8 @@ class _Boxes:
                      for k in np.flatnonzero(bad)]
         boxes, (labels, crowd, difficult, areas) = boxes[~bad], table[~bad, 5:].T
         areas = np.where(np.isnan(areas), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64), areas)
-        return _Record(image, image_id, hw, boxes, labels.astype(np.int64), crowd > 0, difficult > 0, areas)
+        segments = None if segments is None else [s for s, left_out in zip(segments, bad) if not left_out]
+        return _Record(image, image_id, hw, boxes, labels.astype(np.int64), crowd > 0, difficult > 0, areas, segments)
 
     def notes(self, source: Path) -> list[str]:
         if len(self.bad) > (0.01 * self.total if self.total >= 100 else 0):
@@ -441,7 +493,7 @@ def _label(name: str | None, key: int | str, labels: dict, source: Path) -> int:
     return label
 
 
-def _open_coco(path: Path, image_folders: list[Path], name: str, categories: list[dict] | None) -> DetectionSet:
+def _open_coco(path: Path, image_folders: list[Path], name: str, categories: list[dict] | None, masks: bool) -> DetectionSet:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         listed = sorted(({"id": int(c["id"]), "name": str(c["name"])} for c in content["categories"]), key=lambda c: c["id"])
@@ -449,6 +501,7 @@ def _open_coco(path: Path, image_folders: list[Path], name: str, categories: lis
         categories = [dict(c) for c in categories or listed]
         labels = {c["name"]: k for k, c in enumerate(categories)} | {(c["id"], c["name"]): k for k, c in enumerate(categories)}
         rows, names = {i[0]: [] for i in images}, {c["id"]: c["name"] for c in listed}
+        segments, sizes = {i: [] for i in rows}, {i[0]: i[1:3] for i in images}
         if len(rows) < len(images) or len(names) < len(listed):
             raise UserError(f"{path}: an image id or category id occurs twice. Give every image and category its own id.")
         for a in content["annotations"]:
@@ -456,6 +509,7 @@ def _open_coco(path: Path, image_folders: list[Path], name: str, categories: lis
             label = _label(names.get(int(a["category_id"])), int(a["category_id"]), labels, path)
             area = float("nan") if a.get("area") is None else float(a["area"])
             rows[int(a["image_id"])].append((x, y, x + w, y + h, w <= 0 or h <= 0, label, bool(a.get("iscrowd", 0)), False, area))
+            segments[int(a["image_id"])].append(_usable_segment(a.get("segmentation"), sizes[int(a["image_id"])]) if masks else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}. Give an existing COCO json.") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -464,7 +518,10 @@ def _open_coco(path: Path, image_folders: list[Path], name: str, categories: lis
     if not images or not categories:
         raise UserError(f"{path} lists {len(images)} images and {len(categories)} categories. At least one of each is needed.")
     folder, boxes = _locate([i[3] for i in images], image_folders, path), _Boxes()
-    records = [boxes.record(folder / file, image_id, (h, w), rows[image_id], f"image {file}") for image_id, h, w, file in images]
+    records = [boxes.record(folder / file, image_id, (h, w), rows[image_id], f"image {file}", segments[image_id] if masks else None)
+               for image_id, h, w, file in images]
+    if masks:
+        _check_segments(records, path)
     return DetectionSet(name, categories, records, boxes.notes(path))
 
 
@@ -501,7 +558,7 @@ def _read_voc(year: Path, file: str) -> tuple[Path, tuple[int, int], str, list[t
     return path, hw, (tree.findtext("filename") or "").strip(), objects
 
 
-def _open_voc(root: Path, split: str, name: str, categories: list[dict] | None) -> DetectionSet:
+def _open_voc(root: Path, split: str, name: str, categories: list[dict] | None, masks: bool) -> DetectionSet:
     images, boxes, records, renamed = _voc_images(root, split), _Boxes(), [], 0
     read = [_read_voc(*image) for image in images]
     if categories is None:  # the classes are those of the train split even where only the test split is asked for
@@ -516,6 +573,8 @@ def _open_voc(root: Path, split: str, name: str, categories: list[dict] | None) 
         records.append(boxes.record(year / "JPEGImages" / file, len(records) + 1, hw, rows, path))
     if not records or not categories:
         raise UserError(f"{root}: the VOC {split} split has {len(records)} images and {len(categories)} classes. At least one of each is needed.")
+    if masks:
+        _check_segments(records, root)
     years, notes = [year.name for year in _voc_years(root)], boxes.notes(root)
     if split == "train" and "VOC2012" not in years:
         notes.append(f"{root}: VOC2012 is not there, training on the trainval of {years[0]} alone.")
@@ -524,39 +583,41 @@ def _open_voc(root: Path, split: str, name: str, categories: list[dict] | None) 
     return DetectionSet(name, [dict(c) for c in categories], records, notes, voc=True)
 
 
-def _open_synthetic(split: str, n: int, size: int, seed: int) -> DetectionSet:
+def _open_synthetic(split: str, n: int, size: int, seed: int, masks: bool) -> DetectionSet:
     scenes = SyntheticScenes(n, size, seed, _SYNTHETIC_OFFSET[f"detection/{split}"])
     categories, boxes = [{"id": k + 1, "name": c} for k, c in enumerate(scenes.CLASSES)], _Boxes()
     records = []
     for i in range(n):
         _, xyxy, labels = scenes.scene(i)
         rows = [(*box, False, label, False, False, float("nan")) for box, label in zip(xyxy, labels)]
-        records.append(boxes.record(i, i + 1, (size, size), rows, scenes.key(i)))
+        segments = [coco_mask.encode(np.asfortranarray(m, np.uint8)) for m in scenes.draw(i)[1]] if masks else None
+        records.append(boxes.record(i, i + 1, (size, size), rows, scenes.key(i), segments))
     return DetectionSet("synthetic", categories, records, [], scenes)
 
 
 def open_detection(data: str, data_root: str | None, split: str, *, categories: list[dict] | None = None, synthetic_images: int = 40,
-                   synthetic_size: int = 160, seed: int = 0) -> DetectionSet:
+                   synthetic_size: int = 160, seed: int = 0, masks: bool = False) -> DetectionSet:
     """`data`: coco | voc | synthetic | a COCO json (then `split` plays no part) | a folder with train.json and test.json (or val.json), or in VOC
-    layout. `split`: train | test. `categories`: the train set's (or a checkpoint's) when opening test. Raises UserError for all that is wrong."""
+    layout. `split`: train | test. `categories`: the train set's (or a checkpoint's) when opening test. masks: every object must have a segmentation
+    (COCO, synthetic), which DetectionSet.masks() gives. Raises UserError for all that is wrong."""
     part, path = "train" if split == "train" else "val", Path(data).expanduser()
     if data == "synthetic":
-        return _open_synthetic("train" if split == "train" else "test", synthetic_images, synthetic_size, seed)
+        return _open_synthetic("train" if split == "train" else "test", synthetic_images, synthetic_size, seed, masks)
     if data == "coco":
         annotations = f"annotations/instances_{part}2017.json"
         root = _named_root(data, data_root, part, lambda place: (place / annotations).is_file())
-        return _open_coco(root / annotations, [root / f"{part}2017"], data, categories)
+        return _open_coco(root / annotations, [root / f"{part}2017"], data, categories, masks)
     if data == "voc":
-        return _open_voc(_named_root(data, data_root, part, lambda place: bool(_voc_years(place))), split, data, categories)
+        return _open_voc(_named_root(data, data_root, part, lambda place: bool(_voc_years(place))), split, data, categories, masks)
     extra = [Path(data_root).expanduser()] if data_root else []
     if path.suffix.lower() == ".json":
-        return _open_coco(path, [path.parent, path.parent / "images", *extra], path.stem, categories)
+        return _open_coco(path, [path.parent, path.parent / "images", *extra], path.stem, categories, masks)
     for file in (path / "train.json",) if split == "train" else (path / "test.json", path / "val.json"):
         if file.is_file():
-            return _open_coco(file, [path, path / "images", file.with_suffix(""), *extra], path.resolve().name, categories)
+            return _open_coco(file, [path, path / "images", file.with_suffix(""), *extra], path.resolve().name, categories, masks)
     for root in (path / "VOCdevkit", path):
         if _voc_years(root):
-            return _open_voc(root, split, path.resolve().name, categories)
+            return _open_voc(root, split, path.resolve().name, categories, masks)
     wanted = "train.json" if split == "train" else "test.json or val.json"
     raise UserError(f"--data {data}: no labelled set for the {split} split there. Give coco, voc, synthetic, a COCO json, or a folder with "
                     f"{wanted} or with VOC2007/{{JPEGImages,Annotations,ImageSets/Main}}.")
@@ -649,6 +710,18 @@ def apply_geometry(image: Image.Image, boxes_xyxy: Tensor, geometry: Geometry) -
             boxes = resize_boxes(boxes, (image.height, image.width), resized)
             image = image.resize(resized[::-1], Image.Resampling.BILINEAR)
     return image, boxes, keep
+
+
+def apply_geometry_to_masks(masks: Tensor, geometry: Geometry) -> Tensor:
+    """uint8 [n, h, w] of the image before -> of the image after apply_geometry; resized to the nearest pixel."""
+    masks = masks.flip(-1) if geometry.flip else masks
+    for resized in (geometry.first_hw, geometry.hw):
+        if resized is geometry.hw and geometry.crop:
+            top, left, h, w = geometry.crop
+            masks = masks[:, top:top + h, left:left + w]
+        if resized:
+            masks = F.interpolate(masks[:, None], size=resized, mode="nearest-exact")[:, 0]
+    return masks
 
 
 def normalized_cxcywh(boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:

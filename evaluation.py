@@ -1,6 +1,7 @@
 """Detector numbers and pictures: COCO, VOC07 and class-agnostic metrics, their control, gathering over processes, tables, figures.
 
-Detections are COCO results, one dict per box: {"image_id", "category_id", "bbox": [x, y, w, h] in 0-based pixels, "score"}.
+Detections are COCO results, one dict per box: {"image_id", "category_id", "bbox": [x, y, w, h] in 0-based pixels, "score"}; with masks also
+"segmentation", a compressed RLE.
 Ground truth is a COCO-format dict {"images", "annotations", "categories"}. The images and categories it lists are the ones evaluated:
 annotations outside them are left out. Metrics are fractions 0..1, nan where there is nothing to measure.
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import area as mask_area
 from pycocotools.mask import iou
 from torchvision.ops import box_convert
 
@@ -67,14 +69,16 @@ def _check_detections(ground_truth: dict, detections: list[dict]) -> None:
         raise UserError("a detection has a box or score that is not finite: the model's outputs are broken (nan in its weights?)")
 
 
-def _coco(ground_truth: dict, items: list[dict], categories: list[dict], class_agnostic: bool) -> COCO:
+def _coco(ground_truth: dict, items: list[dict], categories: list[dict], class_agnostic: bool, iou_type: str) -> COCO:
     """Objects or detections as an indexed COCO, in copies. Ids count from 1: COCOeval marks "unmatched" with 0 and would lose an object of id 0."""
     annotations = []
     for i, a in enumerate(items, 1):
-        area = a["area"] if "area" in a and "score" not in a else a["bbox"][2] * a["bbox"][3]  # a detection's area is that of its box
+        box_or_mask = float(mask_area(a["segmentation"])) if iou_type == "segm" and "score" in a else a["bbox"][2] * a["bbox"][3]
+        area = a["area"] if "area" in a and "score" not in a else box_or_mask  # a detection's area is that of its box or mask
         crowd = int(a.get("iscrowd", 0))
         annotations.append({"id": i, "image_id": a["image_id"], "category_id": 1 if class_agnostic else a["category_id"], "bbox": list(a["bbox"]),
-                            "area": area, "score": a.get("score"), "crowd": crowd, "iscrowd": int(crowd or _is_difficult(a))})
+                            "area": area, "score": a.get("score"), "crowd": crowd, "iscrowd": int(crowd or _is_difficult(a))}
+                           | ({"segmentation": a["segmentation"]} if iou_type == "segm" else {}))
     coco = COCO()
     coco.dataset = {"images": ground_truth["images"], "annotations": annotations, "categories": categories}
     coco.createIndex()
@@ -88,8 +92,9 @@ def _valid_mean(values: np.ndarray) -> float:
 
 
 def detection_metrics(ground_truth: dict, detections: list[dict], *, class_agnostic: bool = False, max_dets: tuple = (1, 10, 100),
-                      per_class: bool = False) -> dict[str, float]:
-    """COCO box metrics: AP, AP50, AP75, APs, APm, APl, one AR<k> per k of `max_dets`, ARs, ARm, ARl. AP and the size rows use the largest k.
+                      per_class: bool = False, iou_type: str = "bbox") -> dict[str, float]:
+    """COCO metrics of boxes, or (iou_type "segm") of masks, then every item has a "segmentation": AP, AP50, AP75, APs, APm, APl, one AR<k> per k of
+    `max_dets`, ARs, ARm, ARl. AP and the size rows use the largest k.
 
     class_agnostic: all categories are one (DETReg Table 6: COCOeval with useCats = 0). per_class adds "per_class": {name: AP}.
     A missing `area` is that of the box. Inputs are not modified. UserError: see _check_detections.
@@ -97,7 +102,8 @@ def detection_metrics(ground_truth: dict, detections: list[dict], *, class_agnos
     _check_detections(ground_truth, detections)
     categories = [{"id": 1, "name": "object"}] if class_agnostic else ground_truth["categories"]
     with contextlib.redirect_stdout(io.StringIO()):
-        run = _BoxEval(*(_coco(ground_truth, items, categories, class_agnostic) for items in (ground_truth["annotations"], detections)), "bbox")
+        run = _BoxEval(*(_coco(ground_truth, items, categories, class_agnostic, iou_type) for items in (ground_truth["annotations"], detections)),
+                       iou_type)
         run.params.maxDets = sorted(max_dets)
         run.params.useCats = int(not class_agnostic)
         run.evaluate()
@@ -253,22 +259,28 @@ class _Resized(torch.utils.data.Dataset):
         return {"image": data.to_normalized_tensor(view), "target": target, "skipped": []}
 
 
-@torch.no_grad()
-def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int, device: torch.device, batch_size: int = 8, limit: int | None = None,
-            num_workers: int = 0, text: str = "") -> Iterator[tuple[dict, torch.Tensor, torch.Tensor]]:
-    """Run a detector (in eval mode) over this process's slice of a labelled set: yields (target, logits [Q, C], boxes_xyxy [Q, 4] in pixels of the
-    original image), on CPU. size, max_size: short and longest side the images are resized to; limit: only the first images of the set."""
+def each_batch(model: torch.nn.Module, labelled, *, size: int, max_size: int, batch_size: int = 8, limit: int | None = None, num_workers: int = 0,
+               text: str = "") -> Iterator[dict]:
+    """data.collate's batches of this process's slice of a labelled set, at evaluation size; meanwhile the model is in eval mode. See predict()."""
     indices = rank_slice(min(len(labelled), limit or len(labelled)))
     batches = [list(range(i, min(i + batch_size, len(indices)))) for i in range(0, len(indices), batch_size)]
     loader = data.make_loader(_Resized(labelled, indices, size, max_size), batches, num_workers=num_workers, collate=data.collate)
     training = model.training
     model.eval()
-    for batch in progress(loader, desc=text):
+    yield from progress(loader, desc=text)
+    model.train(training)
+
+
+@torch.no_grad()
+def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int, device: torch.device, batch_size: int = 8, limit: int | None = None,
+            num_workers: int = 0, text: str = "") -> Iterator[tuple[dict, torch.Tensor, torch.Tensor]]:
+    """Run a detector (in eval mode) over this process's slice of a labelled set: yields (target, logits [Q, C], boxes_xyxy [Q, 4] in pixels of the
+    original image), on CPU. size, max_size: short and longest side the images are resized to; limit: only the first images of the set."""
+    for batch in each_batch(model, labelled, size=size, max_size=max_size, batch_size=batch_size, limit=limit, num_workers=num_workers, text=text):
         outputs = model(batch["images"].to(device), batch["mask"].to(device))
         sizes = torch.stack([t["orig_size"] for t in batch["targets"]])
         boxes = boxes_to_pixels(outputs["pred_boxes"].cpu(), sizes)
         yield from zip(batch["targets"], outputs["pred_logits"].cpu(), boxes)
-    model.train(training)
 
 
 def batches(probe_set, num_workers: int, text: str = "", size: int = 8, collate=data.collate) -> Iterator[dict]:

@@ -2,7 +2,8 @@
 
 Idea: the pretrained detector loses its class head and its pretext heads, gets a class head with one row per category of the labelled set, and is
     trained as the detector's own paper trains it: DETR with softmax and "no object" (Carion et al., ECCV 2020, arXiv 2005.12872), Conditional DETR
-    (Meng et al., ICCV 2021, arXiv 2108.06152) and Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159) with the focal loss.
+    (Meng et al., ICCV 2021, arXiv 2108.06152) and Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159) with the focal loss; Faster and Mask
+    R-CNN, RetinaNet and FCOS, torchvision's, as SoCo and DUPR train detectron2's, from what the checkpoint has: backbone, pyramid, box head.
 
 Run:
     python finetune.py --preset demo --init_from out/detreg-demo/last.pt          # 40 labelled synthetic images, 2.5 minutes on 2 cores
@@ -11,6 +12,9 @@ Run:
     torchrun --nproc_per_node=8 finetune.py --data coco --labels_percent 1 --init_from FILE
     python finetune.py --data voc --data_root VOCDEVKIT --init_from FILE          # --labels_percent 10, 30, 50, 70: Siamese DETR, Fig. 8
     python finetune.py --data voc --init_from FILE --freeze_detector              # heads only: Siamese DETR, Table 5 (AR@1, 10, 100)
+    torchrun --nproc_per_node=8 finetune.py --data coco --detector mask_rcnn_fpn --init_from FILE         # SoCo, DUPR; --schedule 2x
+    torchrun --nproc_per_node=8 finetune.py --data voc --detector faster_rcnn_c4 --backbone_weights imagenet   # supervised; random: from scratch
+    python finetune.py --preset demo --detector faster_rcnn_fpn --init_from out/soco-demo/last.pt         # SoCo on a CPU
     python finetune.py --data coco --init_from FILE --eval_only                   # numbers of a fine-tuned detector
     python finetune.py --data coco --init_from FILE --class_agnostic              # of a pretrained one: DETReg, Table 6; Siamese DETR, Table 5
 
@@ -25,6 +29,11 @@ Schedules (epochs / drop at), batch 32; learning rate, that of the backbone:
     Shares of labels (DETReg, released for Deformable DETR): COCO, any detector: 1 % 2000 epochs, 2 % 1000, 5 % 500, 10 % 400, never dropped,
     batch 24; `--protocol semi_supervised`: 1-2 % 200 / 150, 5-10 % 100 / 40 (DETReg, Sec. 6.1); `--protocol low_data`: 150, no drop (Fig. 3);
     VOC, Deformable DETR: 10 % 200 / 150, batch 8.
+    R-CNN family (steps; SGD 0.02, one-stage 0.01; batch 16): COCO 90k (`--schedule 2x, 4x`: 180k, 360k), drops after 2/3 and 8/9, warm-up 1000;
+    VOC 24k, 3/4 and 11/12, warm-up 100; other data 50 epochs, 2/3 and 8/9, warm-up 100.
+    `--protocol dupr` (DUPR, MoCo, scratch, supervised; the default): 2fc head without norm; 1-2 % of COCO 15k, larger shares 60k.
+    `--protocol soco` (default of a SoCo checkpoint): 4conv1fc, BatchNorm in the heads, weight decay 2.5e-5 on COCO; shares of COCO (Mini COCO
+    5, 10 %) 90k; RetinaNet and FCOS 12 epochs, drops after 8 and 11, warm-up 500, 800 px (mmdetection's defaults).
 
 Deviations (released code / here):
     F1  One class row per category / 91 rows for COCO, 21 for VOC. A released head is still evaluated: its rows are mapped to category ids.
@@ -36,19 +45,32 @@ Deviations (released code / here):
         5e-4 in an older README / 5e-5, the paper's.
     F6  A checkpoint of UP-DETR's single-query variant holds 3 queries: its query_embed is dropped (not said in the paper).
     F7  --freeze_detector (no released code): all but class and box head keep their weights, statistics and run without dropout.
+    F8  R-CNN family: detectron2 / torchvision's parts with detectron2's RoIAlign, anchors, L1 losses, C4 head, start and PreciseBN. What still
+        differs: mask targets come from bitmaps; C4 pads to 16 px; short sides round down; batches are not grouped by aspect ratio.
+    F9  RetinaNet's loss is divided by a moving average of the positives / by each image's own. FCOS (mmdetection): IoU loss, no centre sampling,
+        points at half strides, bias rate x 2 / torchvision's GIoU, centre sampling 1.5, points at full strides, one rate.
+    F10 R-CNN losses: means of each process (released) and micro-batch; --accumulate averages those, and BatchNorm sees micro-batches.
+    F11 Not in the papers: SoCo's length on VOC / MoCo's; DUPR's rate and drops on shares of COCO / those of 1x. Shares are drawn from --seed.
+    F12 PreciseBN: training went on with the estimated statistics / they are put back after an evaluation, and saved after the last one.
+    F13 SoCo's cutout and its LVIS recipe (repeat-factor sampling) are not built: the first is broken in the released code and not in the paper.
 """
 from __future__ import annotations
 
 import common  # first: it tells OpenMP how to wait before torch is loaded
 
 import dataclasses
+import itertools
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 import convert
 import data
@@ -64,7 +86,7 @@ class Config:
     data: str = "coco"  # coco, voc, synthetic, a COCO json, or a folder in VOC layout or with train.json and test.json
     data_root: str | None = None  # where a named data set lies; else $DATA_ROOT, else data/<name>
     labels_percent: float = 100  # use this share of the training images, the same on every process (DETReg, Sec. 6.1)
-    protocol: Literal["released", "semi_supervised", "low_data", "updetr_long", "siamese"] = "released"  # schedule, see above
+    protocol: Literal["released", "semi_supervised", "low_data", "updetr_long", "siamese", "soco", "dupr"] = "released"  # schedule, see above
     synthetic_images: int = 40  # labelled synthetic images
     synthetic_test_images: int = 100  # test images of the synthetic set
     synthetic_size: int = 160  # side of a synthetic scene, pixels
@@ -78,14 +100,14 @@ class Config:
     # images
     scales: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short side in training, pixels (Deformable DETR)
     max_size: int = 1333  # longest side, pixels
-    crop_scales: tuple[int, ...] = (400, 500, 600)  # short side before a random crop
+    crop_scales: tuple[int, ...] = (400, 500, 600)  # short side before a random crop (R-CNN family: no crop)
     crop_range: tuple[int, ...] = (384, 600)  # smallest and largest side of the crop
     eval_size: int = 800  # short side in evaluation, pixels
     # model (read off --init_from when given)
-    detector: common.DETECTORS = "deformable_detr"  # which one
+    detector: Literal[common.DETECTORS, common.RCNN_DETECTORS] = "deformable_detr"  # which one
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file; only without --init_from (released: swav)
-    backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen)
+    backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen; R-CNN family: bn)
     stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see; below 32 the last stages are left out
     num_feature_levels: int = 4  # of deformable_detr
     pre_norm: bool = False  # LayerNorm before each block, of detr (DETR: off)
@@ -97,6 +119,12 @@ class Config:
     dropout: float = 0.1  # in the transformer
     num_queries: int = 300  # object queries (detr, conditional_detr: 100)
     with_box_refine: bool = False  # iterative box refinement of deformable_detr (its Sec. 4.2)
+    box_head: Literal["2fc", "4conv1fc"] = "2fc"  # of faster_ and mask_rcnn_fpn; 2fc: no norm in the heads, 4conv1fc: BatchNorm, in the mask head too
+    fpn_channels: int = 256  # width of the pyramid and of the convolutions on it
+    head_dim: int = 1024  # width behind the box head
+    anchor_size: int = 32  # side of the smallest anchors, pixels; there are five sizes, each twice the last (fcos_fpn has no anchors)
+    proposals_per_image: int = 1000  # that the region proposal network passes on (C4 in training: twice as many)
+    rois_per_image: int = 512  # of them that the box head learns from
     # loss
     lambda_f: float = 2.0  # focal loss and its matching cost (detr: cross-entropy, 1)
     lambda_l1: float = 5.0  # L1 box loss and its matching cost
@@ -106,12 +134,18 @@ class Config:
     batch_size: int = 32  # images per step over all processes (released: 4 per GPU x 8)
     accumulate: int = 1  # micro-batches per step: one GPU reaches the global batch
     epochs: int = 50  # see Schedules above
+    iterations: int | None = None  # R-CNN family: length of the run in steps instead of epochs
+    schedule: Literal["1x", "2x", "4x"] = "1x"  # R-CNN family: how many times the length that stands above
     lr_drop: float = 40  # epoch after which the rate is x 0.1
+    lr_drops: tuple[float, ...] = (2 / 3, 8 / 9)  # R-CNN family: shares of the run after which the rate is x 0.1
+    warmup_iters: int = 1000  # R-CNN family: steps in which the rate rises from lr / 1000
     lr: float = 2e-4  # see Schedules above
     lr_backbone: float = 2e-5  # see Schedules above
     lr_linear_proj_mult: float = 0.1  # rate of sampling offsets and reference points
-    weight_decay: float = 1e-4  # on every parameter
-    clip_max_norm: float = 0.1  # gradient norm
+    sgd_momentum: float = 0.9  # R-CNN family, which is trained by SGD
+    weight_decay: float = 1e-4  # on every parameter (R-CNN family: not on scale and shift of norms)
+    clip_max_norm: float = 0.1  # gradient norm, 0 = not clipped
+    precise_bn: int = 200  # R-CNN family: batches from which BatchNorm's statistics are estimated before an evaluation, 0 = off
     amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling and losses stay fp32
     # run
     seed: int = 42  # everything random follows from it
@@ -126,16 +160,59 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "data": "synthetic", "scales": (96, 112), "max_size": 144, "crop_scales": (112, 144), "crop_range": (72, 112), "eval_size": 112,
-        "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 4e-4, "hidden_dim": 128, "enc_layers": 2,
-        "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0, "num_queries": 100, "with_box_refine": True, "batch_size": 8, "epochs": 50,
-        "lr_drop": 40, "lr": 4e-4, "num_workers": 2, "log_every": 10, "save_every": 100, "eval_every": 0,
+        "data": "synthetic", "scales": (96, 112), "max_size": 144, "eval_size": 112, "arch": "resnet18", "backbone_weights": "random",
+        "backbone_norm": "bn", "num_workers": 2, "log_every": 10, "save_every": 100, "eval_every": 0,
     },
 }
+DEMO = {                                                                     # what of the demo depends on the detector
+    "detr": {"crop_scales": (112, 144), "crop_range": (72, 112), "lr_backbone": 4e-4, "hidden_dim": 128, "enc_layers": 2, "dec_layers": 3,
+             "dim_feedforward": 256, "dropout": 0.0, "num_queries": 100, "with_box_refine": True, "batch_size": 8, "epochs": 50, "lr_drop": 40,
+             "lr": 4e-4},
+    "rcnn": {"fpn_channels": 64, "head_dim": 256, "anchor_size": 8, "proposals_per_image": 200, "rois_per_image": 64, "batch_size": 8, "epochs": 50,
+             "iterations": None, "warmup_iters": 20, "lr": 0.02, "precise_bn": 20},
+    "c4": {"anchor_size": 8, "proposals_per_image": 50, "rois_per_image": 16, "batch_size": 8, "epochs": 50, "iterations": None,
+           "warmup_iters": 20, "lr": 0.02, "precise_bn": 20},
+}
+# Flags of one family only.
+RCNN_ONLY = {"box_head", "fpn_channels", "head_dim", "anchor_size", "proposals_per_image", "rois_per_image", "iterations", "schedule", "lr_drops",
+             "warmup_iters", "sgd_momentum", "precise_bn"}
+DETR_ONLY = {"freeze_detector", "class_agnostic", "stride", "num_feature_levels", "pre_norm", "hidden_dim", "nheads", "enc_layers", "dec_layers",
+             "dim_feedforward", "dropout", "num_queries", "with_box_refine", "lambda_f", "lambda_l1", "lambda_giou", "eos_coef", "lr_drop",
+             "lr_backbone", "lr_linear_proj_mult"}
+
+
+def is_rcnn(detector: str) -> bool:
+    return detector in typing.get_args(common.RCNN_DETECTORS)
 
 
 def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
     """What follows from the detector, the data set and the share of its labels (module docstring)."""
+    rcnn = is_rcnn(values["detector"])
+    recipe = rcnn_recipe(values) if rcnn else detr_recipe(values)
+    if values["preset"] == "demo":
+        recipe |= DEMO["c4" if values["detector"].endswith("_c4") else "rcnn" if rcnn else "detr"]
+    if values["eval_only"] or values["class_agnostic"]:
+        recipe |= {"out": f"out/finetune-{values['preset'] or Path(values['data']).stem}-eval"}
+    return recipe
+
+
+def rcnn_recipe(values: dict[str, Any]) -> dict[str, Any]:
+    name, share, times = values["data"], values["labels_percent"], int(values["schedule"][0])
+    one_stage, soco = values["detector"] in common.ONE_STAGE, values["protocol"] == "soco"
+    recipe = {"lr": 0.01 if one_stage else 0.02, "batch_size": 16, "clip_max_norm": 0.0, "crop_scales": (), "backbone_norm": "bn",
+              "box_head": "4conv1fc" if soco else "2fc"}
+    if name == "coco" and soco and one_stage:                                # mmdetection's defaults
+        return recipe | {"scales": (800,), "epochs": 12 * times, "lr_drops": (8 / 12, 11 / 12), "warmup_iters": 500}
+    if name == "coco":
+        steps = 90000 if share == 100 or soco else 15000 if share <= 2 else 60000
+        decay = {"weight_decay": 2.5e-5} if soco else {}
+        return recipe | decay | {"scales": (640, 672, 704, 736, 768, 800), "iterations": steps * times}
+    if name == "voc":
+        return recipe | {"iterations": 24000 * times, "lr_drops": (3 / 4, 11 / 12), "warmup_iters": 100}
+    return recipe | {"epochs": 50 * times, "warmup_iters": 100}
+
+
+def detr_recipe(values: dict[str, Any]) -> dict[str, Any]:
     detector, name, share, protocol = (values[k] for k in ("detector", "data", "labels_percent", "protocol"))
     recipe: dict[str, Any] = {}
     if not detector.startswith("deformable"):
@@ -143,7 +220,7 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
     if detector == "detr":
         recipe |= {"lambda_f": 1.0, "epochs": 150, "lr_drop": 100}
     if values["eval_only"] or values["class_agnostic"]:
-        return recipe | {"out": f"out/finetune-{values['preset'] or Path(name).stem}-eval"}
+        return recipe
     if protocol == "updetr_long" and detector == "detr":
         return recipe | {"epochs": 300, "lr_drop": 200}
     if protocol == "siamese":
@@ -161,7 +238,9 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class LabelledDataset(torch.utils.data.Dataset):
-    """Augmented training samples; crowd regions are left out, difficult objects are kept (released). Random as a function of (seed, epoch, index)."""
+    """Augmented training samples; crowd regions are left out, difficult objects are kept (released). Random as a function of (seed, epoch, index).
+
+    A mask detector's targets also have "masks" uint8 [n, h, w]; an object that resizing leaves without a pixel is left out (detectron2)."""
 
     def __init__(self, cfg: Config, labelled: data.DetectionSet):
         self.cfg, self.labelled = cfg, labelled
@@ -170,12 +249,16 @@ class LabelledDataset(torch.utils.data.Dataset):
         epoch, index = key
         rng = data.sample_rng(self.cfg.seed, epoch, index)
         skipped: list[str] = []
-        (image, target), _ = data.load_usable(self.labelled, index, rng, skipped)
+        (image, target), index = data.load_usable(self.labelled, index, rng, skipped)
         use = ~target["crowd"]
         geometry = data.draw_geometry(rng, (image.height, image.width), scales=self.cfg.scales, max_size=self.cfg.max_size,
                                       crop_scales=self.cfg.crop_scales, crop_range=self.cfg.crop_range)
         view, boxes, keep = data.apply_geometry(image, target["boxes_xyxy"][use], geometry)
         target = {"boxes": data.normalized_cxcywh(boxes, (view.height, view.width)), "labels": target["labels"][use][keep]}
+        if self.cfg.detector.startswith("mask"):
+            masks = data.apply_geometry_to_masks(self.labelled.masks(index)[use], geometry)[keep]
+            seen = masks.flatten(1).sum(1) > 0
+            target = {k: v[seen] for k, v in {**target, "masks": masks}.items()}
         return {"image": data.to_normalized_tensor(view), "target": target, "skipped": skipped}
 
     def __len__(self) -> int:
@@ -186,19 +269,29 @@ class LabelledDataset(torch.utils.data.Dataset):
 
 
 NAMES = {"detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_detr_ss": "single-scale Deformable DETR",
-         "deformable_detr": "Deformable DETR"}
+         "deformable_detr": "Deformable DETR", "mask_rcnn_fpn": "Mask R-CNN (FPN)", "faster_rcnn_fpn": "Faster R-CNN (FPN)",
+         "mask_rcnn_c4": "Mask R-CNN (C4)", "faster_rcnn_c4": "Faster R-CNN (C4)", "retinanet_fpn": "RetinaNet", "fcos_fpn": "FCOS"}
 
 # What a checkpoint may hold besides the detector, and why it is left out.
 PRETEXT = {r"^feature_embed\.": "DETReg's embedding head, not needed", r"^patch2query\.": "projection of query patches or regions, not needed",
            r"^feature_align\.": "reconstruction head, not needed", r"^enc_head\.": "Siamese DETR's global head, not needed"}
 
 
-def read_init(path: str, keep_queries: bool = False) -> tuple[dict, dict[str, Tensor], dict[str, Any]]:
-    """(checkpoint, its detector's tensors, the model flags it was made with) of --init_from.
+CLASS_HEAD = r"^roi_heads\.box_predictor\.|\.mask_fcn_logits\.|^head\.classification_head\.cls_logits\."
+
+
+def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tuple[dict, dict[str, Tensor], dict[str, Any]]:
+    """(checkpoint, its tensors, the model flags it was made with) of --init_from. detector: the wanted one; an R-CNN also takes a mere backbone.
 
     UP-DETR's single-query variant (F6) has 3 queries: without keep_queries the flags say as many as its detector usually has.
     """
     checkpoint = convert.read_checkpoint(path)
+    if is_finetuned_rcnn(checkpoint):
+        arch = ("detector", "arch", "backbone_norm", "box_head", "fpn_channels", "head_dim", "anchor_size")
+        return checkpoint, convert.state_of(checkpoint, path), {k: checkpoint["config"][k] for k in arch}
+    if is_rcnn(detector):
+        state = {k.removeprefix("module."): v for k, v in convert.state_of(checkpoint, path).items()}
+        return checkpoint, state, rcnn_architecture(state, detector, path)
     state = convert.detector_state(checkpoint, path)
     arch = convert.architecture(state, path)
     config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
@@ -210,15 +303,29 @@ def read_init(path: str, keep_queries: bool = False) -> tuple[dict, dict[str, Te
     return checkpoint, state, arch
 
 
+def is_finetuned_rcnn(checkpoint: dict | None) -> bool:
+    return bool(checkpoint) and checkpoint.get("script") == "finetune" and is_rcnn(checkpoint["config"]["detector"])
+
+
+def rcnn_architecture(state: dict[str, Tensor], detector: str, path: str) -> dict[str, Any]:
+    """The flags of an R-CNN that fits a foreign checkpoint: its ResNet, and where its pyramid and head are used, their widths."""
+    tensors = convert.rcnn_state(state, detector, path)[1]
+    arch = {"arch": convert.resnet_name(tensors, "backbone.body.", path)}
+    for field, name in (("fpn_channels", "backbone.fpn.layer_blocks.0.0.weight"), ("head_dim", "roi_heads.box_head.5.weight")):
+        arch |= {field: len(tensors[name])} if name in tensors else {}
+    return arch
+
+
 def is_siamese(checkpoint: dict, state: dict[str, Tensor]) -> bool:
     return checkpoint.get("script") == "siamese_detr" or any(k.startswith("enc_head.") for k in state)
 
 
 def adopt_architecture(cfg: Config, arch: dict[str, Any], given: set[str]) -> Config:
     """The configuration with the model fields of the checkpoint. A flag on the command line that says otherwise is a UserError."""
-    if "detector" in given and cfg.detector != arch["detector"]:
+    if "detector" in given and cfg.detector != arch.get("detector", cfg.detector):
+        backbone = f"; for its backbone alone give it as --backbone_weights {cfg.init_from}" if is_rcnn(arch["detector"]) else ""
         raise UserError(f"{cfg.init_from} holds a {NAMES[arch['detector']]}, not a {NAMES[cfg.detector]}: "
-                        f"give --detector {arch['detector']} or leave it out")
+                        f"give --detector {arch['detector']} or leave it out{backbone}")
     wrong = [f"--{k} {getattr(cfg, k)} (it has {v})" for k, v in arch.items() if k in given and getattr(cfg, k) != v]
     if wrong:
         raise UserError(f"{cfg.init_from} was trained with another architecture than {', '.join(wrong)}; leave these flags out")
@@ -246,6 +353,8 @@ def head_rows(checkpoint: dict, rows: int, categories: list[dict]) -> list[int] 
 def build_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], categories: list[dict]) -> tuple[common.Detector, list[int]]:
     """The detector on CPU and the map from its head's rows to categories. Heads that do not fit the categories are made anew; all else must load."""
     torch.manual_seed(cfg.seed)
+    if is_rcnn(cfg.detector):
+        return build_rcnn_model(cfg, checkpoint, state, categories)
     softmax = cfg.detector == "detr"                                         # one more row: "no object"
     if checkpoint is None:
         model = common.build_detector(cfg, len(categories) + softmax, focal=not softmax)
@@ -282,6 +391,77 @@ def build_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], 
     return model, mapped
 
 
+def build_rcnn_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], categories: list[dict]) -> tuple[nn.Module, list[int]]:
+    """build_model() of the R-CNN family. A checkpoint is our fine-tuned one, which must load but for its class head, or any with a ResNet in it."""
+    mapped = list(range(len(categories)))
+    if checkpoint is None:
+        model = common.build_rcnn(cfg, len(categories))
+        common.load_backbone_weights(common.rcnn_trunk(model), cfg.backbone_weights, cfg.arch)
+        return model, mapped
+    if not is_finetuned_rcnn(checkpoint):
+        model = common.build_rcnn(cfg, len(categories))
+        convert.load_rcnn(model, state, cfg.detector, cfg.box_head, cfg.init_from)
+        return model, mapped
+    theirs, drop = checkpoint["categories"], {}
+    found = head_rows(checkpoint, len(theirs), categories)
+    if cfg.eval_only and found is None:
+        raise UserError(f"{cfg.init_from}: it was trained on {', '.join(c['name'] for c in theirs)}, and {cfg.data} has "
+                        f"{', '.join(c['name'] for c in categories)}; fine-tune it first")
+    if cfg.eval_only:
+        mapped = found
+    elif found != mapped:
+        drop[CLASS_HEAD] = f"class head, made anew for {len(categories)} other categories or another order of them"
+    model = common.build_rcnn(cfg, len(mapped))
+    common.load_matching(model, state, drop=drop, source=cfg.init_from)
+    return model, mapped
+
+
+# The only place where the conventions of torchvision's detectors are known: xyxy pixels of the network's input, and where labels start.
+
+
+def first_label(detector: str) -> int:
+    return 0 if detector in common.ONE_STAGE else 1                          # Faster and Mask R-CNN: 0 is background
+
+
+def input_images(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
+    """The images of data.collate, [3, h, w], without their padding."""
+    sizes = zip((~batch["mask"]).any(2).sum(1).tolist(), (~batch["mask"]).any(1).sum(1).tolist())
+    return [image[:, :h, :w].to(device, non_blocking=True) for image, (h, w) in zip(batch["images"], sizes)]
+
+
+def to_rcnn(targets: list[dict], images: list[Tensor], detector: str) -> list[dict]:
+    """Our targets (boxes cxcywh in 0..1, labels from 0, masks) -> torchvision's, for images [3, h, w]; boxes without extent are left out."""
+    converted = []
+    for target, image in zip(targets, images):
+        h, w = image.shape[-2:]
+        boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * target["boxes"].new_tensor([w, h, w, h])
+        labels = target["labels"] + first_label(detector)
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        masks = {"masks": target["masks"][keep]} if "masks" in target else {}
+        converted.append({k: v.to(image.device, non_blocking=True) for k, v in {"boxes": boxes[keep], "labels": labels[keep], **masks}.items()})
+    return converted
+
+
+def from_rcnn(detections: list[dict], images: list[Tensor], targets: list[dict], detector: str, rows: list[int]) -> list[dict]:
+    """torchvision's detections on images [3, h, w] -> COCO results in pixels of the originals, of sizes and ids in `targets`.
+
+    rows: category id of every class row, None = none. Masks become RLE of the original size.
+    """
+    found = []
+    for detection, image, target in zip(detections, images, targets):
+        (h, w), (height, width) = image.shape[-2:], target["orig_size"].tolist()
+        boxes = detection["boxes"].cpu() * torch.tensor([width / w, height / h] * 2)
+        ids = [rows[label] for label in (detection["labels"] - first_label(detector)).tolist()]
+        results = [{"image_id": target["image_id"], "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+                   for category, (x1, y1, x2, y2), score in zip(ids, boxes.tolist(), detection["scores"].tolist())]
+        if "masks" in detection:
+            for result, mask in zip(results, common.paste_masks(detection["masks"].cpu(), boxes, (height, width))):
+                rle = coco_mask.encode(np.asfortranarray(mask.numpy(), np.uint8))
+                result["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+        found += [result for result in results if result["category_id"] is not None]
+    return found
+
+
 def freeze(model: common.Detector) -> None:
     """Only the heads learn (F7)."""
     model.requires_grad_(False)
@@ -300,30 +480,60 @@ def train_mode(cfg: Config, model: nn.Module) -> None:
 # ==== 4. Loss ====
 
 
-def build_criterion(cfg: Config) -> common.SetCriterion:
+def build_criterion(cfg: Config) -> common.SetCriterion | None:
+    """The losses of the DETR family; the R-CNN family's detectors compute their own."""
+    if is_rcnn(cfg.detector):
+        return None
     matcher = common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, focal=cfg.detector != "detr")
     return common.SetCriterion(matcher, cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, eos_coef=cfg.eos_coef)
+
+
+def rcnn_losses(cfg: Config, model: nn.Module, batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Loss terms of one micro-batch: its own means, a share of the step's (F10)."""
+    images = input_images(batch, device)
+    with common.autocast(device, cfg.amp):
+        losses = model(images, to_rcnn(batch["targets"], images, cfg.detector))
+    return {"loss_" + k.removeprefix("loss_"): v.float() / cfg.accumulate for k, v in losses.items()}
 
 
 # ==== 5. Training step ====
 
 
-def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion, optimizer: torch.optim.Optimizer, micro_batches: list[dict],
+def build_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
+    return common.build_sgd(cfg, model) if is_rcnn(cfg.detector) else common.build_optimizer(cfg, model)
+
+
+def run_length(cfg: Config, steps_per_epoch: int) -> int:
+    return cfg.iterations or cfg.epochs * steps_per_epoch
+
+
+def lr_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
+    if is_rcnn(cfg.detector):
+        return common.warmup_step_schedule(step, run_length(cfg, steps_per_epoch), cfg.warmup_iters, cfg.lr_drops)
+    return common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,))
+
+
+def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | None, optimizer: torch.optim.Optimizer, micro_batches: list[dict],
                step: int, device: torch.device) -> dict[str, Tensor]:
     """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and the gradient norm."""
-    counts = [len(t["labels"]) for batch in micro_batches for t in batch["targets"]]
-    num_boxes = common.normalizer(sum(counts), device)
-    class_weight = common.normalizer(criterion.class_weight_sum(counts, cfg.num_queries), device)                    # F4
+    if criterion:
+        counts = [len(t["labels"]) for batch in micro_batches for t in batch["targets"]]
+        num_boxes = common.normalizer(sum(counts), device)
+        class_weight = common.normalizer(criterion.class_weight_sum(counts, cfg.num_queries), device)                # F4
     optimizer.zero_grad()
     terms: dict[str, Tensor] = {}
     for i, batch in enumerate(micro_batches):
-        images, mask = batch["images"].to(device, non_blocking=True), batch["mask"].to(device, non_blocking=True)
-        targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in batch["targets"]]
         with common.gradient_sync(model, i == len(micro_batches) - 1):
-            with common.autocast(device, cfg.amp):
-                outputs = model(images, mask)
-            losses, _ = criterion(outputs, targets, num_boxes, class_weight)
-            loss = criterion.total(losses)
+            if criterion is None:
+                losses = rcnn_losses(cfg, model, batch, device)
+                loss = torch.stack(list(losses.values())).sum()
+            else:
+                images, mask = batch["images"].to(device, non_blocking=True), batch["mask"].to(device, non_blocking=True)
+                targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in batch["targets"]]
+                with common.autocast(device, cfg.amp):
+                    outputs = model(images, mask)
+                losses, _ = criterion(outputs, targets, num_boxes, class_weight)
+                loss = criterion.total(losses)
             loss.backward()
         for name, value in {"loss": loss, **losses}.items():
             share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
@@ -336,8 +546,44 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion, op
 # ==== 6. Evaluation ====
 
 
-def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set, device: torch.device, write: bool) -> dict[str, Any]:
-    """All metrics of the test set; on rank 0 also detections.json (COCO results format) and predictions.png when `write`. All processes call it."""
+@torch.no_grad()
+def precise_bn(cfg: Config, model: nn.Module, train_set: data.DetectionSet, device: torch.device) -> dict[str, Tensor]:
+    """PreciseBN (detectron2): BatchNorm's statistics become their mean over cfg.precise_bn training batches; weights stay. A function of the weights
+    and the seed alone. Returns the buffers as they were; nothing happens in the DETR family and with --precise_bn 0."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not (is_rcnn(cfg.detector) and cfg.precise_bn and norms):
+        return {}
+    before, momenta = {k: v.clone() for k, v in model.named_buffers()}, [m.momentum for m in norms]
+    sampler = data.StepSampler(len(train_set), cfg.batch_size, -(-cfg.precise_bn // cfg.accumulate), world=common.world_size(), rank=common.rank(),
+                               accumulate=cfg.accumulate, seed=cfg.seed)
+    loader = data.make_loader(LabelledDataset(cfg, train_set), sampler, num_workers=cfg.num_workers, collate=data.collate)
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None                                                 # a cumulative mean
+    model.train()
+    common.seed_step(cfg.seed, 0)                                            # regions are drawn at random
+    for batch in common.progress(itertools.islice(loader, cfg.precise_bn), total=cfg.precise_bn, desc="BatchNorm statistics"):
+        rcnn_losses(cfg, model, batch, device)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+        for buffer in (norm.running_mean, norm.running_var):
+            buffer.copy_(common.all_reduce_sum(buffer) / common.world_size())
+    return before
+
+
+@torch.no_grad()
+def rcnn_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: data.DetectionSet, device: torch.device) -> list[dict]:
+    """COCO results of this process's slice, image by image, as released: nothing depends on what else is in a batch."""
+    rows = [test_set.categories[i]["id"] if i >= 0 else None for i in mapped]
+    found = []
+    for batch in evaluation.each_batch(model, test_set, size=cfg.eval_size, max_size=cfg.max_size, batch_size=1, num_workers=cfg.num_workers,
+                                       text="evaluation"):
+        images = input_images(batch, device)
+        found += from_rcnn(model(images), images, batch["targets"], cfg.detector, rows)
+    return found
+
+
+def detr_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: data.DetectionSet, device: torch.device) -> list[dict]:
     found = []
     heads = model.class_embed if isinstance(model.class_embed, nn.Linear) else model.class_embed[0]
     softmax = heads.out_features > len(mapped)                               # a last row "no object"
@@ -350,11 +596,20 @@ def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set, device:
             found += evaluation.class_agnostic_detections(scores[:, None], boxes_xyxy, target["image_id"], object_class=0)
         else:
             found += category_detections(logits, boxes_xyxy, mapped, ids, target["image_id"], softmax)
-    found = evaluation.gather(found)
+    return found
+
+
+def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set: data.DetectionSet, device: torch.device, write: bool) -> dict[str, Any]:
+    """All metrics of the test set; on rank 0 also detections.json (COCO results format) and predictions.png when `write`. All processes call it."""
+    detections = rcnn_detections if is_rcnn(cfg.detector) else detr_detections
+    found = evaluation.gather(detections(cfg, model, mapped, test_set, device))
     if common.rank() != 0:
         return {}
     truth = test_set.coco_ground_truth()
     metrics = evaluation.detection_metrics(truth, found, class_agnostic=cfg.class_agnostic, per_class=not cfg.class_agnostic)
+    if cfg.detector.startswith("mask"):
+        masks = evaluation.detection_metrics(truth, found, iou_type="segm")
+        metrics |= {f"{k}_mask": masks[k] for k in ("AP", "AP50", "AP75")}
     if test_set.voc and not cfg.class_agnostic:
         metrics |= evaluation.voc07_metrics(truth, found)
     if cfg.freeze_detector:                                                  # Siamese DETR, Table 5: class-agnostic or not is not said, so both
@@ -394,27 +649,22 @@ def draw_predictions(path: Path, test_set, detections: list[dict], truth: dict, 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
+    given = {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")}
     checkpoint, state, arch = None, {}, {}
 
     def recipe(values: dict[str, Any]) -> dict[str, Any]:
         nonlocal checkpoint, state, arch
         if values["init_from"]:
-            checkpoint, state, arch = read_init(values["init_from"], keep_queries=values["class_agnostic"])
-        return recipe_of(values | arch)
+            checkpoint, state, arch = read_init(values["init_from"], values["class_agnostic"], values["detector"])
+        protocol = {"protocol": "soco"} if values["protocol"] == "released" and convert.is_soco(state) else {}
+        return recipe_of(values | arch | protocol) | ({"iterations": None} if "epochs" in given else {})
 
     cfg = common.parse_config(Config, PRESETS, argv, script="finetune", description=__doc__.split("\n\n")[0], by_data=recipe)
     device = common.setup_distributed(cfg.device)
     cfg.eval_only |= cfg.class_agnostic
     if cfg.init_from:
-        cfg = adopt_architecture(cfg, arch, {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")})
-    elif cfg.freeze_detector:
-        raise UserError("--freeze_detector needs --init_from FILE: without one the heads would be trained on a random detector")
-    elif cfg.eval_only:
-        raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
-    if cfg.protocol == "updetr_long" and cfg.detector != "detr":
-        raise UserError(f"--protocol updetr_long is a schedule of detr, not of {cfg.detector}")
-    if cfg.protocol in ("semi_supervised", "low_data") and not (cfg.data == "coco" and cfg.labels_percent < 100):
-        raise UserError(f"--protocol {cfg.protocol} is a schedule of shares of COCO: give --data coco --labels_percent P")
+        cfg = adopt_architecture(cfg, arch, given)
+    check_flags(cfg, given, checkpoint)
     train_set, test_set = open_sets(cfg)
     if cfg.eval_only:
         if (Path(cfg.out) / "last.pt").exists():
@@ -427,14 +677,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     data.StepSampler(len(train_set), cfg.batch_size, 1, **sampler_args)      # complains about sizes before anything is written
     out, run = Path(cfg.out), common.open_run(cfg, "finetune")
     steps_per_epoch = len(train_set) // cfg.batch_size
-    total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
+    total_steps = min(run_length(cfg, steps_per_epoch), cfg.max_steps or sys.maxsize)
     if metrics := common.finished(out, run, total_steps):
         return finish(cfg, metrics)
     model, mapped = build_model(cfg, checkpoint, state, train_set.categories)
     if cfg.freeze_detector:
         freeze(model)
     model = model.to(device)
-    optimizer = common.build_optimizer(cfg, model)
+    optimizer = build_optimizer(cfg, model)
     start = common.restore(run, model, optimizer) if run else 0
     wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
     sampler = data.StepSampler(len(train_set), cfg.batch_size, total_steps, start_step=start, **sampler_args)
@@ -445,7 +695,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for step in bar:
         common.seed_step(cfg.seed, step)
         train_mode(cfg, wrapped)
-        lr = common.set_lr(optimizer, common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,)))
+        lr = common.set_lr(optimizer, lr_factor(cfg, step, steps_per_epoch))
         micro_batches = [next(batches) for _ in range(cfg.accumulate)]
         for batch in micro_batches:
             skipped.add(batch["skipped"])
@@ -453,27 +703,57 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         terms = train_step(cfg, wrapped, criterion, optimizer, micro_batches, step, device)
         if step % cfg.log_every == 0 or step == total_steps - 1:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
-            bar.set_postfix(loss=f"{line['loss']:.2f}", ce=f"{line['loss_ce']:.3f}", box=f"{line['loss_bbox']:.3f}")
+            bar.set_postfix({k.removeprefix("loss_"): f"{line[k]:.3f}" for k in list(terms)[:3]})
             seen = 0
         if (step + 1) % cfg.save_every == 0 or step == total_steps - 1:
             common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, script="finetune", categories=train_set.categories)
         epoch, rest = divmod(step + 1, steps_per_epoch)
         if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step < total_steps - 1:
+            moving = precise_bn(cfg, model, train_set, device)
             metrics = evaluate(cfg, model, mapped, test_set, device, write=False)
+            model.load_state_dict(moving, strict=False)                      # a resumed run has not seen this evaluation
             common.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float)))
+    if precise_bn(cfg, model, train_set, device):                            # what was evaluated is what is saved (released)
+        common.save_checkpoint(out / "last.pt", model, optimizer, total_steps, cfg, script="finetune", categories=train_set.categories)
     return finish(cfg, evaluate(cfg, model, mapped, test_set, device, write=True) | {"steps": total_steps})
+
+
+def check_flags(cfg: Config, given: set[str], checkpoint: dict | None) -> None:
+    """UserError for flags that contradict each other, or belong to the other family."""
+    rcnn = is_rcnn(cfg.detector)
+    if other := sorted(given & (DETR_ONLY if rcnn else RCNN_ONLY)):
+        raise UserError(f"--{', --'.join(other)}: not of {NAMES[cfg.detector]}, but of the {'DETR' if rcnn else 'R-CNN'} family; leave it out"
+                        + f", or give --detector {', '.join(typing.get_args(common.RCNN_DETECTORS))}" * (not rcnn))
+    if cfg.freeze_detector and not cfg.init_from:
+        raise UserError("--freeze_detector needs --init_from FILE: without one the heads would be trained on a random detector")
+    if cfg.eval_only and not cfg.init_from:
+        raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
+    if cfg.eval_only and rcnn and not is_finetuned_rcnn(checkpoint):
+        raise UserError(f"--eval_only: {cfg.init_from} holds no detector of the R-CNN family, only what one starts from; fine-tune it first")
+    if (cfg.protocol in ("soco", "dupr")) != rcnn and cfg.protocol != "released":
+        raise UserError(f"--protocol {cfg.protocol} is a schedule of the {'DETR' if rcnn else 'R-CNN'} family, not of {cfg.detector}")
+    if cfg.protocol == "updetr_long" and cfg.detector != "detr":
+        raise UserError(f"--protocol updetr_long is a schedule of detr, not of {cfg.detector}")
+    if cfg.protocol in ("semi_supervised", "low_data") and not (cfg.data == "coco" and cfg.labels_percent < 100):
+        raise UserError(f"--protocol {cfg.protocol} is a schedule of shares of COCO: give --data coco --labels_percent P")
+    if cfg.detector == "fcos_fpn" and cfg.fpn_channels % 64:
+        raise UserError(f"--fpn_channels {cfg.fpn_channels}: FCOS normalises in 32 groups of at least two channels; give a multiple of 64")
+    if not all(0 < drop <= 1 for drop in cfg.lr_drops):
+        raise UserError(f"--lr_drops {' '.join(map(str, cfg.lr_drops))}: shares of the run, above 0 and at most 1")
 
 
 def open_sets(cfg: Config) -> tuple[data.DetectionSet, data.DetectionSet]:
     """Training set (the --labels_percent share of it) and test set, which has the training set's categories."""
-    train_set = data.open_detection(cfg.data, cfg.data_root, "train", synthetic_images=cfg.synthetic_images, synthetic_size=cfg.synthetic_size,
-                                    seed=cfg.seed)
+    shared = {"synthetic_size": cfg.synthetic_size, "seed": cfg.seed, "masks": cfg.detector.startswith("mask")}
+    train_set = data.open_detection(cfg.data, cfg.data_root, "train", synthetic_images=cfg.synthetic_images, **shared)
     test_set = data.open_detection(cfg.data, cfg.data_root, "test", categories=train_set.categories, synthetic_images=cfg.synthetic_test_images,
-                                   synthetic_size=cfg.synthetic_size, seed=cfg.seed)
+                                   **shared)
     if not 0 < cfg.labels_percent <= 100:
         raise UserError(f"--labels_percent {cfg.labels_percent:g}: must lie above 0 and not above 100")
     if cfg.labels_percent < 100:
         train_set = train_set.subset(cfg.labels_percent, cfg.seed)           # F2
+    if is_rcnn(cfg.detector):
+        train_set = train_set.with_objects()
     for note in dict.fromkeys([*train_set.notes, *test_set.notes]):
         common.say(f"note: {note}")
     return train_set, test_set

@@ -297,8 +297,8 @@ def relative_boxes(boxes: np.ndarray, crop: tuple[int, ...], flip: bool) -> np.n
 class ObjectViewsDataset(torch.utils.data.Dataset):
     """One sample: views of an image and K boxes per pair (V1, Vj), j = 2, 3, (4). Random as a function of (seed, epoch, index).
 
-    Keys: views, [3, s, s] each; boxes1, boxes [P, K, 4] in 0..1 of V1 and of Vj; corres [P, L * K, L * K]; ids1, ids, levels1, levels [P, K]; index of
-    the image; skipped (unreadable files). separate (probe): proposals that overlap much are left out.
+    Keys: views, [3, s, s] each; boxes1, boxes [P, K, 4] in 0..1 of V1 and of Vj; corres [P, L * K, L * K]; ids1, ids, levels1, levels [P, K]; index
+    of the image; skipped (unreadable files). separate (probe): proposals that overlap much are left out.
     """
 
     def __init__(self, cfg: Config, source, indices: np.ndarray, store: proposals.ProposalStore | None = None, separate: bool = False):

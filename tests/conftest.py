@@ -34,29 +34,34 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def two_processes(tmp_path_factory):
-    """What worker() of these modules gives in two processes joined by gloo, as torchrun starts them: {module: [rank 0, rank 1]}."""
-    out, modules = tmp_path_factory.mktemp("two_processes"), ("test_detreg", "test_finetune", "test_siamese_detr", "test_updetr")
+def run_processes(code: str, out: Path, world: int = 2, timeout: float = 180) -> None:
+    """`code` in `world` processes joined by gloo, as torchrun starts them, in the folder `out`."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    code = (f"import torch, common, {', '.join(modules)}\n"
+    code = ("import torch, common\n"
             "torch.set_num_threads(1)\n"
-            "assert common.setup_distributed('cpu').type == 'cpu' and common.world_size() == 2\n"
-            f"for name in {modules}: torch.save(__import__(name).worker(), f'{{name}}{{common.rank()}}.pt')\n"
+            f"assert common.setup_distributed('cpu').type == 'cpu' and common.world_size() == {world}\n"
+            f"{code}\n"
             "torch.distributed.destroy_process_group()")
     processes = []
-    for r in "01":
-        env = {**os.environ, "RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    for r in map(str, range(world)):
+        env = {**os.environ, "RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         processes.append(subprocess.Popen([sys.executable, "-c", code], env=env, cwd=out, stderr=subprocess.PIPE, text=True))
     try:
-        errors = [process.communicate(timeout=180)[1] for process in processes]
+        errors = [process.communicate(timeout=timeout)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert not any(process.returncode for process in processes), "\n".join(errors)
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory):
+    """What worker() of these modules gives in two processes joined by gloo, as torchrun starts them: {module: [rank 0, rank 1]}."""
+    out, modules = tmp_path_factory.mktemp("two_processes"), ("test_detreg", "test_dupr", "test_finetune", "test_siamese_detr", "test_soco", "test_updetr")
+    run_processes(f"for name in {modules}: torch.save(__import__(name).worker(), f'{{name}}{{common.rank()}}.pt')", out)
     return {name: [torch.load(out / f"{name}{r}.pt") for r in (0, 1)] for name in modules}
 
 

@@ -6,9 +6,11 @@ released checkpoints.
 """
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import re
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,16 +18,20 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import run_processes
 from fill import fill
 
 import common
 import convert
 import data
 import detreg
+import dupr
 import evaluation
+import figures
 import finetune
 import proposals
 import siamese_detr
+import soco
 import updetr
 
 FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "parity")
@@ -875,6 +881,10 @@ def converted_file(case, path, wanted):
 def statedict(case, arrays, seen):
     """A file with a released checkpoint's names and shapes loads with nothing left over, and our model has the same names."""
     names = [name for name, *_ in case["entries"]]
+    if any(name.removeprefix("module.") == "encoder_q.conv1.weight" for name in names):
+        return moco_statedict(case, seen)
+    if case["model"].startswith("soco_"):
+        return soco_statedict(case, seen)
     # one head for all decoder layers appears under several names; with box refinement each layer has its own
     shared = not any(name.startswith("transformer.decoder.bbox_embed.") for name in names)
     entries = [entry if len(entry) > 2 or not shared else (*entry, re.sub(r"^(bbox_embed|class_embed)\.\d+\.", r"\1.0.", entry[0]))
@@ -1185,3 +1195,626 @@ def box_jitter(case, arrays, _):
     for view in ("v1", "v2"):
         moved = siamese_detr.jitter_boxes(arrays.tensor("boxes"), arrays.tensor(f"randn_{view}"), case["config"]["ratio"])
         close(siamese_detr.clip_boxes(moved, torch.tensor([0.0, 0.0, w, h])), arrays[f"out_{view}"], case["tolerance"]["atol"])
+
+
+# ==== SoCo =========================================================================================================
+
+def numbers(value):
+    """All numbers in a case's words, in order."""
+    return [float(v) for v in re.findall(r"-?\d+\.?\d*(?:e[+-]?\d+)?", json.dumps(value))]
+
+
+def allowed(case, what=""):
+    """A tolerance in words: the number behind `what`."""
+    return float(re.search(rf"{what}\D*?([\d.]+(?:e-?\d+)?)", case["tolerance"])[1])
+
+
+def soco_fill(names, seed):
+    """[(released name, shape)] -> its tensors under our names, through the loader's renaming."""
+    return convert.soco_state({name: torch.from_numpy(fill(name.removeprefix("module."), tuple(shape), seed)) for name, shape in names})
+
+
+def soco_model(shapes, roi_size, body="resnet18"):
+    """The SoCo that a list of names and shapes belongs to; without an encoder in the list it has a small one."""
+    if "encoder.conv1.weight" in shapes:
+        body = convert.resnet_name(shapes, "encoder.", "the case")
+    fpn, width = "neck.lateral_convs.0.conv.weight", "projector.linear2.weight"
+    channels = shapes[fpn if fpn in shapes else "head.conv1.weight"][0] if "head.conv1.weight" in shapes else 0
+    return soco.SoCo(common.Backbone(body, (1, 2, 3, 4), "bn", trainable=5), arch="fpn" if channels else "c4", fpn_channels=channels,
+                     head_dim=shapes["head.fc1.weight"][0] if channels else 0, mlp_dim=shapes[width][1], embedding_dim=shapes[width][0],
+                     roi_size=roi_size)
+
+
+@kind("soco/level_assignment")
+def soco_levels(case, arrays, _):
+    ranges = tuple(int(v) for v in re.search(r"\[([\d, ]+)\]", json.dumps(case["config"]))[1].split(","))
+    for row, resized, level in zip(arrays["box_crop_f64"], arrays["resized_int"], arrays["level"], strict=True):
+        ours = soco.resize_boxes(row[None, :4], (0, 0, row[4], row[5]), row[6])
+        close(ours[0], resized, 0)
+        close(soco.assign_levels(ours, ranges), level[None], 0)
+
+
+@kind("soco/box_jitter")
+def soco_jitter(case, arrays, _):
+    probability, atol = numbers(case["config"])[0], allowed(case)
+    moved = soco.jitter_boxes(arrays["props_xyxy_id"], arrays["apply_f64"] < probability, arrays["r_f64"])
+    close(moved, arrays["jittered_f64"], atol)
+    close(soco.clip_to_crop(moved, (0, 0, *arrays["image_wh"])), arrays["clipped_f64"], atol)
+    crop = re.search(r"(\d+)x(\d+) \(w x h\) crop", case["outputs"])
+    close(soco.clip_to_crop(np.zeros((0, 5)), (0, 0, int(crop[1]), int(crop[2]))), arrays["empty_clip"], 0)
+
+
+@kind("soco/proposal_filter")
+def soco_filter(case, arrays, _):
+    """Which rules a column stands for is in its name, as in the released file names: ratio3size0308 = aspect 3, size 0.3..0.8."""
+    rects, wh, side = arrays["rects_xywh"], tuple(arrays["image_wh"].tolist()), int(numbers(case["config"])[-1])
+    for name in sorted(case["arrays"]):
+        if name.startswith("keep_"):
+            rule = re.fullmatch(r"keep_(?:ratio(\d))?(?:size(\d\d)(\d\d))?(none)?", name)
+            size = (int(rule[2]) / 10, int(rule[3]) / 10) if rule[2] else None
+            close(soco.filter_rects(rects, wh, float(rule[1] or "inf"), size, side), arrays[name], 0, what=name)
+    close(soco.inclusive_boxes(rects)[:, :4], arrays["converted_xyxy"], 0)
+
+
+@kind("soco/box_pipeline")
+def soco_box_pipeline(case, arrays, _):
+    atol = float(re.search(r"floats ([\d.e-]+)", case["tolerance"])[1])
+    ranges, probability = soco.Config().level_sizes, float(re.search(r"apply\[i\] < ([\d.]+)", case["inputs"])[1])
+    for s, scene in enumerate(case["config"]):
+        def given(name, s=s):
+            return arrays[f"s{s}_{name}"]
+
+        boxes, K, whole = soco.inclusive_boxes(given("rects_xywh")), scene["K"], (0, 0, scene["W"], scene["H"])
+        assert len(boxes) == scene["n"]
+        close(boxes, given("out_proposals_xyxy_id"), 0)
+        for j in (int(name[-1]) for name in sorted(case["arrays"]) if re.fullmatch(rf"s{s}_params\d", name)):
+            top, left, height, width, *size = given(f"params{j}").tolist()
+            assert size == [scene["H"], scene["W"]]
+            crop = (left, top, left + width, top + height)
+            draw = soco.PairDraw(given(f"sel1{j}"), given(f"jit1{j}_apply_f64") < probability, given(f"jit1{j}_r_f64"), given(f"pad_1_1{j}"),
+                                 given(f"pad_{j}"))
+            chosen = soco.overlapping(boxes, crop)
+            close(chosen[:, 4], given(f"out_overlap_ids_1{j}"), 0)
+            chosen = chosen[draw.select] if len(chosen) >= K else chosen
+            close(chosen[:, 4], given(f"out_selected_ids_1{j}"), 0)
+            close(soco.jitter_boxes(chosen, draw.apply[:len(chosen)], draw.r[:len(chosen)]), given(f"out_jittered_1{j}_f64"), atol)
+            first, second = soco.pair_boxes(boxes, whole, crop, draw, K)
+            close(first, given(f"out_clipped_1_1{j}_f64"), atol)
+            close(second, given(f"out_clipped_{j}"), 0)
+            levels, flips = [], given("flips")
+            for text, ours, view, side, flip, empty in ((f"1_1{j}", first, whole, scene["view"], flips[0], -1),
+                                                        (f"{j}", second, crop, scene["view" if j == 2 else f"view{j}"], flips[j - 1], -j)):
+                resized = soco.resize_boxes(ours, view, side)
+                close(np.concatenate([resized, ours[:, 4:]], 1), given(f"out_resized_int_{text}"), 0)
+                levels.append(soco.assign_levels(resized, ranges))
+                slots = np.where(np.arange(len(ranges))[:, None] == levels[-1], ours[:, 4], empty)          # [L, K]
+                close(slots.flatten(), given(f"out_assigned_ids_{text}_f64"), 0)
+                for name, mirrored in (("norm", False), ("final", bool(flip))):
+                    relative = soco.relative_boxes(ours, view, mirrored)
+                    assert relative.dtype == np.float32
+                    close(np.concatenate([relative, ours[:, 4:]], 1), given(f"out_{name}_{text}"), atol)
+            close(soco.correspondence(first[:, 4], second[:, 4], *levels, len(ranges)), given(f"out_corres_1{j}"), 0)
+            if f"s{s}_out_plain_corres_1{j}" in case["arrays"]:
+                close(soco.correspondence(first[:, 4], second[:, 4]), given(f"out_plain_corres_1{j}"), 0)
+
+
+def soco_inputs(case):
+    """{name: tensor} of inputs that say fill('input:C2', [2, 256, 14, 14], 0)."""
+    made = {k: re.search(r"fill\('input:(\w+)', \[([\d, ]+)\], (\d+)\)", v) for k, v in case["inputs"].items() if "fill(" in v}
+    return {k: tensor(m[1], [int(v) for v in m[2].split(",")], int(m[3])) for k, m in made.items()}
+
+
+@kind("soco/fpn")
+def soco_fpn(case, arrays, _):
+    shapes, inputs = dict(case["state_dict"]), soco_inputs(case)
+    channels = [shape[1] for name, shape in shapes.items() if re.fullmatch(r"neck\.lateral_convs\.\d\.conv\.weight", name)]
+    for mode in ("eval", "train"):
+        model = torch.nn.ModuleDict({"neck": soco.FPN(channels, shapes["neck.fpn_convs.0.conv.weight"][0])}).train(mode == "train")
+        common.load_matching(model, soco_fill(case["state_dict"], case["seed"]), drop={}, source="the case")
+        with torch.no_grad():
+            outputs = model["neck"](list(inputs.values()))
+        for (name, _), level in zip(inputs.items(), outputs, strict=True):
+            name = f"{mode}_P{name[1:]}"
+            assert list(level.shape) == arrays[f"{name}_shape"].tolist()
+            within(case, level.flatten()[arrays.tensor(f"{name}_idx")], arrays[name], name)
+
+
+@kind("soco/roi_head")
+def soco_roi_head(case, arrays, _):
+    shapes, levels = dict(case["state_dict"]), soco_inputs(case)
+    model = soco_model(shapes, int(re.search(r"output_size (\d+)", case["config"])[1]))
+    drop = {r"^(encoder|neck)\.|_k\.": "not in the case"}
+    common.load_matching(model, soco_fill(case["state_dict"], case["seed"]), drop=drop, source="the case")
+    seen = {}
+    for name in ("head", "projector", "predictor"):
+        getattr(model, name).register_forward_hook(lambda module, args, output, name=name: seen.setdefault(name, []).append((args[0], output)))
+    model.maps = lambda images, target: list(levels.values())
+    for mode in ("eval", "train"):
+        model.train(mode == "train")
+        seen.clear()
+        with torch.no_grad():
+            embedding, = model.embed(None, [arrays.tensor("boxes")], False)
+        for i, level in enumerate(levels):
+            (rois, h), (_, g), (_, v) = (seen[name][i] for name in ("head", "projector", "predictor"))
+            rows = embedding.unflatten(1, (len(levels), -1))[:, i].flatten(0, 1)
+            for name, value in {f"roi_{level}": rois, f"{mode}_head_{level}": h, f"{mode}_proj_{level}": g, f"{mode}_pred_{level}": v,
+                                f"{mode}_predn_{level}": rows}.items():
+                if f"{name}_idx" in case["arrays"]:
+                    value = value.flatten()[arrays.tensor(f"{name}_idx")]
+                if name in case["arrays"]:
+                    within(case, value, arrays[name], name)
+    for name in case["arrays"]:
+        if match := re.fullmatch(r"train_(head|proj|pred)_(bn\d)_(running_\w+)_after\d", name):
+            part = {"head": model.head, "proj": model.projector, "pred": model.predictor}[match[1]]
+            statistics = getattr(getattr(part, match[2]), match[3])
+            within(case, statistics[:arrays[name].size], arrays[name], name)
+
+
+@kind("soco/loss")
+def soco_losses(case, arrays, _):
+    atol, width = allowed(case), case["shapes"][-1]
+    n, K = arrays["ids1"].shape
+
+    def embeddings(prefix, names, rows, joined=False):
+        shape = (n * rows, width) if joined else (n, rows, width)
+        return [torch.nn.functional.normalize(tensor(prefix + name, shape, case["seed"]), dim=-1).view(n, rows, width) for name in names]
+
+    def pairs(matrix, *levels):
+        """A case's correspondence; ours is the same, but for images whose pairs were taken out."""
+        ours = np.stack([soco.correspondence(*image, levels=matrix.shape[1] // K) for image in zip(arrays["ids1"], arrays["ids2"], *levels)])
+        kept = matrix.any((1, 2))
+        close(ours[kept], matrix[kept], 0)
+        return torch.from_numpy(matrix)
+
+    level1 = arrays["level1"]
+    views = [j for j in range(2, 9) if f"corres_1{j}" in case["arrays"]]
+    corres = torch.stack([pairs(arrays[f"corres_1{j}"], level1, arrays[f"level{j}"]) for j in views], 1)
+    v = [embeddings("", (f"pred_1_1{j}", f"pred_{j}", f"proj_1_1{j}", f"proj_{j}"), corres.shape[2]) for j in views]
+    total, terms = soco.soco_loss(v, corres)
+    assert list(terms) == [f"loss_{a}" for j in views for a in (f"1{j}", f"{j}1")]
+    close(torch.stack(list(terms.values())), arrays["terms"], atol)
+    close(total, arrays["total"], atol)
+    plain = pairs(arrays["c4_corres"])[:, None]
+    total, terms = soco.soco_loss([embeddings("c4_", ("pred_1", "pred_2", "proj_1", "proj_2"), K, joined=True)], plain)
+    close(torch.stack(list(terms.values())), arrays["c4_terms"], atol)
+    close(total, arrays["c4_total"], atol)
+    same, rows = v[0][0], torch.eye(corres.shape[2]).expand(n, -1, -1)
+    close(soco.pair_loss(same, same, rows), arrays["perfect_one_term"], atol)
+
+
+@kind("soco/lars")
+def soco_lars(case, arrays, _):
+    rtol, momentum = allowed(case), float(re.search(r"momentum ([\d.]+)", case["what"])[1])
+    trust = float(re.search(r"trust_coef ([\d.]+)", case["config"])[1])
+    for c in sorted(int(name[1:].split("_")[0]) for name in case["arrays"] if name.endswith("_wd_lrs_f64")):
+        weight_decay, *rates = arrays[f"c{c}_wd_lrs_f64"].tolist()
+        model = torch.nn.ModuleDict()
+        for name, shape in case["shapes"].items():
+            value = torch.from_numpy(fill(f"lars:{name}", tuple(shape), case["seed"]))
+            part, leaf = name.split(".")
+            if part not in model:
+                model[part] = torch.nn.ParameterDict()
+            model[part][leaf] = torch.nn.Parameter(torch.zeros_like(value) if part == "zero" else value)
+        optimizer = soco.LARS([{**group, "base_lr": rates[0]} for group in soco.lars_groups(model, weight_decay)], rates[0], momentum, trust=trust)
+        for step, rate in enumerate(rates):
+            for name, p in model.named_parameters():
+                gradient = 0.1 * tensor(f"lars_grad{step}:{name}", p.shape, case["seed"])
+                p.grad = None if "nograd" in name else torch.zeros_like(p) if "zerograd" in name else gradient
+            common.set_lr(optimizer, rate / rates[0])
+            optimizer.step()
+            for name, p in model.named_parameters():
+                expected = arrays[f"c{c}_step{step + 1}_{name}"]
+                close(p, expected, rtol * np.abs(expected).max(), what=f"c{c} {name} after step {step + 1}")
+        buffers = {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters() if p in optimizer.state}
+        assert buffers.keys() == {name.split("_buf_")[1] for name in case["arrays"] if name.startswith(f"c{c}_buf_")}
+        for name, value in buffers.items():
+            expected = arrays[f"c{c}_buf_{name}"]
+            close(value, expected, rtol * np.abs(expected).max(), what=f"c{c} buffer of {name}")
+
+
+@kind("soco/schedules")
+def soco_schedules(case, arrays, _):
+    c, rtol = case["config"], allowed(case)
+    assert c["warmup_multiplier"] == 100                                # the only one the code knows
+    for i, spec in enumerate(c["lr"]):
+        for step, expected in zip(arrays[f"lr{i}_steps"].tolist(), arrays[f"lr{i}_f64"], strict=True):
+            plan = (spec["n_iter"], spec["epochs"], spec["warmup"])
+            close(soco.lr_at(step, spec["lr"], *plan, c["eta_min"]), expected, 0, rtol)
+            close(spec["lr"] * soco.lr_at(step, 1.0, *plan, c["eta_min"] / spec["lr"]), expected, 0, rtol)        # as in main()
+    for i, spec in enumerate(c["ema"]):
+        for k, expected in zip(arrays[f"ema{i}_k"].tolist(), arrays[f"ema{i}_momentum_f64"], strict=True):
+            close(soco.momentum_at(k, spec["base"], spec["K"]), expected, 0, rtol)
+    for images, world, per_process, epochs, steps in arrays["K_examples_f64"].tolist():
+        assert soco.ema_steps(int(images), int(world * per_process), int(epochs)) == steps
+
+
+@functools.lru_cache(maxsize=1)
+def soco_entries(file, seed, path):
+    """All tensors of a released SoCo file; kept, several cases in a row share them."""
+    return soco_fill(manifest(file, path)["entries"], seed)
+
+
+@kind("soco/full_step")
+def soco_full_step(case, arrays, seen):
+    """One soco.train_step (rate 0): on small views in float64, which the float64 numbers pin closely, else in float32."""
+    c = case["config"]
+    dtype = torch.float64 if max(c["view_sizes"]) <= 128 else torch.float32
+    state = soco_entries(f"statedict_soco_{'c4' if c['variant'] == 'c4' else 'fpn'}_pretrain.json", case["seed"], seen.path)
+    model = soco_model({name: value.shape for name, value in state.items()}, c["output_size"])
+    common.load_matching(model, state, drop={}, source="the case")
+    model.to(dtype).train()
+    views = [view.to(dtype) for view in soco_inputs(case).values()]
+    assert [view.shape[-1] for view in views] == c["view_sizes"] and all(len(view) == c["N"] for view in views)
+    others = range(2, len(views) + 1)
+
+    def boxes(name, instead):
+        return arrays.tensor(name if name in case["arrays"] else instead, dtype)[..., :4]
+
+    batch = {"views": views, "boxes1": torch.stack([boxes(f"bboxs1_1{j}", "bboxs1_12") for j in others], 1),
+             "boxes": torch.stack([boxes(f"bboxs{j}", "bboxs2") for j in others], 1),
+             "corres": torch.stack([arrays.tensor("plain_12" if c["variant"] == "c4" else f"corres_1{j}", dtype) for j in others], 1)}
+    assert batch["boxes1"].shape == (c["N"], len(others), c["K"], 4)
+    momentum = soco.momentum_at(c["k"], c["contrast_momentum"], c["K_total"])
+    assert momentum == pytest.approx(c["momentum_used"], rel=1e-9)
+    found = {}
+    model.register_forward_hook(lambda module, args, output: found.update(pairs=output))
+    model.encoder.layer4.register_forward_hook(lambda module, args, output: found.update({"C5_view1": output} | found))
+    if model.neck is not None:
+        model.neck.register_forward_hook(lambda module, args, output: found.update({"P3_view1": output[1]} | found))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0)
+    single = torch.Tensor.float
+    with pytest.MonkeyPatch.context() as patch:                         # .float() undoes bf16 in training; here it must not undo float64
+        patch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else single(self))
+        terms = soco.train_step(SimpleNamespace(amp="off"), model, optimizer, batch, momentum, 0, torch.device("cpu"))
+
+    loss_atol, atol, rtol, tight = (allowed(case, what) for what in ("loss atol", "embeddings atol", "grad norms rel", "tight"))
+    floor = float(m[1]) if (m := re.search(r"gradient norms with atol ([\d.e-]+)", case.get("note", ""))) else 1e-6
+    parameters, double = dict(model.named_parameters()), dtype == torch.float64
+    losses = torch.stack([value for name, value in terms.items() if re.fullmatch(r"loss_\d\d", name)])
+    norms = torch.stack([parameters[name].grad.norm() for name in arrays["grad_names"].tolist()])
+    for name, value in (("loss", terms["loss"]), ("terms", losses)):
+        close(value, arrays[f"{name}_f64"], tight if double else loss_atol, what=name)
+        close(value, arrays[f"{name}32"], loss_atol, what=name)
+    close(norms, arrays["grad_norms_f64"], floor, tight if double else rtol, "norms")
+    close(norms, arrays["grad_norms32"], floor, rtol, "norms")
+    close(terms["grad_norm"], arrays["grad_total_norm_f64"], 0, tight if double else rtol, "total norm")
+    values = {name: found[name] for name in ("C5_view1", "P3_view1") if name in case["arrays"]}
+    for i, (v1, vj, target1, targetj) in enumerate(found["pairs"]):
+        values |= {f"q{2 * i}": v1, f"k{2 * i}": targetj, f"q{2 * i + 1}": vj, f"k{2 * i + 1}": target1}
+    for name, value in values.items():
+        close(value.flatten()[arrays.tensor(f"{name}_idx")], arrays[name], atol, what=name)
+    after = model.state_dict()
+    for name in (name for name in case["arrays"] if name.startswith("after_")):
+        close(after[name.removeprefix("after_")].flatten()[:arrays[name].size], arrays[name], tight if double else atol / 10, 1e-4, name)
+    for i, name in enumerate(arrays["ema_names"].tolist()):
+        close(after[name].flatten()[arrays.tensor(f"ema{i}_idx")], arrays[f"ema{i}"], tight, what=name)
+    assert {name: int(after[name]) for name in case["num_batches_tracked"]} == case["num_batches_tracked"]
+
+
+def soco_statedict(case, seen):
+    """A released SoCo file: our model has its names, its online encoder is a backbone, and what detectron2 and MMDetection get from it is named."""
+    _, arch, use = case["model"].split("_")
+    if use != "pretrain":
+        entries = manifest(f"statedict_soco_{arch}_pretrain.json", seen.path)["entries"]
+        source = {name: torch.empty(shape, device="meta") for name, shape in entries}
+        ours = convert.soco_detectron2(source, arch) if use == "detectron2" else convert.soco_mmdet(source)
+        wanted = {new: source[old] for old, new in case["mapping"]}
+        assert len(wanted) == len(case["mapping"]) == len(ours) and all(ours[name] is value for name, value in wanted.items())
+        assert [[name, list(value.shape)] for name, value in ours.items()] == case["entries"]
+        return
+    state = {name: torch.from_numpy(fill(name.removeprefix("module."), tuple(shape), case.get("seed", 0))) for name, shape in case["entries"]}
+    path = seen.tmp / "current.pth"
+    torch.save({"opt": argparse.Namespace(arch="resnet50", alternative=None), "model": state, "optimizer": {"state": {}, "param_groups": []},
+                "scheduler": {"last_epoch": 0, "after_scheduler": {"last_epoch": 0}}, "epoch": 100}, path)
+    released = convert.soco_state(convert.state_of(convert.read_checkpoint(path), path))
+    model = soco_model({name: value.shape for name, value in released.items()}, 7)
+    common.load_matching(model, released, drop={}, source=str(path))
+    own = model.state_dict()
+    assert {f"module.{name}" for name in own} | {"module.queue", "module.queue_ptr"} >= state.keys() >= {f"module.{name}" for name in own}
+    assert all(torch.equal(value, state[f"module.{name}"]) for name, value in own.items())
+    backbone = common.Backbone(convert.resnet_name(released, "encoder.", path), (1, 2, 3, 4), "bn", trainable=5)
+    convert.load_backbone(backbone.body, path)
+    for name, value in backbone.body.state_dict().items():
+        online = state[f"module.encoder.{name}"]
+        assert torch.equal(value, online) and (value.numel() < 2 or not torch.equal(value, state[f"module.encoder_k.{name}"])), name
+
+
+# ==== MoCo and DUPR ================================================================================================
+
+def within(case, actual, expected, what=""):
+    """Compare under a tolerance in words: atol and rtol as named, a bare number is atol; atol "relative to max abs" grows with the array.
+
+    "rtol 1e-4 (float32)" names no atol: entries of a unit vector that are nearly 0 keep the rounding of the others, 2e-6 in the fact sheet.
+    """
+    text, expected = str(case["tolerance"]), np.asarray(expected)
+    limit = {k: float(v) for k, v in re.findall(r"(atol|rtol) ([\d.e-]+)", text)} or {"atol": float(re.match(r"[\d.e-]+", text)[0])}
+    limit = {"atol": 2e-6 if "(float32)" in text else 0.0, **limit}
+    scale = np.abs(expected).max(initial=0) if "relative to max abs" in text else 1.0
+    close(torch.as_tensor(actual).reshape(expected.shape), expected, limit["atol"] * scale, limit.get("rtol", 0.0), what)
+
+
+def unit_queue(shape, seed, name="queue"):
+    return torch.nn.functional.normalize(torch.from_numpy(fill(name, tuple(shape), seed)), dim=0)
+
+
+def moco_config(case, **values):
+    """MoCo v2 as a setting of DUPR: an image head on conv5 and no more."""
+    c = case["config"]
+    return dupr.Config(alpha=(0, 0, 0, 1), beta=(0, 0, 0, 0), embedding_dim=c["dim"], queue_size=c["K"], temperature=c["T"], **values)
+
+
+def moco_encoder(case, shapes):
+    """The encoder of a case: a ResNet, or "Tiny": conv1 (stride 2, padding 1), bn1, relu. One head on the last stage, of two layers or (v1) one."""
+    c, nn = case["config"], torch.nn
+    cfg = moco_config(case)
+    if "arch" in c:
+        cfg.arch = c["arch"]
+        made = dupr.build_model(cfg).encoder_q
+        body, levels = nn.Sequential(OrderedDict((name, getattr(made, name)) for name in made.stages)), made.levels
+    else:
+        width, _, *kernel = shapes["encoder_q.conv1.weight"]
+        body = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, width, kernel, stride=2, padding=1, bias=False), bn1=nn.BatchNorm2d(width),
+                                         layer4=nn.ReLU()))
+        levels = {"layer4": ("conv5", width, 2)}
+    per_level = (dict(zip(dupr.LEVELS, values)) for values in (cfg.alpha, cfg.beta, cfg.roi_sizes))
+    return dupr.Encoder(body, levels, *per_level, c["dim"], mlp=c["mlp"])
+
+
+def moco_model(case, folder):
+    """A released MoCo checkpoint with a case's weights -> our model, through the loader of released checkpoints; nothing may be left over."""
+    shapes = {name.removeprefix("module."): shape for name, shape in case["keys"]}
+    state = {name: torch.from_numpy(fill(name, tuple(shape), case["seed"])) for name, shape in shapes.items()}
+    state |= {"queue": unit_queue(shapes["queue"], case["seed"]), "queue_ptr": torch.zeros(shapes["queue_ptr"], dtype=torch.long)}
+    model = dupr.DUPR(moco_encoder(case, shapes), case["config"]["K"], case["config"]["dim"])
+    path = moco_file(folder, state)
+    common.load_matching(model, convert.dupr_state(convert.state_of(convert.read_checkpoint(path), path)), drop={}, source=str(path))
+    return model
+
+
+def moco_file(folder, state):
+    """As main_moco.py saves it."""
+    path = folder / "checkpoint_0199.pth.tar"
+    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": {f"module.{name}": value for name, value in state.items()},
+                "optimizer": {"state": {}, "param_groups": []}}, path)
+    return path
+
+
+def moco_stepper(cfg, model, optimizer, permutation=None):
+    """step(query images, key images): dupr.train_step -> (its terms, logits [N, 1 + K] of its queries and keys with the queue they met)."""
+    seen = {}
+    model.register_forward_hook(lambda module, args, output: seen.update(output=output))
+    wrapped = common.wrap_model(model.train(), torch.device("cpu"), sync_bn=False)
+    if permutation is not None:
+        dupr.draw_permutation = lambda seed, step, n: permutation
+
+    def step(query_images, key_images):
+        n, _, h, w = query_images.shape
+        queue = model.queues["image_conv5"].keys.clone()
+        batch = {"views": torch.stack([query_images, key_images], 1), "boxes": torch.tensor([0.0, 0.0, w, h]).repeat(n, 2, 1),
+                 "flips": torch.zeros(n, 2, dtype=torch.bool), "valid": torch.ones(n, dtype=torch.bool)}
+        terms = dupr.train_step(cfg, wrapped, optimizer, batch, 0, torch.device("cpu"))
+        query, key = (e["image_conv5"].detach() for e in seen["output"])
+        return terms, torch.cat([(query * key).sum(1, keepdim=True), query @ queue], 1) / cfg.temperature
+
+    return step
+
+
+@kind("dupr/encoder")
+def moco_encoders(case, arrays, seen):
+    model = moco_model(case, seen.tmp).eval()
+    for side, encoder in (("q", model.encoder_q), ("k", model.encoder_k)):
+        recipe, shape = case["inputs"][f"im_{side}"]
+        images = tensor(re.search(r"input:(\w+)", recipe)[1], shape, case["seed"])
+        raw = {}
+        encoder.image_heads["conv5"].register_forward_hook(lambda module, args, output: raw.update(z=output))
+        with torch.no_grad():
+            v, r = encoder(images, torch.tensor([[0.0, 0.0, *shape[:1:-1]]]).repeat(len(images), 1))
+            maps = encoder.features(images) if side == "q" else {}
+        assert not r
+        within(case, raw["z"], arrays[f"z_{side}"], "z")
+        within(case, v["conv5"], arrays[side], side)
+        for level, stage in maps.items():
+            within(case, stage.mean((2, 3)), arrays[f"avgpool_c{level[-1]}"], level)
+            within(case, stage[:, :8, :8, :8], arrays[f"slice_c{level[-1]}"], level)
+
+
+@kind("dupr/infonce")
+def infonce(case, arrays, _):
+    c, seed = case["config"], case["seed"]
+    raw_q, raw_k = (tensor(name, (c["N"], c["dim"]), seed).requires_grad_(name == "raw_q") for name in ("raw_q", "raw_k"))
+    query, key = torch.nn.functional.normalize(raw_q, dim=1), torch.nn.functional.normalize(raw_k, dim=1)
+    queue = dupr.Queue(c["dim"], c["K"])
+    queue.keys.copy_(unit_queue((c["dim"], c["K"]), seed))
+    queue.ptr.copy_(arrays.tensor("ptr_before"))
+    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.keys], 1) / c["T"]
+    within(case, logits.detach(), arrays["logits"], "logits")
+    for rows in (c["N"], 3, 1):
+        raw_q.grad = None
+        losses = dupr.info_nce(query, key, queue.keys, c["T"], rows)
+        close(losses, torch.nn.functional.cross_entropy(logits, arrays.tensor("labels"), reduction="none").detach(), 1e-5)
+        within(case, losses.detach(), arrays["per_sample"], "per_sample")
+        within(case, losses.mean().detach(), arrays["loss"], "loss")
+        losses.mean().backward(retain_graph=True)
+        within(case, raw_q.grad, arrays["grad_raw_q"], "grad_raw_q")
+    queue.enqueue(key)
+    within(case, queue.keys, arrays["queue_after"], "queue_after")
+    close(queue.ptr, arrays["ptr_after"], 0)
+
+
+@kind("dupr/train_steps")
+def moco_train_steps(case, arrays, seen):
+    c = case["config"]
+    model = moco_model(case, seen.tmp)
+    cfg = moco_config(case, ema_momentum=c["m"], lr=c["lr"], sgd_momentum=c["momentum"], weight_decay=c["weight_decay"])
+    groups = [{"params": list(model.encoder_q.parameters()), "base_lr": cfg.lr}]
+    step = moco_stepper(cfg, model, torch.optim.SGD(groups, cfg.lr, momentum=cfg.sgd_momentum, weight_decay=cfg.weight_decay))      # as dupr.main
+    last = f"image_heads.conv5.{2 if c['mlp'] else 0}.weight"
+    for t in range(c["steps"]):
+        terms, logits = step(*(tensor(f"im_{side}{t}", (c["N"], 3, c["hw"], c["hw"]), case["seed"]) for side in "qk"))
+        assert terms["loss"] == terms["image_conv5"]
+        within(case, terms["loss"], arrays[f"loss_{t}"], f"loss_{t}")
+        within(case, logits[:, 0], arrays[f"logits0_{t}"], f"logits0_{t}")
+        within(case, model.queues["image_conv5"].keys, arrays[f"queue_{t}"], f"queue_{t}")
+        close(model.queues["image_conv5"].ptr, arrays[f"ptr_{t}"], 0)
+        for side, encoder in (("q", model.encoder_q), ("k", model.encoder_k)):
+            state = encoder.state_dict()
+            for theirs, ours in (("fc", last), ("conv", "conv1.weight"), ("bn_running_mean", "bn1.running_mean")):
+                within(case, state[ours], arrays[f"{side}_{theirs}_{t}"], f"{side}_{theirs}_{t}")
+
+
+def two_process_worker(path, out):
+    """One process of a dupr/two_process_step case: dupr.train_step (rate 0) under DistributedDataParallel with the stored permutation."""
+    case, r = json.loads(Path(path).read_text()), common.rank()
+    c, arrays = case["config"], np.load(Path(path).with_suffix(".npz"))
+    folder = Path(out) / f"rank{r}"
+    folder.mkdir()
+    model = moco_model(case, folder)
+    step = moco_stepper(moco_config(case, ema_momentum=c["m"]), model, torch.optim.SGD(model.encoder_q.parameters(), 0.0),
+                        torch.from_numpy(arrays["idx_shuffle"]))
+    terms, logits = step(*(tensor(f"im_{side}_rank{r}", (c["N_per_rank"], 3, c["hw"], c["hw"]), case["seed"]) for side in "qk"))
+    queue = model.queues["image_conv5"]
+    torch.save({"logits": logits, "loss": terms["loss"], "queue": queue.keys, "ptr": queue.ptr, "q_bn_mean": model.encoder_q.bn1.running_mean,
+                "k_bn_mean": model.encoder_k.bn1.running_mean}, folder / "result.pt")
+
+
+@kind("dupr/two_process_step")
+def two_process_step(case, arrays, seen):
+    run_processes(f"import test_parity\ntest_parity.two_process_worker({str(seen.path.resolve())!r}, {str(seen.tmp)!r})", seen.tmp,
+                  case["config"]["world_size"])
+    assert sorted(arrays["idx_shuffle"].tolist()) == list(range(case["config"]["world_size"] * case["config"]["N_per_rank"]))
+    for r in range(case["config"]["world_size"]):
+        for name, value in torch.load(seen.tmp / f"rank{r}" / "result.pt").items():
+            within(case, value, arrays[f"{name}_rank{r}"], f"{name}_rank{r}")
+
+
+@kind("dupr/lr_schedule")
+def moco_schedule(case, arrays, _):
+    for item in case["items"]:
+        cfg = dupr.Config(lr=item["lr"], epochs=item["epochs"], schedule="cosine" if item["cos"] else "step", lr_drops=tuple(item["schedule"]))
+        assert len(item["epoch"]) == len(item["value"])
+        for epoch, value in zip(item["epoch"], item["value"]):
+            for steps_per_epoch in (1, 7):
+                for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):               # the same within an epoch
+                    assert cfg.lr * dupr.lr_factor(cfg, step, steps_per_epoch) == pytest.approx(value, rel=1e-9)
+
+
+@kind("dupr/augmentation")
+def moco_augmentation(case, arrays, _):
+    """The list of the released transforms, in order, against what a sample of dupr.py goes through; and the distributions of the draws."""
+    order = [(re.search(r"(\w+)\(", text.removeprefix("RandomApply("))[1] if "(" in text else text, text) for text in case["order"]]
+    assert [name for name, _ in order] == ["RandomResizedCrop", "ColorJitter", "RandomGrayscale", "GaussianBlur", "RandomHorizontalFlip", "ToTensor",
+                                           "Normalize"]
+    crop, jitter, gray, blur, flip, _, normalise = ([float(v) for v in re.findall(r"(?<![\w/])\d*\.?\d+(?![\w/])", text)] for _, text in order)
+    cfg = dupr.Config()
+    source = [data.Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))]
+    dataset = dupr.TwoCropsDataset(cfg, SimpleNamespace(load=lambda i: source[i]), np.arange(1))
+    assert [cfg.image_size, *cfg.crop_area] == crop[:3]
+    assert dataset.photometric == data.Photometric(*jitter[:4], p_jitter=jitter[4], p_gray=gray[0], p_blur=blur[2], blur_radius=tuple(blur[:2]))
+    assert [*data.IMAGENET_MEAN, *data.IMAGENET_STD] == pytest.approx(normalise)
+    rng, hw, n = np.random.default_rng(0), (375, 500), 4000
+    draws = [dupr.draw_view(rng, hw, cfg.crop_area, dataset.photometric) for _ in range(n)]
+    for share, p in ((np.mean([d["flip"] for d in draws]), flip[0]), (np.mean([bool(d["colours"]["order"]) for d in draws]), jitter[4]),
+                     (np.mean([d["colours"]["gray"] for d in draws]), gray[0]),
+                     (np.mean([d["colours"]["blur"] is not None for d in draws]), blur[2])):
+        assert share == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
+    torch.manual_seed(0)
+    ratio = re.search(r"ratio (\d)/(\d)\.\.(\d)/(\d)", case["order"][0])
+    ratio = (int(ratio[1]) / int(ratio[2]), int(ratio[3]) / int(ratio[4]))
+    params = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = np.array([params(torch.empty(3, *hw), list(crop[1:3]), list(ratio)) for _ in range(n)], dtype=np.float64)           # top, left, h, w
+    ours = np.array([(y1, x1, y2 - y1, x2 - x1) for x1, y1, x2, y2 in (d["crop"] for d in draws)], dtype=np.float64)
+    for column in range(4):
+        spread = theirs[:, column].std() * (2 / n) ** 0.5
+        assert abs(ours[:, column].mean() - theirs[:, column].mean()) < 4 * spread
+        assert ours[:, column].std() == pytest.approx(theirs[:, column].std(), rel=0.06)
+    functional = torchvision.transforms.functional
+    for draw in draws[:20]:                                             # the released order of operations, with these draws
+        draw = draw | {"crop": data.draw_crop(rng, (30, 40), cfg.crop_area)}
+        x1, y1, x2, y2 = draw["crop"]
+        view = functional.resized_crop(source[0], y1, x1, y2 - y1, x2 - x1, [32, 32], functional.InterpolationMode.BILINEAR)
+        colours = draw["colours"]
+        for name in colours["order"]:
+            view = getattr(functional, f"adjust_{name}")(view, colours[name])
+        view = functional.rgb_to_grayscale(view, 3) if colours["gray"] else view
+        view = view.filter(data.ImageFilter.GaussianBlur(colours["blur"])) if colours["blur"] is not None else view
+        view = functional.hflip(view) if draw["flip"] else view
+        close(dupr.apply_view(source[0], draw, 32), functional.normalize(functional.to_tensor(view), normalise[:3], normalise[3:]), 1e-5)
+    if "[q,k]" in case["views"]:                                        # drawn twice, independently
+        sample = dataset[0, 0]
+        assert len(sample["views"]) == 2 and not torch.equal(*sample["views"])
+
+
+@kind("dupr/geometry")
+def overlap_geometry(case, arrays, _):
+    size = case["config"]["view_size"]
+    ious = []
+    for crops, flips, boxes, valid in zip(*(arrays[name].tolist() for name in ("crops", "flips", "boxes", "valid"))):
+        crops = [(left, top, left + width, top + height) for top, left, height, width in crops]
+        ours, overlap = dupr.overlap_boxes(crops, flips, size, case["config"].get("min_overlap", 0.0))
+        assert overlap == valid
+        within(case, ours, boxes)
+        areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in crops]
+        w, h = ((ours[0, 2:] - ours[0, :2]).double() / size).tolist()     # shares of view 1
+        both = w * h * areas[0] if overlap else 0.0
+        ious.append(both / (sum(areas) - both))
+    close(ious, arrays["iou"], 1e-5)
+
+
+@kind("dupr/patch_loss")
+def patch_loss(case, arrays, _):
+    """Eqs. (3)-(5) with the identity as backbone and as patch head."""
+    c, seed = case["config"], case["seed"]
+    side, level = -(-c["view_size"] // c["stride"]), "conv5"
+    weights = ({level: 0.0}, {level: 1.0}, {level: c["S"]})
+    encoder = dupr.Encoder(torch.nn.Sequential(OrderedDict(layer4=torch.nn.Identity())), {"layer4": (level, c["C"], c["stride"])}, *weights, c["C"])
+    encoder.patch_heads[level] = torch.nn.Identity()
+    model = dupr.DUPR(encoder, c["K"], c["C"])
+    model.queues[f"patch_{level}"].keys.copy_(unit_queue((c["C"], c["K"]), seed, "input:patch_queue"))
+    maps = torch.stack([tensor(name, (c["N"], c["C"], side, side), seed) for name in ("f1", "f2")], 1)
+    queries, keys = model(maps, arrays.tensor("boxes"), arrays.tensor("flips"))
+    within(case, queries[f"patch_{level}"], arrays["r1"], "r1")
+    within(case, keys[f"patch_{level}"], arrays["r2"], "r2")
+    rows = [e[f"patch_{level}"].permute(0, 2, 3, 1).flatten(0, 2) for e in (queries, keys)]
+    within(case, dupr.info_nce(*rows, model.queues[f"patch_{level}"].keys, c["tau"]), arrays["per_patch"], "per_patch")
+    valid = arrays.tensor("valid")
+    for reduction in ("sum", "mean"):
+        cfg = dupr.Config(alpha=(0, 0, 0, 0), beta=(0, 0, 0, 1), temperature=c["tau"], patch_reduction=reduction)
+        total, terms = dupr.dupr_loss(cfg, queries, keys, model.queues, valid, common.normalizer(int(valid.sum()), torch.device("cpu")))
+        assert total == terms[f"patch_{level}"]
+        within(case, total, arrays[f"loss_{reduction}"], reduction)
+
+
+@kind("dupr/analysis")
+def dupr_analysis(case, arrays, _):
+    """Eq. (8), Eq. (9) and the matching of two views, on features [C, P]."""
+    c, (own, noise) = case["config"], map(float, re.search(r"b=([\d.]+)\*a_raw\+([\d.]+)\*fill", case["inputs"]).groups())
+    raw, other = (tensor(name, (c["C"], c["P"]), case["seed"]) for name in "ab")
+    a, b = (torch.nn.functional.normalize(x, dim=0) for x in (raw, own * raw + noise * other))
+    within(case, figures.cosines(a, b), arrays["sim"], "sim")
+    within(case, figures.affinity(a, b, c["tau"]), arrays["affinity"], "affinity")
+    within(case, figures.iou_similarity(a, b), arrays["iou_similarity"], "iou_similarity")
+    assert np.array_equal(figures.match(a, b), arrays["match_1_to_2"]) and np.array_equal(figures.match(b, a), arrays["match_2_to_1"])
+
+
+def moco_statedict(case, seen):
+    """A released MoCo file: our model has its names, and its query encoder is a backbone."""
+    case = {**case, "keys": [(name.removeprefix("module."), shape) for name, shape in case["entries"]], "seed": case.get("seed", 0)}
+    shapes = dict(case["keys"])
+    blocks = tuple(len({name.split(".")[2] for name in shapes if name.startswith(f"encoder_q.layer{i}.")}) for i in (1, 2, 3, 4))
+    arch = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 4, 23, 3): "resnet101"}[blocks]
+    if "encoder_q.layer1.0.conv3.weight" in shapes:
+        arch = {"resnet34": "resnet50"}.get(arch, arch)
+    (dim, K), mlp = shapes["queue"], "encoder_q.fc.0.weight" in shapes
+    case["config"] = {"arch": arch, "dim": dim, "K": K, "T": 0.2, "mlp": mlp}
+    model = moco_model(case, seen.tmp)
+    own, other = model.state_dict(), convert.dupr_state({name: torch.empty(0) for name in shapes})
+    assert own.keys() == other.keys() and len(own) == len(shapes)
+    for name in shapes:
+        ours, = convert.dupr_state({name: None})
+        if name not in ("queue", "queue_ptr"):
+            assert torch.equal(own[ours], torch.from_numpy(fill(name, tuple(shapes[name]), case["seed"]))), name
+    assert model.queues["image_conv5"].ptr.dtype == torch.int64
+    backbone = common.Backbone(arch, (1, 2, 3, 4), "bn", trainable=5)
+    common.load_backbone_weights(backbone.body, str(seen.tmp / "checkpoint_0199.pth.tar"), arch)
+    for name, value in backbone.body.state_dict().items():
+        assert torch.equal(value, own[f"encoder_q.{name}"]), name
