@@ -1008,8 +1008,7 @@ ONE_STAGE = ("retinanet_fpn", "fcos_fpn")
 
 
 class Prepared(GeneralizedRCNNTransform):
-    """Images and targets come resized and normalised: all that is left is padding with zeros to a multiple of size_divisible, which keeps every
-    level's stride a power of two. Detections stay in pixels of the network's input."""
+    """Images come resized and normalised: all that is left is padding to a multiple of the largest stride. Detections stay in these pixels."""
 
     def __init__(self, size_divisible: int):
         super().__init__(min_size=0, max_size=0, image_mean=[], image_std=[], size_divisible=size_divisible)
@@ -1025,10 +1024,9 @@ class Prepared(GeneralizedRCNNTransform):
 
 
 class Anchors(AnchorGenerator):
-    """Anchors with their exact corners, as detectron2's; torchvision rounds them (32 px at ratio 1/2: 46 x 22 for 45.25 x 22.63)."""
+    """Anchors [ratios (h / w) * scales, 4] with exact corners, as detectron2's; torchvision rounds (46 x 22 for 45.25 x 22.63)."""
 
     def generate_anchors(self, scales, aspect_ratios, dtype: torch.dtype = torch.float32, device: torch.device = torch.device("cpu")) -> Tensor:
-        """[ratios * scales, 4] xyxy px around 0, ratio-major; ratio = h / w."""
         scales, ratios = (torch.as_tensor(v, dtype=dtype, device=device) for v in (scales, aspect_ratios))
         h, w = ((root[:, None] * scales).flatten() for root in (ratios.sqrt(), 1 / ratios.sqrt()))
         return torch.stack([-w, -h, w, h], 1) / 2
@@ -1216,8 +1214,7 @@ def start_predictors(heads: RCNNHeads) -> None:
 
 
 def paste_masks(masks: Tensor, boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
-    """Probabilities [n, 1, S, S] in boxes [n, 4] px -> bool [n, h, w]: 1/2 or more at the pixel's centre, as detectron2 (torchvision's function draws
-    a row and a column too many)."""
+    """Probabilities [n, 1, S, S] in boxes [n, 4] px -> bool [n, h, w]: 1/2 or more at a pixel's centre (torchvision draws one row too many)."""
     pasted = torch.zeros(len(masks), *hw, dtype=torch.bool)
     for out, mask, (x1, y1, x2, y2) in zip(pasted, masks, boxes_xyxy.tolist()):
         left, top, right, bottom = max(int(x1) - 1, 0), max(int(y1) - 1, 0), min(math.ceil(x2) + 1, hw[1]), min(math.ceil(y2) + 1, hw[0])

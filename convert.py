@@ -68,8 +68,9 @@ def backbone_state(state: dict[str, Tensor], path: str | Path) -> tuple[str, dic
     if not found:
         raise UserError(f"{path}: no ResNet found in it; known are " + ", ".join(f"{n} ({p}conv1.weight)" for n, p in BACKBONES))
     name, prefix = found[0]
-    parts = tuple(prefix + part for part in ("conv1", "bn1", "layer"))
-    return name, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(parts)}
+    parts, res5 = tuple(prefix + part for part in ("conv1", "bn1", "layer")), "roi_heads.box_head.res5."      # where our C4 detectors keep layer4
+    trunk = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(parts)}
+    return name, trunk | {k.removeprefix(res5): v for k, v in state.items() if k.startswith(res5 + "layer4.")}
 
 
 def load_backbone(body: nn.Module, path: str | Path) -> None:
