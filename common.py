@@ -193,7 +193,9 @@ def wrap_model(model: nn.Module, device: torch.device, *, sync_bn: bool = True) 
         return model
     if device.type == "cuda" and sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    ddp = nn.parallel.DistributedDataParallel
+    buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in inspect.signature(ddp).parameters)  # renamed in torch 2.15
+    return ddp(model, device_ids=[device] if device.type == "cuda" else None, **{buffers: False})
 
 
 def gradient_sync(model: nn.Module, last_micro_batch: bool):

@@ -589,7 +589,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def summary(metrics: dict[str, Any]) -> str:
     columns = next((list(row) for row in metrics.values() if isinstance(row, dict)), [])
-    return evaluation.probe_table(metrics, columns, "share of patches found again in another view, among all of 8 or 9 unseen images (")
+    return evaluation.probe_table(metrics, columns, "share of patches found again in another view, among those of up to 9 unseen images (")
 
 
 if __name__ == "__main__":

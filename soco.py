@@ -160,9 +160,10 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"v3": "downsample", "min_side": 0},                            # D2, D3
     "demo": {
-        "data": "synthetic", "cache_proposals": True, "min_side": 12, "image_size": 64, "small_size": 32, "star_size": 48,
-        "level_sizes": (14, 28, 55, 64), "backbone": "resnet18", "fpn_channels": 64, "head_dim": 256, "mlp_dim": 512, "embedding_dim": 64,
-        "batch_size": 16, "epochs": 6, "warmup_epochs": 1, "num_workers": 2, "log_every": 25, "save_every": 250, "probe_images": 200,
+        "data": "synthetic", "synthetic_images": 400, "cache_proposals": True, "min_side": 12, "image_size": 64, "small_size": 32, "star_size": 48,
+        "level_sizes": (14, 28, 55, 64), "backbone": "resnet18", "fpn_channels": 32, "head_dim": 128, "mlp_dim": 256, "embedding_dim": 64,
+        "ema_momentum": 0.96, "lr": 16.0, "batch_size": 16, "epochs": 12, "warmup_epochs": 1, "num_workers": 2, "log_every": 25, "save_every": 150,
+        "probe_images": 200,
     },
 }
 
@@ -310,6 +311,7 @@ class ObjectViewsDataset(torch.utils.data.Dataset):
                             data.Photometric(0.4, 0.4, 0.2, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=0.1, p_solarize=0.2)]
         small = (cfg.star_size if cfg.star else cfg.small_size,) if cfg.multi_view else ()
         self.sides = (cfg.image_size, cfg.image_size, *small, *((cfg.small_size,) if cfg.star else ()))
+        self.origin = (0, 1, 1 if cfg.v3 == "downsample" and not cfg.star else 2, 1)[:len(self.sides)]       # D3: 1 = V2 made smaller, with its boxes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -325,15 +327,15 @@ class ObjectViewsDataset(torch.utils.data.Dataset):
         return usable_boxes(rects, wh, self.cfg)
 
     def draw_crops(self, rng: np.random.Generator, boxes: np.ndarray, wh: tuple[int, int]) -> list[tuple[int, ...]]:
-        """A crop per view: drawn until both pairs have enough boxes, at most 5 times (released)."""
-        cfg, enough = self.cfg, max(self.cfg.num_boxes // 2, 1)
+        """A crop per view: drawn until every pair has enough boxes, at most 5 times (released)."""
+        enough = max(self.cfg.num_boxes // 2, 1)
         for _ in range(5):
-            second, third = (data.draw_crop(rng, wh[::-1], tuple(cfg.crop_area)) for _ in range(2))
-            third = second if cfg.v3 == "downsample" and not cfg.star else third                              # D3
-            if min(len(overlapping(boxes, crop)) for crop in (second, third)) >= enough:
+            drawn = [(0, 0, *wh), *(data.draw_crop(rng, wh[::-1], tuple(self.cfg.crop_area)) for _ in range(2))]
+            crops = [drawn[i] for i in self.origin]
+            if min(len(overlapping(boxes, crop)) for crop in crops[1:]) >= enough:
                 break
             enough = max(enough // 2, 1)
-        return [(0, 0, *wh), second, third, second][:len(self.sides)]
+        return crops
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         cfg, (epoch, position) = self.cfg, key
@@ -346,11 +348,11 @@ class ObjectViewsDataset(torch.utils.data.Dataset):
             boxes = boxes[order.numpy()]
         crops, flips = self.draw_crops(rng, boxes, image.size), rng.random(len(self.sides)) < 0.5
         sample: dict[str, list] = {k: [] for k in ("boxes1", "boxes", "corres", "ids1", "ids", "levels1", "levels")}
-        drawn: dict[tuple, PairDraw] = {}
-        for crop, side, flip in zip(crops[1:], self.sides[1:], flips[1:]):
-            if crop not in drawn:                                            # V2 made smaller keeps V2's boxes
-                drawn[crop] = draw_pair(rng, len(overlapping(boxes, crop)), cfg)
-            first, second = pair_boxes(boxes, crops[0], crop, drawn[crop], cfg.num_boxes)
+        drawn: dict[int, PairDraw] = {}
+        for origin, crop, side, flip in zip(self.origin[1:], crops[1:], self.sides[1:], flips[1:]):
+            if origin not in drawn:
+                drawn[origin] = draw_pair(rng, len(overlapping(boxes, crop)), cfg)
+            first, second = pair_boxes(boxes, crops[0], crop, drawn[origin], cfg.num_boxes)
             levels = [assign_levels(resize_boxes(b, c, s), cfg.level_sizes) for b, c, s in ((first, crops[0], self.sides[0]), (second, crop, side))]
             aware = levels if cfg.scale_aware and self.levels > 1 else (None, None)
             pair = {"boxes1": relative_boxes(first, crops[0], flips[0]), "boxes": relative_boxes(second, crop, flip),
@@ -716,7 +718,7 @@ def check(cfg: Config) -> None:
     if cfg.scale_aware and not cfg.fpn:
         raise UserError("--scale_aware needs the levels of --fpn: leave one out, or give --scale_aware false")
     if cfg.star and not cfg.multi_view:
-        raise UserError("--star is made of four views: leave out --multi_view false")
+        raise UserError("--star is made of four views: " + ("add --multi_view" if cfg.arch == "c4" else "leave out --multi_view false"))
     if len(cfg.level_sizes) != 4 or list(cfg.level_sizes) != sorted(cfg.level_sizes):
         raise UserError(f"--level_sizes {' '.join(map(str, cfg.level_sizes))}: give four rising sizes, of P2, P3, P4 and P5")
     for name, low, high in (("crop_area", 0, 1), ("size_range", 0, math.inf)):
@@ -725,6 +727,16 @@ def check(cfg: Config) -> None:
             raise UserError(f"--{name} {' '.join(map(str, pair))}: give the smallest and the largest share, in this order")
     if (least := min(cfg.image_size, cfg.small_size, cfg.star_size)) < 32:
         raise UserError(f"--image_size, --small_size, --star_size: {least} is too small, a view needs at least 32 pixels a side")
+    if least == 32 and cfg.batch_size == common.world_size():
+        raise UserError(f"--batch_size {cfg.batch_size}: one image per process, of which a view of 32 pixels leaves BatchNorm one value; give more")
+    if cfg.scale_aware and (largest := max(cfg.image_size, cfg.small_size, cfg.star_size * cfg.star)) > cfg.level_sizes[-1]:
+        raise UserError(f"--level_sizes {' '.join(map(str, cfg.level_sizes))}: a view of {largest} pixels has boxes above the last; raise it")
+    if cfg.proposal_store and cfg.proposal_method in ("random", "whole"):
+        raise UserError(f"--proposal_method {cfg.proposal_method} uses no --proposal_store: leave one out")
+    if not (0 <= cfg.jitter_prob <= 1 and 0 <= cfg.jitter_ratio < 0.5 and cfg.roi_size > 0):
+        raise UserError(f"--jitter_prob {cfg.jitter_prob} must lie in 0..1, --jitter_ratio {cfg.jitter_ratio} in 0..0.5, --roi_size {cfg.roi_size} above 0")
+    if cfg.lr <= 0:
+        raise UserError(f"--lr {cfg.lr:g}: must be above 0")
     if not 0 <= cfg.ema_momentum <= 1:
         raise UserError(f"--ema_momentum {cfg.ema_momentum}: must lie in 0..1")
     if not 0 <= cfg.warmup_epochs < cfg.epochs:
@@ -787,7 +799,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def summary(metrics: dict[str, Any]) -> str:
     columns = next((list(row) for row in metrics.values() if isinstance(row, dict)), [])
-    return evaluation.probe_table(metrics, columns, "share of boxes found again in another view, among all of 8 or 9 unseen images (")
+    return evaluation.probe_table(metrics, columns, "share of boxes found again in another view, among those of up to 9 unseen images (")
 
 
 if __name__ == "__main__":

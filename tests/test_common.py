@@ -947,3 +947,16 @@ def test_deformable_attention_is_the_same_on_cuda():
     here = common.multi_scale_deformable_attention(value, shapes, locations, weights)
     there = common.multi_scale_deformable_attention(value.cuda(), shapes, locations.cuda(), weights.cuda())
     torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-5)
+
+
+def test_what_becomes_sync_batchnorm(monkeypatch):
+    """SyncBatchNorm raises on CPU process groups, so only the conversion is looked at: on CUDA every trained BatchNorm, but for DUPR's."""
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, device_ids=None, broadcast_buffers=True: model)
+    for device, sync_bn, synced in (("cuda", True, True), ("cuda", False, False), ("cpu", True, False)):
+        backbone = common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5)
+        names = list(backbone.state_dict())
+        wrapped = common.wrap_model(backbone, torch.device(device), sync_bn=sync_bn)
+        norms = [m for m in wrapped.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        assert len(norms) == 20 and all(isinstance(m, torch.nn.SyncBatchNorm) == synced for m in norms)
+        assert list(wrapped.state_dict()) == names

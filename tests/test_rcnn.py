@@ -753,3 +753,39 @@ def test_checkpoints_of_the_wrong_kind(fails, tmp_path):
     assert "--arch resnet50 (it has resnet18)" in text
     torch.save({"model": {"a": torch.ones(2)}}, tmp_path / "s.pt")
     assert "no ResNet found in it" in fails(finetune.main, [*common_flags, "--detector", "faster_rcnn_fpn"])
+
+
+def one_step(first=0, last=4):
+    """Losses and gradients of train_step's forward and backward on images first..last - 1, statistics of BatchNorm fixed (they are per process)."""
+    cfg = config("retinanet_fpn")                                             # draws no regions: its loss is a mean over images
+    model = build("retinanet_fpn")
+    images, targets = batch_of("retinanet_fpn", ((64, 48), (40, 64), (64, 64), (48, 48)))
+    samples = [{"image": image, "target": {"boxes": data.normalized_cxcywh(t["boxes"], image.shape[-2:]), "labels": t["labels"]}, "skipped": []}
+               for image, t in list(zip(images, targets))[first:last]]
+    wrapped = common.wrap_model(fixed_norms(model), CPU)                     # must live until the gradients are there
+    losses = finetune.rcnn_losses(cfg, wrapped, data.collate(samples), CPU)
+    torch.stack(list(losses.values())).sum().backward()
+    return {k: v.detach() for k, v in losses.items()} | {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+
+def fixed_norms(model):
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def worker():
+    """What one of two processes does (conftest.two_processes)."""
+    return one_step(2 * common.rank(), 2 * common.rank() + 2)
+
+
+def test_two_processes_are_one_batch(two_processes):
+    """RetinaNet, whose loss is a mean over images: the mean of two processes is one process on the whole batch, in losses and gradients. Faster and
+    Mask R-CNN draw regions at random in every process, and all BatchNorm statistics are per process on CPU: what can be compared is compared."""
+    whole, parts = one_step(), two_processes["test_rcnn"]
+    for name, value in whole.items():
+        found = (parts[0][name] + parts[1][name]) / 2 if name.startswith("loss") else parts[0][name]
+        torch.testing.assert_close(found, value, atol=1e-5, rtol=1e-4, msg=name)
+    assert all(torch.equal(parts[0][name], parts[1][name]) for name in whole if not name.startswith("loss"))
