@@ -734,7 +734,8 @@ def check(cfg: Config) -> None:
     if cfg.proposal_store and cfg.proposal_method in ("random", "whole"):
         raise UserError(f"--proposal_method {cfg.proposal_method} uses no --proposal_store: leave one out")
     if not (0 <= cfg.jitter_prob <= 1 and 0 <= cfg.jitter_ratio < 0.5 and cfg.roi_size > 0):
-        raise UserError(f"--jitter_prob {cfg.jitter_prob} must lie in 0..1, --jitter_ratio {cfg.jitter_ratio} in 0..0.5, --roi_size {cfg.roi_size} above 0")
+        raise UserError(f"--jitter_prob {cfg.jitter_prob} must lie in 0..1, --jitter_ratio {cfg.jitter_ratio} in 0..0.5, --roi_size {cfg.roi_size} "
+                        "above 0")
     if cfg.lr <= 0:
         raise UserError(f"--lr {cfg.lr:g}: must be above 0")
     if not 0 <= cfg.ema_momentum <= 1:
