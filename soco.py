@@ -17,7 +17,7 @@ Diagram:
     level by the box's size in its view: V1's P4 may meet V3's P3; L = -2 cos(v, v') over matching boxes, both directions, Eq. (5), (6)
 
 Run:
-    python soco.py --preset demo                                           # CPU, nothing downloaded, about 4 minutes
+    python soco.py --preset demo                                           # CPU, nothing downloaded, about 5 minutes
     python soco.py --preset demo --data MY_IMAGES                          # the same small model on your own images
     python proposals.py --data imagenet --grid 0 --workers 32 --out proposals/imagenet-soco
     torchrun --nnodes=2 --nproc_per_node=8 soco.py --data imagenet --proposal_store proposals/imagenet-soco     # batch 2048
