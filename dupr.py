@@ -243,7 +243,7 @@ class Encoder(nn.Module):
         v = {level: F.normalize(head(maps[level].mean((2, 3))).float(), dim=1) for level, head in self.image_heads.items()}
         r = {}
         for level, _, stride in self.levels.values():
-            if level in self.patch_heads:                                    # Eq. (3), (4): MLP(RoIAlign(f, B)); D7
+            if level in self.patch_heads:                                    # MLP(RoIAlign(f, B)), Eq. (3) of view 1, Eq. (4) of view 2; D7
                 patches = roi_align(maps[level].float(), list(boxes[:, None]), self.roi_sizes[level], 1 / stride, sampling_ratio=-1, aligned=True)
                 r[level] = F.normalize(self.patch_heads[level](patches).float(), dim=1)
         return v, r

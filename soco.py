@@ -510,9 +510,9 @@ class SoCo(nn.Module):
         def both(target: bool) -> tuple[list[Tensor], list[Tensor]]:
             return (self.embed(views[0], list(boxes1.unbind(1)), target),
                     [self.embed(view, [b], target)[0] for view, b in zip(views[1:], boxes.unbind(1))])
-        online = both(False)
+        online = both(False)                                                 # Eq. (2)
         with torch.no_grad():
-            target = both(True)
+            target = both(True)                                              # Eq. (3)
         return list(zip(*online, *target))
 
 
