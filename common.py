@@ -1433,6 +1433,13 @@ def step_schedule(step: int, steps_per_epoch: int, drop_epochs: tuple[float, ...
     return 0.1 ** sum(step >= drop * steps_per_epoch for drop in drop_epochs)
 
 
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, momentum: float) -> None:
+    """average = m average + (1 - m) model, of parameters only: the average's BatchNorm statistics are its own (MoCo; SoCo, released)."""
+    for a, p in zip(average.parameters(), model.parameters()):
+        a.mul_(momentum).add_(p, alpha=1 - momentum)
+
+
 def warmup_step_schedule(step: int, total_steps: int, warmup: int, drops: tuple[float, ...]) -> float:
     """Learning rate factor of detectron2: linear from 1/1000 over `warmup` steps, x 0.1 at each of `drops` (shares of total_steps)."""
     start = min(1.0, 1e-3 + (1 - 1e-3) * step / warmup) if warmup else 1.0

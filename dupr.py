@@ -276,11 +276,9 @@ class DUPR(nn.Module):
         kinds = [f"{kind}_{level}" for kind, heads in (("image", encoder.image_heads), ("patch", encoder.patch_heads)) for level in heads]
         self.queues = nn.ModuleDict({kind: Queue(dim, queue_size) for kind in kinds})
 
-    @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
-        """k = m k + (1 - m) q, of parameters only: the key encoder's BatchNorm statistics are its own (MoCo)."""
-        for k, q in zip(self.encoder_k.parameters(), self.encoder_q.parameters()):
-            k.mul_(momentum).add_(q, alpha=1 - momentum)
+        """k = m k + (1 - m) q."""
+        common.update_average(self.encoder_k, self.encoder_q, momentum)
 
     def forward(self, views: Tensor, boxes: Tensor, flips: Tensor, permutation: Tensor | None = None) -> tuple[dict, dict]:
         """views [B, 2, 3, S, S], boxes [B, 2, 4], flips [B, 2] of this process; permutation: of all processes' images (see encode_keys).

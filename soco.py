@@ -466,13 +466,11 @@ class SoCo(nn.Module):
             part = getattr(self, name)
             setattr(self, f"{name}_k", copy.deepcopy(part).requires_grad_(False) if part is not None else None)
 
-    @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """xi = m xi + (1 - m) theta, of parameters only: the target's BatchNorm statistics are its own (released)."""
+        """xi = m xi + (1 - m) theta."""
         for name in TARGET:
             if getattr(self, name) is not None:
-                for k, q in zip(getattr(self, f"{name}_k").parameters(), getattr(self, name).parameters()):
-                    k.mul_(momentum).add_(q, alpha=1 - momentum)
+                common.update_average(getattr(self, f"{name}_k"), getattr(self, name), momentum)
 
     def maps(self, images: Tensor, target: bool) -> list[Tensor]:
         """f^I(V) of Eq. (1): P2..P5; C5 without FPN; C4 for C4 detectors."""
