@@ -1,174 +1,365 @@
-"""Checkpoints of other code bases: recognised by their content, read safely, named as here.
+"""Checkpoints in and out: files of other code bases recognised by their content, read safely, named as here; ours written for other tools.
 
-Our names are those of the released DETR, Conditional DETR, Deformable DETR, DETReg and UP-DETR, so those files need no renaming; the released
-Siamese DETR is renamed (detector_state); backbone files differ in their prefix only.
+In: every --init_from and --backbone_weights reads its file through open_checkpoint(). `python convert.py FILE` says what a file is.
+Out: python convert.py FILE --to official|hf|torchvision|detectron2|mmdetection --out PATH
+
+Names. Ours are those of the released DETR, Conditional DETR, Deformable DETR, DETReg, UP-DETR and SoCo, and torchvision's for the R-CNN family. The
+tables below hold all others, one per family, as rows (their name, our name): {i} stands for a number, * for the rest, and the first row that fits
+counts. The same table renames in both directions.
 """
 from __future__ import annotations
 
 import argparse
+import collections
+import functools
+import io
+import json
 import pickle
 import re
+import sys
+import typing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import common
 from common import UserError
 
-# Where each family keeps a ResNet: name, prefix of its keys. The first that fits counts.
-BACKBONES = (
-    ("SwAV ResNet", "module."),
-    ("MoCo encoder", "module.encoder_q."),
-    ("DUPR or MoCo encoder", "encoder_q."),
-    ("SoCo encoder", "module.encoder."),
-    ("SoCo encoder", "encoder."),
-    ("detector", "backbone.0.body."),
-    ("Siamese DETR", "backbone."),
-    ("torchvision detector", "backbone.body."),
-    ("torchvision ResNet", ""),
+# ==== 1. Tables ====
+
+Table = tuple[tuple[str, str], ...]
+
+
+def below(theirs: str, ours: str, table: Table) -> Table:
+    """The table with a prefix on either side."""
+    return tuple((theirs + a, ours + b) for a, b in table)
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern:
+    return re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(template)).replace(r"\*", "(?P<rest>.*)"))
+
+
+def rename(name: str, table: Table, back: bool = False) -> str | None:
+    """Our name of one of theirs, or (back) theirs of one of ours; None when no row fits."""
+    for row in table:
+        source, target = row[::-1] if back else row
+        if match := _pattern(source).fullmatch(name):
+            found = match.groupdict()
+            return target.replace("*", "{rest}").format(**found)
+    return None
+
+
+def renamed(state: dict[str, Tensor], table: Table, back: bool = False) -> dict[str, Tensor]:
+    """The tensors that the table knows, renamed; the others are left out."""
+    return {new: value for name, value in state.items() if (new := rename(name, table, back)) is not None}
+
+
+# detectron2 - torchvision: a ResNet.
+RESNET_DETECTRON2: Table = (
+    ("stem.conv1.norm.*", "bn1.*"),
+    ("stem.conv1.*", "conv1.*"),
+    *((f"res{i + 1}.{{b}}.{a}", f"layer{i}.{{b}}.{b}") for i in (1, 2, 3, 4) for a, b in (
+        ("shortcut.norm.*", "downsample.1.*"), ("shortcut.*", "downsample.0.*"), ("conv{j}.norm.*", "bn{j}.*"), ("conv{j}.*", "conv{j}.*"))),
 )
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """torch.load(weights_only=True) with the one harmless container the released files hold (argparse.Namespace).
+def _fpn_detectron2(first: int) -> Table:
+    """detectron2 - torchvision: the pyramid, whose lowest level detectron2 calls by its stride, 2 ** first."""
+    return (*((f"fpn_{a}{i + first}.{norm}*", f"fpn.{b}_blocks.{i}.{int(bool(norm))}.*")
+              for i in range(6 - first) for a, b in (("lateral", "inner"), ("output", "layer")) for norm in ("norm.", "")),
+            ("top_block.*", "fpn.extra_blocks.*"))
 
-    UserError: no such file; not a PyTorch checkpoint; a pickle that would run code.
+
+_TWO_STAGE_DETECTRON2: Table = (
+    ("proposal_generator.rpn_head.conv.*", "rpn.head.conv.0.0.*"),
+    ("proposal_generator.rpn_head.objectness_logits.*", "rpn.head.cls_logits.*"),
+    ("proposal_generator.rpn_head.anchor_deltas.*", "rpn.head.bbox_pred.*"),
+    *((f"roi_heads.{head}{j}.{norm}*", f"roi_heads.{box}.{j - 1}.{int(bool(norm))}.*")
+      for head, box in (("box_head.conv", "box_head"), ("mask_head.mask_fcn", "mask_head")) for j in (1, 2, 3, 4) for norm in ("norm.", "")),
+    ("roi_heads.box_head.fc1.*", "roi_heads.box_head.5.*"),                   # 4conv1fc
+    ("roi_heads.box_predictor.*", "roi_heads.box_predictor.*"),
+    ("roi_heads.mask_head.deconv.*", "roi_heads.mask_predictor.conv5_mask.*"),
+    ("roi_heads.mask_head.predictor.*", "roi_heads.mask_predictor.mask_fcn_logits.*"),
+)
+_2FC_DETECTRON2: Table = (("roi_heads.box_head.fc1.*", "roi_heads.box_head.fc6.*"), ("roi_heads.box_head.fc2.*", "roi_heads.box_head.fc7.*"))
+
+# detectron2 - torchvision: whole detectors (rcnn_transfer.md, section 4). FCOS has other heads in detectron2: backbone and pyramid only.
+RCNN_DETECTRON2: dict[str, Table] = {
+    "fpn": (*below("backbone.bottom_up.", "backbone.body.", RESNET_DETECTRON2), *below("backbone.", "backbone.", _fpn_detectron2(2)),
+            *_TWO_STAGE_DETECTRON2),
+    "c4": (*below("roi_heads.", "roi_heads.box_head.res5.", RESNET_DETECTRON2[-4:]), ("roi_heads.res5.norm.*", "roi_heads.box_head.res5.norm.*"),
+           *below("backbone.", "backbone.body.", RESNET_DETECTRON2), *_TWO_STAGE_DETECTRON2),
+    "one_stage": (*below("backbone.bottom_up.", "backbone.body.", RESNET_DETECTRON2), *below("backbone.", "backbone.", _fpn_detectron2(3)),
+                  *((f"head.{a}_subnet.{2 * j}.*", f"head.{b}_head.conv.{j}.0.*")
+                    for a, b in (("cls", "classification"), ("bbox", "regression")) for j in range(4)),
+                  ("head.cls_score.*", "head.classification_head.cls_logits.*"), ("head.bbox_pred.*", "head.regression_head.bbox_reg.*")),
+}
+
+# SoCo: what its converters write for detectron2 (whose loader completes the names: backbone.bottom_up., backbone., roi_heads.) and MMDetection.
+SOCO_DETECTRON2: Table = (
+    *below("", "encoder.", RESNET_DETECTRON2),
+    *((f"fpn_{a}{i + 2}.{norm}*", f"neck.{b}_convs.{i}.{'bn' if norm else 'conv'}.*")
+      for i in range(4) for a, b in (("lateral", "lateral"), ("output", "fpn")) for norm in ("norm.", "")),
+    ("box_head.conv{j}.norm.*", "head.bn{j}.*"), ("box_head.*", "head.*"),
+)
+SOCO_MMDETECTION: Table = (
+    ("backbone.*", "encoder.*"), ("neck.*", "neck.*"),
+    *((f"roi_head.bbox_head.shared_convs.{j - 1}.{a}.*", f"head.{a}{j}.*") for j in (1, 2, 3, 4) for a in ("conv", "bn")),
+    ("roi_head.bbox_head.shared_fcs.0.*", "head.fc1.*"),
+)
+# SoCo - torchvision: pyramid and box head, of detectors whose lowest level is SoCo's level 0 (C2), or (RetinaNet, FCOS) its level 1.
+SOCO_RCNN: dict[int, Table] = {first: (
+    *((f"neck.{a}_convs.{i + first}.{kind}.*", f"backbone.fpn.{b}_blocks.{i}.{k}.*")
+      for i in range(4 - first) for a, b in (("lateral", "inner"), ("fpn", "layer")) for k, kind in enumerate(("conv", "bn"))),
+    *((f"head.{kind}{j}.*", f"roi_heads.box_head.{j - 1}.{k}.*") for j in (1, 2, 3, 4) for k, kind in enumerate(("conv", "bn")) if not first),
+    *((("head.fc1.*", "roi_heads.box_head.5.*"),) if not first else ()),
+) for first in (0, 1)}
+
+# MoCo - dupr.py with --alpha 0 0 0 1 --beta 0 0 0 0, which is MoCo v2; MoCo v1 has a head of one layer.
+MOCO: dict[str, Table] = {version: (
+    *((f"encoder_{k}.fc.{theirs}*", f"encoder_{k}.image_heads.conv5.{ours}.*") for k in "qk" for theirs, ours in layers),
+    ("queue", "queues.image_conv5.keys"), ("queue_ptr", "queues.image_conv5.ptr"), ("encoder_*", "encoder_*"),
+) for version, layers in (("v1", (("", 0),)), ("v2", (("0.", 0), ("2.", 2))))}
+
+# Siamese DETR as mmcv saves it - the DETR family.
+SIAMESE_DETR: Table = (
+    ("pred_head.bbox_embed.*", "bbox_embed.*"), ("pred_head.class_embed.*", "class_embed.*"), ("pred_head.feature_align.*", "feature_align.*"),
+    ("backbone.*", "backbone.0.body.*"), ("*", "*"),
+)
+
+
+def _hugging_face(decoder: Table, rest: Table) -> Table:
+    return (
+        ("model.backbone.conv_encoder.model.*", "backbone.0.body.*"), ("model.query_position_embeddings.*", "query_embed.*"),
+        *((f"model.{part}.layers.{{i}}.fc{j}.*", f"transformer.{part}.layers.{{i}}.linear{j}.*") for part in ("encoder", "decoder") for j in (1, 2)),
+        *below("model.encoder.layers.{i}.", "transformer.encoder.layers.{i}.",
+               (("self_attn_layer_norm.*", "norm1.*"), ("final_layer_norm.*", "norm2.*"), ("*", "*"))),
+        ("model.encoder.layernorm.*", "transformer.encoder.norm.*"), ("model.decoder.layernorm.*", "transformer.decoder.norm.*"),
+        *below("model.decoder.layers.{i}.", "transformer.decoder.layers.{i}.", (*decoder, ("final_layer_norm.*", "norm3.*"), ("*", "*"))),
+        *rest, ("model.*", "transformer.*"),
+    )
+
+
+_DETR_NORMS: Table = (("self_attn_layer_norm.*", "norm1.*"), ("encoder_attn_layer_norm.*", "norm2.*"))
+_DETR_HEADS: Table = (("class_labels_classifier.*", "class_embed.*"), ("bbox_predictor.*", "bbox_embed.*"), ("model.input_projection.*", "input_proj.*"))
+
+# Hugging Face transformers (as files have it; version 5 renames on reading and writing) - the DETR family, in_proj already split into q, k, v.
+HUGGING_FACE: dict[str, Table] = {
+    "detr": _hugging_face((("encoder_attn.*", "multihead_attn.*"), *_DETR_NORMS), _DETR_HEADS),
+    "conditional_detr": _hugging_face((("encoder_attn.out_proj.*", "cross_attn.out_proj.*"), *_DETR_NORMS), _DETR_HEADS),
+    "deformable_detr": _hugging_face(                                          # norm1 follows the attention into the image, norm2 that among queries
+        (("encoder_attn.*", "cross_attn.*"), ("encoder_attn_layer_norm.*", "norm1.*"), ("self_attn_layer_norm.*", "norm2.*")),
+        (("class_embed.*", "class_embed.*"), ("bbox_embed.*", "bbox_embed.*"), ("model.input_proj.*", "input_proj.*"))),
+}
+
+# Rows of a released class head: COCO's are its category ids, VOC's the sorted names and an idle one.
+COCO_NAMES = dict(zip((i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)), (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,"
+    "cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,"
+    "skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,"
+    "cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,"
+    "clock,vase,scissors,teddy bear,hair drier,toothbrush").split(",")))
+VOC_NAMES = dict(enumerate("aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,sheep,sofa,train,"
+                           "tvmonitor".split(",")))
+
+# ==== 2. Reading ====
+
+
+_ARRAY, _SCALAR = (value.__reduce__()[0] for value in (np.zeros(1), np.float64(0)))               # how numpy rebuilds what was pickled
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads plain containers and numpy arrays, as detectron2's files are made of; whatever else a pickle asks for is an error and is not run."""
+
+    ALLOWED = {"multiarray._reconstruct": _ARRAY, "multiarray.scalar": _SCALAR, "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
+               "_codecs.encode": lambda text, _: text.encode("latin1"), "collections.OrderedDict": collections.OrderedDict}
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = self.ALLOWED.get(f"{re.sub('^numpy[.]_?core[.]', '', module)}.{name}")
+        if found is None:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not allowed")
+        return found
+
+
+# Harmless containers that released files hold beside their tensors: argparse.Namespace (DETR family, SoCo), numpy numbers.
+ALLOWED = [argparse.Namespace, collections.defaultdict, np.dtype, *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"},
+           *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a PyTorch file or of a detectron2 pickle, read without running code from it.
+
+    UserError: no such file; empty, cut or something else; a pickle that would run code; no dict.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
+        raise UserError(f"{path}: no such checkpoint file" + (" (it is a folder)" if path.is_dir() else ""))
+    if not path.stat().st_size:
+        raise UserError(f"{path}: the file is empty")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("GLOBAL ")[-1].split(" was")[0] if "GLOBAL" in str(error) else "not a PyTorch checkpoint"
-        raise UserError(f"{path}: refused, because loading it would run code or it is no checkpoint ({reason.splitlines()[0]})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable PyTorch checkpoint ({(str(error) or type(error).__name__).splitlines()[0]})") from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, a checkpoint is a dict of tensors")
-    return checkpoint
+        with open(path, "rb") as file:
+            content = ArrayUnpickler(file, encoding="latin1").load() if file.read(1) == b"\x80" and not file.seek(0) else None
+        if not isinstance(content, dict):                                     # old PyTorch files start with a pickled number
+            with torch.serialization.safe_globals(ALLOWED):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                                # damaged bytes can make a reader raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be read ({error.strerror or reason})") from error
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{path}: refused, because loading it would run code ({code[1]}), which no file of tensors needs") from error
+        raise UserError(f"{path}: not a readable PyTorch checkpoint: cut, damaged or something else ({reason[:120]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dict of tensors")
+    return content
 
 
-def state_of(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, out of the wrappers in use: {"model": ...}, {"state_dict": ...} or none."""
+def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file, out of the wrappers in use ({"model": ...}, {"state_dict": ...} or none) and without DistributedDataParallel's `module.`"""
     for wrapper in ("model", "state_dict"):
-        if isinstance(checkpoint.get(wrapper), dict):
-            checkpoint = checkpoint[wrapper]
-    state = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    state = {k: torch.from_numpy(np.array(v, v.dtype.newbyteorder("="))) if isinstance(v, np.ndarray) and v.dtype.kind in "fiub" else v for k, v in content.items()}
+    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
-        raise UserError(f"{path}: holds no tensors under 'model', 'state_dict' or at its top; its keys are {sorted(checkpoint)[:6]}")
-    return state
+        raise UserError(f"{path}: holds no tensors under 'model', 'state_dict' or at its top; its keys are {sorted(map(str, content))[:6]}")
+    return {k.removeprefix("module."): v for k, v in state.items()}
 
 
-def backbone_state(state: dict[str, Tensor], path: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """(what the file is, the tensors of its ResNet as torchvision names them, without a classifier) of a checkpoint of any known family."""
-    found = [(name, prefix) for name, prefix in BACKBONES if prefix + "conv1.weight" in state]
-    if not found:
-        raise UserError(f"{path}: no ResNet found in it; known are " + ", ".join(f"{n} ({p}conv1.weight)" for n, p in BACKBONES))
-    name, prefix = found[0]
-    parts, res5 = tuple(prefix + part for part in ("conv1", "bn1", "layer")), "roi_heads.box_head.res5."      # where our C4 detectors keep layer4
-    trunk = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(parts)}
-    return name, trunk | {k.removeprefix(res5): v for k, v in state.items() if k.startswith(res5 + "layer4.")}
-
-
-def load_backbone(body: nn.Module, path: str | Path) -> None:
-    """Fill a ResNet body (conv1, bn1, layer1..) from any checkpoint of BACKBONES; strict, and prints what it left."""
-    name, tensors = backbone_state(state_of(read_checkpoint(path), path), path)
-    stages = tuple(f"{child}." for child, _ in body.named_children())
-    drop = {rf"^(?!{'|'.join(stages)})": "a later stage that is not used"} if not all(k.startswith(stages) for k in tensors) else {}
-    drop[r"num_batches_tracked$"] = "a counter that only momentum-free BatchNorm reads"
-    common.load_matching(body, tensors, drop=drop, source=f"{path} ({name})")
-
-
-# MoCo's names -> those of dupr.py with --alpha 0 0 0 1 --beta 0 0 0 0, which is MoCo v2; a head of one layer is MoCo v1's.
-MOCO = (
-    (r"^module\.", ""),
-    (r"^(encoder_[qk])\.fc\.(?=\d+\.)", r"\1.image_heads.conv5."),
-    (r"^(encoder_[qk])\.fc\.(?=weight$|bias$)", r"\1.image_heads.conv5.0."),
-    (r"^queue$", "queues.image_conv5.keys"),
-    (r"^queue_ptr$", "queues.image_conv5.ptr"),
+# What a file is: what it is called, the tensors that tell it, the table to our names (None: they are ours). The first that fits counts.
+KNOWN: tuple[tuple[str, str, Table | None], ...] = (
+    ("MoCo v1", "encoder_q.conv1.weight encoder_q.fc.weight", MOCO["v1"]),
+    ("MoCo v2", "encoder_q.conv1.weight encoder_q.fc.0.weight", MOCO["v2"]),
+    ("DUPR", "encoder_q.conv1.weight", None),
+    ("SoCo", "encoder.conv1.weight", None),
+    ("Siamese DETR", "pred_head.bbox_embed.layers.0.weight", SIAMESE_DETR),
+    ("detector", "transformer.encoder.layers.0.linear1.weight", None),
+    ("detector", "backbone.0.body.conv1.weight", None),
+    ("SoCo for MMDetection", "roi_head.bbox_head.shared_fcs.0.weight", SOCO_MMDETECTION),
+    ("SoCo for detectron2", "box_head.fc1.weight", SOCO_DETECTRON2),
+    ("detectron2", "stem.conv1.weight", SOCO_DETECTRON2),
+    ("detectron2 RetinaNet", "head.cls_subnet.0.weight", RCNN_DETECTRON2["one_stage"]),
+    ("detectron2 R-CNN (FPN)", "backbone.bottom_up.stem.conv1.weight", RCNN_DETECTRON2["fpn"]),
+    ("detectron2 R-CNN (C4)", "backbone.stem.conv1.weight", RCNN_DETECTRON2["c4"]),
+    ("torchvision detector", "backbone.body.conv1.weight", None),
+    ("MMDetection", "backbone.conv1.weight", (("backbone.*", "*"),)),
+    ("SwAV", "conv1.weight projection_head.0.weight", None),
+    ("torchvision", "conv1.weight", None),
 )
+NAMES = {"detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_detr_ss": "single-scale Deformable DETR",
+         "deformable_detr": "Deformable DETR", "mask_rcnn_fpn": "Mask R-CNN (FPN)", "faster_rcnn_fpn": "Faster R-CNN (FPN)",
+         "mask_rcnn_c4": "Mask R-CNN (C4)", "faster_rcnn_c4": "Faster R-CNN (C4)", "retinanet_fpn": "RetinaNet", "fcos_fpn": "FCOS"}
+METHODS = {"detreg": "DETReg", "updetr": "UP-DETR", "siamese_detr": "Siamese DETR", "soco": "SoCo", "dupr": "DUPR"}         # script: paper
+RESNETS = ("backbone.0.body.", "encoder_q.", "encoder.", "backbone.body.", "")                    # where our names keep the ResNet
+RES5 = "roi_heads.box_head.res5."                                                                 # where our C4 detectors keep its layer4
 
 
-def dupr_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a released MoCo checkpoint (query and key encoder, queue) under dupr.py's names; nothing else differs."""
-    for pattern, replacement in MOCO:
-        state = {re.sub(pattern, replacement, k): v for k, v in state.items()}
-    return state
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file, recognised. family: as in KNOWN; state: its tensors under our names; left: {reason: names that are not among them}; content: all of it."""
+    path: str
+    family: str
+    state: dict[str, Tensor]
+    left: dict[str, list[str]]
+    content: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The flags of our run that made it; of a foreign file none."""
+        return self.content["config"] if "script" in self.content and isinstance(self.content.get("config"), dict) else {}
+
+    @property
+    def rcnn(self) -> str | None:
+        """Which detector of the R-CNN family our finetune.py made of it."""
+        detector = self.config.get("detector") if self.content.get("script") == "finetune" else None
+        return detector if detector in typing.get_args(common.RCNN_DETECTORS) else None
+
+    @property
+    def method(self) -> str | None:
+        """The script whose pretraining it comes from: ours says so, of others the added modules tell. None: a supervised or fine-tuned model."""
+        if "script" in self.content:
+            return self.content["script"] if self.content["script"] in METHODS else None
+        converted = "patch2query.weight" in self.state and ("transformer.level_embed" in self.state or "class_embed.weight" not in self.state)
+        marks = {"siamese_detr": converted or "enc_head.0.projector.mlp.0.weight" in self.state, "updetr": "patch2query.weight" in self.state,
+                 "detreg": "feature_embed.layers.0.weight" in self.state, "soco": self.family.startswith("SoCo")}
+        return next((name for name, found in marks.items() if found), None)
+
+    @property
+    def what(self) -> str:
+        """What the file is, in words. UserError: a detector's checkpoint that lacks parts."""
+        words = [NAMES[self.rcnn] if self.rcnn else self.family + " (C4)" * (self.family == "SoCo" and "neck.lateral_convs.0.conv.weight" not in self.state)]
+        if "transformer.decoder.layers.0.linear1.weight" in self.state:
+            arch = architecture(self.state, self.path)
+            words = [f"{METHODS[self.method]} pretraining"] if self.method else []
+            words += [NAMES[arch["detector"]] + " with box refinement" * arch.get("with_box_refine", False) + " (pre-norm)" * arch.get("pre_norm", False),
+                      f"{arch['num_queries']} queries"]
+        if any(p + "layer1.0.conv1.weight" in self.state for p in RESNETS):
+            words.append(resnet_name(self.resnet(), "", self.path).replace("resnet", "ResNet-"))
+        return ", ".join(words) + (f", step {self.content['step']}" if {"script", "step"} <= self.content.keys() else "")
+
+    def resnet(self) -> dict[str, Tensor]:
+        """The tensors of its ResNet under torchvision's names, without a classifier. UserError: it has none."""
+        prefix = next((p for p in RESNETS if p + "conv1.weight" in self.state), None)
+        if prefix is None:
+            raise UserError(f"{self.path}: no ResNet found in it; its tensors are called {', '.join(list(self.state)[:4])}, ...")
+        parts = tuple(prefix + part for part in ("conv1", "bn1", "layer"))
+        trunk = {k.removeprefix(prefix): v for k, v in self.state.items() if k.startswith(parts)}
+        return trunk | {k.removeprefix(RES5): v for k, v in self.state.items() if k.startswith(RES5 + "layer4.")}
 
 
-# SoCo's online network -> the names of detectron2 (whose loader completes them: backbone.bottom_up., backbone., roi_heads.), and of MMDetection.
-SOCO_DETECTRON2 = (
-    (r"^encoder\.layer(\d)", lambda m: f"res{int(m[1]) + 1}"),
-    (r"^encoder\.", "stem."),
-    (r"^neck\.(lateral|fpn)_convs\.(\d)\.(conv|bn)",
-     lambda m: f"fpn_{'lateral' if m[1] == 'lateral' else 'output'}{int(m[2]) + 2}{'.norm' if m[3] == 'bn' else ''}"),
-    (r"^head\.", "box_head."),
-    (r"downsample\.0\.", "shortcut."),
-    (r"downsample\.1\.", "shortcut.norm."),
-    (r"(?<=\.)bn(\d)\.", r"conv\1.norm."),
-)
-SOCO_MMDET = (
-    (r"^encoder\.", "backbone."),
-    (r"^head\.(conv|bn)(\d)\.", lambda m: f"roi_head.bbox_head.shared_convs.{int(m[2]) - 1}.{m[1]}."),
-    (r"^head\.fc(\d)\.", lambda m: f"roi_head.bbox_head.shared_fcs.{int(m[1]) - 1}."),
-)
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a file and recognise it by its content. UserError: see read_checkpoint; a file of no family in KNOWN."""
+    content = read_checkpoint(path)
+    theirs = state_of(content, path)
+    family, table = next(((family, table) for family, marks, table in KNOWN if all(m in theirs for m in marks.split())), (None, None))
+    if family is None:
+        raise UserError(f"{path}: no known kind of checkpoint; its tensors are called {', '.join(list(theirs)[:4])}, ... Known are files of "
+                        "DETReg, UP-DETR, Siamese DETR, SoCo, MoCo, SwAV, DETR, Conditional and Deformable DETR, detectron2, torchvision's ResNets, and ours")
+    left: dict[str, list[str]] = {}
+    for name in theirs:
+        if name.startswith("pred_head.criterion."):
+            left.setdefault("class weights of the loss", []).append(name)
+        elif name in ("queue", "queue_ptr") and family == "SoCo":
+            left.setdefault("a queue left over from MoCo, which SoCo's loss does not have", []).append(name)
+        elif table and rename(name, table) is None:
+            left.setdefault("other modules, not needed", []).append(name)
+    kept = {k: v for k, v in theirs.items() if not any(k in names for names in left.values())}
+    state = renamed(kept, table) if table else kept
+    if family.startswith("detectron2 R"):
+        state = {k: _rows(k, v, family.endswith("(C4)"), back=False) for k, v in state.items()}
+    return Checkpoint(str(path), family, _whole_heads(state), left, content)
 
 
-def soco_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a SoCo checkpoint, released or ours, under soco.py's names, which are the released ones without `module.`."""
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    if unused := [k for k in state if k in ("queue", "queue_ptr")]:
-        common.say(f"  a queue left over from MoCo, which SoCo's loss does not have: {', '.join(unused)}")
-    return {k: v for k, v in state.items() if k not in unused}
-
-
-def _renamed(state: dict[str, Tensor], parts: tuple[str, ...], table: tuple) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in soco_state(state).items():
-        if key.startswith(parts):
-            for pattern, replacement in table:
-                key = re.sub(pattern, replacement, key)
-            renamed[key] = value
-    return renamed
-
-
-def soco_detectron2(state: dict[str, Tensor], arch: str) -> dict[str, Tensor]:
-    """SoCo's tensors for detectron2's R50-FPN (arch "fpn": backbone, pyramid and box head) or R50-C4 ("c4": backbone); to be saved as a pickle of
-    {"model": numpy arrays, "matching_heuristics": True}. Projector, predictor and target network stay out."""
-    return _renamed(state, ("encoder.",) if arch == "c4" else ("encoder.", "neck.", "head."), SOCO_DETECTRON2)
-
-
-def soco_mmdet(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SoCo's tensors for MMDetection's Mask R-CNN, whose box head is Shared4Conv1FCBBoxHead with BatchNorm; to be saved as {"state_dict": ...}."""
-    return _renamed(state, ("encoder.", "neck.", "head."), SOCO_MMDET)
-
-
-# Siamese DETR as mmcv saves it -> the DETR family's names. None: not a tensor of the model (the class weights of its loss).
-SIAMESE_DETR = (
-    (r"^backbone\.(?!0\.)", "backbone.0.body."),
-    (r"^pred_head\.(?=bbox_embed|class_embed|feature_align)", ""),
-    (r"^pred_head\.criterion\.", None),
-)
-
-
-def detector_state(checkpoint: dict, path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a detector's checkpoint under our names. Handles DistributedDataParallel's `module.` and, of Siamese DETR, both the mmcv file
-    and what its converter writes: on Deformable DETR its position and content queries [Q, D] become one query_embed [Q, 2D] (the released converter
-    leaves them apart, and Deformable DETR cannot load them), and its one box head and class head become one entry per decoder layer."""
-    state = {k.removeprefix("module."): v for k, v in state_of(checkpoint, path).items()}
-    if "pred_head.bbox_embed.layers.0.weight" in state:
-        for pattern, replacement in SIAMESE_DETR:
-            state = {re.sub(pattern, replacement or "", k): v for k, v in state.items() if replacement is not None or not re.search(pattern, k)}
+def _whole_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Siamese DETR on Deformable DETR: its position and content queries [Q, D] become one query_embed [Q, 2D] (its converter leaves them apart, and
+    Deformable DETR cannot load them), and its one box head and class head become one entry per decoder layer."""
+    state = dict(state)
     if "transformer.level_embed" in state and "bbox_embed.layers.0.weight" in state:
-        heads = {k: v for k, v in state.items() if k.startswith(("bbox_embed.", "class_embed."))}
-        state = {k: v for k, v in state.items() if k not in heads}
-        state |= {k.replace("_embed.", f"_embed.{i}.", 1): v for i in range(_count(state, "transformer.decoder.layers.")) for k, v in heads.items()}
+        heads = {k: state.pop(k) for k in list(state) if k.startswith(("bbox_embed.", "class_embed."))}
+        layers = range(_count(state, "transformer.decoder.layers."))
+        state |= {k.replace("_embed.", f"_embed.{i}.", 1): v for i in layers for k, v in heads.items()}
     if "transformer.tgt_embed.weight" in state:
         state["query_embed.weight"] = torch.cat([state["query_embed.weight"], state.pop("transformer.tgt_embed.weight")], 1)
     return state
+
+
+def _rows(name: str, value: Tensor, c4: bool, back: bool) -> Tensor:
+    """detectron2's order of rows in torchvision's, or (back) the reverse. Anchors: by size, then ratio / by ratio, then size. Background: the last class,
+    without boxes and masks / the first, with boxes and masks that nothing reads."""
+    if c4 and name.startswith(("rpn.head.cls_logits.", "rpn.head.bbox_pred.")) or re.search(r"^head\..*(cls_logits|bbox_reg)\.", name):
+        sizes = 5 if c4 else 3
+        return value.unflatten(0, (3, sizes, -1) if back else (sizes, 3, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+    if name.startswith("roi_heads.box_predictor.cls_score."):
+        return value.roll(-1 if back else 1, 0)
+    if match := re.search(r"(roi_heads\.box_predictor\.bbox_pred|mask_fcn_logits)\.", name):
+        extra = 1 if "mask" in match[1] else 4
+        return value[extra:].contiguous() if back else torch.cat([torch.zeros_like(value[:extra]), value])
+    return value
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
@@ -191,10 +382,10 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
     The number of heads cannot be read off shapes; every released checkpoint has 8.
     """
     if "transformer.decoder.layers.0.linear1.weight" not in state or "query_embed.weight" not in state:
-        known = next((f"a {name}" for name, prefix in BACKBONES if prefix + "conv1.weight" in state), "an unknown model's")
-        hint = "" if "unknown" in known else ("; give a bare backbone with --backbone_weights, or fine-tune the R-CNN family from it: "
+        known = next((family for family, marks, _ in KNOWN if all(m in state for m in marks.split())), None)
+        hint = "" if not known else ("; give a bare backbone with --backbone_weights, or fine-tune the R-CNN family from it: "
                                               "--detector faster_rcnn_fpn")
-        raise UserError(f"{path}: this is {known} checkpoint, not one of a DETR, Conditional DETR or Deformable DETR{hint}")
+        raise UserError(f"{path}: this is {f'a {known}' if known else 'an unknown kind of'} checkpoint, not one of a DETR, Conditional DETR or Deformable DETR{hint}")
     deformable = "transformer.level_embed" in state
     body = "backbone.0.body."
     try:
@@ -219,69 +410,293 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
     return found | {"detector": "detr", "pre_norm": "transformer.encoder.norm.weight" in state}
 
 
+# ==== 3. Into our models ====
+
+COUNTERS = {r"num_batches_tracked$": "counters that only momentum-free BatchNorm reads"}
+
+
+def tell_left(left: dict[str, list[str]]) -> None:
+    for why, names in left.items():
+        common.say(f"  {why}: {', '.join(sorted({n.split('.')[0] for n in names}))} ({len(names)} tensors)")
+
+
+def load_backbone(body: nn.Module, path: str | Path) -> None:
+    """Fill a ResNet body (conv1, bn1, layer1..) from a checkpoint of any family; strict, and prints what it left."""
+    found = open_checkpoint(path)
+    tensors = found.resnet()
+    stages = tuple(f"{child}." for child, _ in body.named_children())
+    drop = {rf"^(?!{'|'.join(stages)})": "a later stage that is not used"} if not all(k.startswith(stages) for k in tensors) else {}
+    common.load_matching(body, tensors, drop=drop | COUNTERS, source=f"{path} ({found.what})")
+
+
 # What of a foreign checkpoint the R-CNN family has no use for; the first that fits counts.
 NOT_RCNN = (
     (r"^(encoder|neck|head|projector|predictor)_k\.|^queue", "target network or queue of the pretext task, not needed"),
     (r"^(projector|predictor|encoder_q)\.", "heads of the pretext task, not needed"),
     (r"^neck\.", "pyramid levels that this detector does not have (RetinaNet, FCOS: P2; C4: all)"),
-    (r"^head\.", "box head, which this detector does not have"),
+    (r"^head\.(conv|bn|fc)", "box head, which this detector does not have"),
     (r"", "other modules, not needed"),
 )
-
-
-def is_soco(state: dict[str, Tensor]) -> bool:
-    return any(f"{prefix}encoder.conv1.weight" in state for prefix in ("", "module."))
-
-
-def _of_soco(key: str, first: int) -> str | None:
-    """Our name of a tensor of SoCo's pyramid or box head. first: SoCo's index of the detector's lowest level, 1: no box head either."""
-    if match := re.match(r"neck\.(lateral|fpn)_convs\.(\d)\.(conv|bn)\.(.+)", key):
-        level, blocks = int(match[2]) - first, "inner" if match[1] == "lateral" else "layer"
-        return f"backbone.fpn.{blocks}_blocks.{level}.{int(match[3] == 'bn')}.{match[4]}" if level >= 0 else None
-    if match := re.match(r"head\.(?:(conv|bn)(\d)|fc1)\.(.+)", key):
-        layer = f"{int(match[2]) - 1}.{int(match[1] == 'bn')}" if match[1] else "5"
-        return f"roi_heads.box_head.{layer}.{match[3]}" if first == 0 else None
-    return None
-
-
-def rcnn_state(state: dict[str, Tensor], detector: str, path: str | Path) -> tuple[str, dict[str, Tensor], dict[str, list[str]]]:
-    """(what the file is, its tensors under the names of common.build_rcnn(), {reason: names of what stays out}) of a checkpoint of BACKBONES.
-
-    Every one has a ResNet; SoCo also has the pyramid and the 4conv1fc box head. RetinaNet and FCOS start at C3: SoCo's level i is their i - 1.
-    """
-    name, trunk = backbone_state(state, path)
-    c4, soco = detector.endswith("_c4"), is_soco(state)
-    tensors = {("roi_heads.box_head.res5." if c4 and k.startswith("layer4.") else "backbone.body.") + k: v for k, v in trunk.items()}
-    used, left = {id(v) for v in trunk.values()}, {}
-    for key, value in state.items():
-        key = key.removeprefix("module.")
-        if id(value) in used:
-            continue
-        if ours := _of_soco(key, int(detector in common.ONE_STAGE)) if soco and not c4 else None:
-            tensors[ours] = value
-        else:
-            left.setdefault(next(why for pattern, why in NOT_RCNN if re.search(pattern, key)), []).append(key)
-    return name, tensors, left
-
-
 # What a detector of the R-CNN family has and a checkpoint may lack, by the start of its names; the last that fits counts.
 NEW_IN_RCNN = {
     "backbone.body.layer4.": "last stage, made anew", "backbone.fpn.": "feature pyramid, made anew",
     "backbone.fpn.extra_blocks.": "P6 and P7, made anew", "rpn.": "proposal network, made anew",
     "head.": "class and box head, made anew", "roi_heads.box_head.": "box head, made anew",
-    "roi_heads.box_head.res5.layer4.": "last stage, made anew", "roi_heads.box_head.res5.norm.": "norm after res5, made anew",
+    RES5 + "layer4.": "last stage, made anew", RES5 + "norm.": "norm after res5, made anew",
     "roi_heads.box_predictor.": "class and box layers, made anew", "roi_heads.mask_": "mask head, made anew",
 }
+CLASS_LAYERS = r"^roi_heads\.box_predictor\.|\.mask_fcn_logits\.|^head\.classification_head\.cls_logits\."   # whose rows are categories
 
 
-def load_rcnn(model: nn.Module, state: dict[str, Tensor], detector: str, box_head: str, path: str | Path) -> None:
-    """Fill a detector of common.build_rcnn() from a foreign checkpoint; strict but for whole parts that it lacks, and prints what is new or left."""
-    name, tensors, left = rcnn_state(state, detector, path)
+def rcnn_state(found: Checkpoint, detector: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """(its tensors under the names of common.build_rcnn(), {reason: names of what stays out}) of a checkpoint with a ResNet.
+
+    SoCo also has the pyramid and the 4conv1fc box head. RetinaNet and FCOS start at C3: SoCo's level i is their i - 1.
+    """
+    trunk, c4 = found.resnet(), detector.endswith("_c4")
+    tensors = {(RES5 if c4 and k.startswith("layer4.") else "backbone.body.") + k: v for k, v in trunk.items()}
+    table = SOCO_RCNN[int(detector in common.ONE_STAGE)] if found.family.startswith("SoCo") and not c4 else ()
+    used, left = {id(v) for v in trunk.values()}, {why: list(names) for why, names in found.left.items()}
+    for key, value in found.state.items():
+        if id(value) in used:
+            continue
+        if ours := rename(key, table):
+            tensors[ours] = value
+        else:
+            left.setdefault(next(why for pattern, why in NOT_RCNN if re.search(pattern, key)), []).append(key)
+    return tensors, left
+
+
+def load_rcnn(model: nn.Module, found: Checkpoint, detector: str, box_head: str) -> None:
+    """Fill a detector of common.build_rcnn() from a foreign checkpoint; strict but for whole parts that it lacks, and prints what is new or left.
+
+    From a detector of torchvision or detectron2 all but the class layers is taken where it is of this very architecture, else its ResNet.
+    """
+    own, (tensors, left) = model.state_dict(), rcnn_state(found, detector)
+    wanted = {k: v.shape for k, v in own.items() if not k.endswith("num_batches_tracked") and not re.search(CLASS_LAYERS, k)}
+    there = {k: v.shape for k, v in found.state.items() if not k.endswith("num_batches_tracked") and not re.search(CLASS_LAYERS, k)}
+    if there == wanted:
+        tensors = {k: v for k, v in found.state.items() if not re.search(CLASS_LAYERS, k)}
+        left = {"class layers, whose categories the file does not name": [k for k in found.state if re.search(CLASS_LAYERS, k)]}
     if box_head == "2fc" and (head := {k: v for k, v in tensors.items() if re.match(r"roi_heads\.box_head\.\d", k)}):
         left["4conv1fc box head, which --box_head 2fc replaces"] = list(head)
         tensors = {k: v for k, v in tensors.items() if k not in head}
-    for why, names in left.items():
-        common.say(f"  {why}: {', '.join(sorted({n.split('.')[0] for n in names}))} ({len(names)} tensors)")
-    drop = {rf"^{re.escape(start)}": why for start, why in NEW_IN_RCNN.items() if not any(k.startswith(start) for k in tensors)}
-    drop[r"num_batches_tracked$"] = "counters that only momentum-free BatchNorm reads"
-    common.load_matching(model, tensors, drop=drop, source=f"{path} ({name})")
+    tell_left(left)
+    drop = {CLASS_LAYERS: "class layers, made anew"} if there == wanted else {}
+    drop |= {rf"^{re.escape(start)}": why for start, why in NEW_IN_RCNN.items() if not any(k.startswith(start) for k in tensors)}
+    common.load_matching(model, tensors, drop=drop | COUNTERS, source=f"{found.path} ({found.what})")
+
+
+# ==== 4. For other tools ====
+
+
+def class_names(found: Checkpoint, rows: int) -> dict[int, str]:
+    """What the rows of a class head stand for, "no object" not counted: the categories our checkpoint carries; those of the released heads; of a
+    pretraining row 1, which is every object."""
+    if found.content.get("categories"):
+        return {i: category["name"] for i, category in enumerate(found.content["categories"])}
+    names = {1: "object"} if found.method else {91: COCO_NAMES, 21: VOC_NAMES}.get(rows, {})
+    return {i: names.get(i, f"unused {i}" if names else f"class {i}") for i in range(rows)}
+
+
+def official(found: Checkpoint) -> dict[str, Any]:
+    """What the released code of its method saves, for torch.save: wrapper and names, without the optimiser.
+
+    DETReg, UP-DETR, fine-tuned detectors {"model"}; Siamese DETR {"meta", "state_dict"}, as mmcv; SoCo {"model"} with `module.`; MoCo {"arch", "state_dict"}.
+    UserError: a detector of the R-CNN family, DUPR (never released), a bare ResNet; heads of Siamese DETR that differ among the decoder layers.
+    """
+    state, family = found.state, found.family
+    if family == "SoCo":
+        return {"model": {f"module.{k}": v for k, v in state.items()}}
+    if family.startswith(("MoCo", "DUPR")):
+        moco = "v2" if "encoder_q.image_heads.conv5.2.weight" in state else "v1"
+        theirs = renamed(state, MOCO[moco], back=True)
+        if len(theirs) < len(state) or "queue" not in theirs or any("_heads." in k for k in theirs):
+            raise UserError(f"{found.path}: DUPR's code was never released; MoCo's has image contrast at conv5 alone (--alpha 0 0 0 1 --beta 0 0 0 0). "
+                            "For its ResNet give --to torchvision or detectron2")
+        return {"arch": resnet_name(found.resnet(), "", found.path), "state_dict": {f"module.{k}": v for k, v in theirs.items()}}
+    if "transformer.decoder.layers.0.linear1.weight" not in state:
+        raise UserError(f"{found.path}: this is a {found.what} checkpoint; --to official is for DETReg, UP-DETR, Siamese DETR, SoCo, MoCo and the DETR "
+                        "family. For this one give --to torchvision or detectron2")
+    state = {k: v for k, v in state.items() if not (k.startswith("backbone.") and k.endswith("num_batches_tracked"))}     # FrozenBatchNorm has none
+    if found.method != "siamese_detr":
+        return {"model": state}
+    if "transformer.level_embed" in state:                                    # position and content queries apart, as released
+        position, content = state["query_embed.weight"].chunk(2, 1)
+        state = state | {"query_embed.weight": position.contiguous(), "transformer.tgt_embed.weight": content.contiguous()}
+    if "enc_head.0.projector.mlp.0.weight" not in state:                      # what the released converter writes
+        return {"model": state}
+    if "class_embed.0.weight" in state:
+        heads = {k: v for k, v in state.items() if re.match(r"(class|bbox)_embed\.\d", k)}
+        one = {re.sub(r"\.\d+", "", k, count=1): v for k, v in heads.items() if re.match(r"\w+\.0\.", k)}
+        if any(not torch.equal(v, one[re.sub(r"\.\d+", "", k, count=1)]) for k, v in heads.items()):
+            raise UserError(f"{found.path}: its decoder layers have heads of their own (--with_box_refine), and the released Siamese DETR has one for all")
+        state = {k: v for k, v in state.items() if k not in heads and not k.startswith("transformer.decoder.bbox_embed.")} | one
+    weights = torch.tensor([1, 1, found.config.get("eos_coef", 0.1)])
+    return {"meta": {}, "state_dict": renamed(state, SIAMESE_DETR, back=True) | {"pred_head.criterion.empty_weight": weights}}
+
+
+def torchvision_state(found: Checkpoint, backbone_only: bool = False) -> dict[str, Tensor]:
+    """A state dict for torchvision's parts. A fine-tuned detector of the R-CNN family: whole; SoCo (FPN): backbone.body, backbone.fpn, roi_heads.box_head;
+    all others, and with backbone_only: a torchvision.models.resnet without its classifier."""
+    if found.rcnn and not backbone_only:                                      # torchvision's C4 mask branch owns res5 a second time
+        again = {k.replace("box_head", "mask_head"): v for k, v in found.state.items() if k.startswith(RES5)} if found.rcnn == "mask_rcnn_c4" else {}
+        return found.state | again
+    if "neck.lateral_convs.0.conv.weight" in found.state and not backbone_only:
+        return rcnn_state(found, "faster_rcnn_fpn")[0]
+    return found.resnet()
+
+
+def detectron2_arrays(found: Checkpoint, backbone_only: bool = False) -> dict[str, np.ndarray]:
+    """Arrays under detectron2's names. A fine-tuned detector of the R-CNN family: whole, full names (FCOS: backbone and pyramid); else backbone, and of
+    SoCo (FPN) pyramid and box head, under the short names that its and MoCo's converters write and detectron2 completes."""
+    if found.rcnn and not backbone_only:
+        c4, one_stage = found.rcnn.endswith("_c4"), found.rcnn in common.ONE_STAGE
+        table, state = RCNN_DETECTRON2["one_stage" if one_stage else "c4" if c4 else "fpn"], found.state
+        if found.rcnn == "fcos_fpn":
+            state = {k: v for k, v in state.items() if k.startswith("backbone.")}
+        elif not (c4 or one_stage) and "roi_heads.box_head.fc6.weight" in state:
+            table = (*_2FC_DETECTRON2, *table)
+        state = renamed({k: _rows(k, v, c4, back=True) for k, v in state.items()}, table, back=True)
+    else:
+        own = {k: v for k, v in found.state.items() if k.startswith(("neck.", "head."))} if found.family.startswith("SoCo") else {}
+        state = renamed({f"encoder.{k}": v for k, v in found.resnet().items()} | ({} if backbone_only else own), SOCO_DETECTRON2, back=True)
+    return {k: v.numpy() for k, v in state.items()}
+
+
+def mmdetection_state(found: Checkpoint) -> dict[str, Tensor]:
+    """SoCo's backbone, pyramid and box head for MMDetection's Mask R-CNN with Shared4Conv1FCBBoxHead, as its converter writes them. UserError: no SoCo."""
+    if not found.family.startswith("SoCo"):
+        raise UserError(f"{found.path}: this is a {found.what} checkpoint; --to mmdetection is for SoCo. For a ResNet MMDetection reads torchvision's "
+                        "names (Pretrained, checkpoint=PATH): give --to torchvision --backbone_only")
+    return renamed({k: v for k, v in found.state.items() if k.startswith(("encoder.", "neck.", "head."))}, SOCO_MMDETECTION, back=True)
+
+
+PRETEXT = {r"^feature_embed\.": "DETReg's embedding head, not needed", r"^patch2query\.": "projection of query patches or regions, not needed",
+           r"^feature_align\.": "reconstruction head, not needed", r"^enc_head\.": "Siamese DETR's global head, not needed"}
+
+
+def hugging_face(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """(config.json, preprocessor_config.json, tensors) of a detector of the DETR family for Hugging Face transformers: DeformableDetrForObjectDetection,
+    ConditionalDetrForObjectDetection, DetrForObjectDetection, and for a pre-norm DETR TableTransformerForObjectDetection, which is that.
+
+    Modules of the pretext task stay out. UserError: no detector of the DETR family.
+    """
+    arch = architecture(found.state, found.path)
+    family = "deformable_detr" if arch["detector"].startswith("deformable") else arch["detector"]
+    name = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[family]
+    state = {k: v for k, v in found.state.items() if not any(re.search(p, k) for p in PRETEXT) and not k.endswith("num_batches_tracked")}
+    for key in [k for k in state if ".in_proj_" in k]:                        # queries, keys and values have a projection each
+        kind = key.rsplit("_", 1)[1]
+        state |= {key.replace(f"in_proj_{kind}", f"{part}_proj.{kind}"): rows for part, rows in zip("qkv", state.pop(key).chunk(3))}
+    tensors = {k: v.clone() for k, v in renamed(state, HUGGING_FACE[family], back=True).items()}
+    bias = next((v for k, v in state.items() if re.fullmatch(r"class_embed\.(0\.)?bias", k)), None)
+    rows = 1 if bias is None else len(bias) - (family == "detr")
+    names = {0: "object"} if bias is None else class_names(found, rows)
+    levels, last = arch.get("num_feature_levels", 0), {4: 1, 8: 2, 16: 3, 32: 4}[arch.get("stride", 32)]
+    usual = levels in (0, 1, 4) and last == 4
+    backbone = {"use_timm_backbone": True, "backbone": arch["arch"], "use_pretrained_backbone": False} if usual else {
+        "backbone_config": {"model_type": "timm_backbone", "backbone": arch["arch"], "features_only": True, "use_pretrained_backbone": False,
+                            "num_channels": 3, "out_indices": [2, 3, 4][-levels:] if levels else [last]}}
+    pre_norm, heads = arch.get("pre_norm", False), found.config.get("nheads", 8)
+    config = {
+        "architectures": ["TableTransformerForObjectDetection" if pre_norm else f"{name}ForObjectDetection"],
+        "model_type": "table-transformer" if pre_norm else family, **backbone, "num_channels": 3, "dilation": False,
+        "d_model": arch["hidden_dim"], "num_queries": arch["num_queries"], "encoder_layers": arch["enc_layers"], "decoder_layers": arch["dec_layers"],
+        "encoder_attention_heads": heads, "decoder_attention_heads": heads, "encoder_ffn_dim": arch["dim_feedforward"],
+        "decoder_ffn_dim": arch["dim_feedforward"], **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), found.config.get("dropout", 0.1)),
+        "activation_function": "relu", "position_embedding_type": "sine", "auxiliary_loss": False, "is_encoder_decoder": True,
+        "id2label": {str(i): n for i, n in names.items()}, "label2id": {n: i for i, n in names.items()},
+        "class_cost": 1 if family == "detr" else 2, "bbox_cost": 5, "giou_cost": 2, "bbox_loss_coefficient": 5, "giou_loss_coefficient": 2,
+        "eos_coefficient": 0.1, "focal_alpha": 0.25, "torch_dtype": "float32",
+    }
+    if family == "deformable_detr":
+        config |= {"num_feature_levels": levels, "with_box_refine": arch["with_box_refine"], "two_stage": False, "encoder_n_points": 4,
+                   "decoder_n_points": 4}
+    size = {"shortest_edge": found.config.get("eval_size", 800), "longest_edge": found.config.get("max_size", 1333)}
+    processor = {"image_processor_type": f"{name}ImageProcessor", "format": "coco_detection", "do_resize": True, "size": size, "do_rescale": True,
+                 "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "do_pad": True}
+    return config, processor, tensors
+
+
+TARGETS = ("official", "hf", "torchvision", "detectron2", "mmdetection")
+
+
+def write_hugging_face(found: Checkpoint, out: Path) -> str:
+    """Write the folder; returns the class that loads it."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise UserError("--to hf writes the safetensors format: pip install safetensors (transformers brings it)") from error
+    config, processor, tensors = hugging_face(found)
+    out.mkdir(parents=True)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+        common.write_atomic(out / name, (json.dumps(content, indent=2) + "\n").encode())
+    return config["architectures"][0]
+
+
+def write_file(found: Checkpoint, to: str, out: Path, backbone_only: bool) -> None:
+    if to == "detectron2":                                                    # __author__ tells its loader that the names are its own
+        content = {"model": detectron2_arrays(found, backbone_only), "__author__": "converted", "matching_heuristics": not found.rcnn or backbone_only}
+    elif to == "mmdetection":
+        content = {"state_dict": mmdetection_state(found), "meta": {}}
+    else:
+        content = official(found) if to == "official" else torchvision_state(found, backbone_only)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    pickle.dump(content, buffer, protocol=4) if to == "detectron2" else torch.save(content, buffer)
+    common.write_atomic(out, buffer.getvalue())
+
+
+def left_out(found: Checkpoint, to: str, backbone_only: bool) -> list[str]:
+    """The tensors that a target has no place for."""
+    if to == "official":
+        return []
+    if to == "hf":
+        return [k for k in found.state if any(re.search(p, k) for p in PRETEXT)]
+    if found.rcnn and not backbone_only:
+        return [k for k in found.state if not k.startswith("backbone.")] if (to, found.rcnn) == ("detectron2", "fcos_fpn") else []
+    prefix = next(p for p in RESNETS if p + "conv1.weight" in found.state)
+    kept = tuple(prefix + part for part in ("conv1", "bn1", "layer")) + (RES5 + "layer4.",)
+    kept += () if backbone_only or not found.family.startswith("SoCo") else ("neck.", "head.")
+    return [k for k in found.state if not k.startswith(kept)]
+
+
+def main(argv: list[str] | None = None) -> str:
+    """Returns what the file is."""
+    parser = argparse.ArgumentParser(prog="convert.py", description="Says what a checkpoint is; with --to writes it for another tool.", allow_abbrev=False)
+    parser.add_argument("checkpoint", help="any file that --init_from and --backbone_weights read")
+    parser.add_argument("--to", choices=TARGETS, help="hf: a folder for Hugging Face transformers; torchvision: a state dict; detectron2: a .pkl; "
+                        "mmdetection: a .pth, of SoCo; official: as the released code of its method has it")
+    parser.add_argument("--out", help="file (hf: folder) to write; must not exist")
+    parser.add_argument("--backbone_only", "--backbone-only", action="store_true", help="torchvision, detectron2: the ResNet alone")
+    args = parser.parse_args(argv)
+    found = open_checkpoint(args.checkpoint)
+    common.say(f"{found.path}: {found.what}; {len(found.state)} tensors")
+    tell_left(found.left)
+    if not args.to:
+        return found.what
+    if not args.out:
+        raise UserError(f"--to {args.to} needs --out PATH: the {'folder' if args.to == 'hf' else 'file'} to write")
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"--out {out} exists already; give another name or remove it")
+    if args.backbone_only and args.to not in ("torchvision", "detectron2"):
+        raise UserError(f"--backbone_only is of --to torchvision and --to detectron2, not of --to {args.to}")
+    try:
+        loader = write_hugging_face(found, out) if args.to == "hf" else write_file(found, args.to, out, args.backbone_only)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
+    tell_left({"no place for them there": names} if (names := left_out(found, args.to, args.backbone_only)) else {})
+    common.say(f"wrote {out}" + (f": {loader}.from_pretrained({str(out)!r})" if loader else ""))
+    if loader and found.method in ("updetr", "siamese_detr") and not loader.startswith(("Detr", "Table")):
+        common.say("its class head was trained with softmax over 3 rows, of which row 1 is an object; the transformers class applies a sigmoid")
+    if found.rcnn and found.content.get("categories"):
+        first = int(args.to == "torchvision" and found.rcnn not in common.ONE_STAGE)
+        common.say("labels: " + ", ".join(f"{i} {c['name']}" for i, c in enumerate(found.content["categories"], first)))
+    return found.what
+
+
+if __name__ == "__main__":
+    common.cli(main)

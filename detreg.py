@@ -304,7 +304,7 @@ def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
         descriptor = SwAVDescriptor()
         path = common.backbone_file(cfg.backbone_weights, "resnet50")
         state = convert.state_of(convert.read_checkpoint(path), path)
-        common.load_matching(descriptor, {k.removeprefix("module."): v for k, v in state.items()}, source=str(path),
+        common.load_matching(descriptor, state, source=str(path),
                              drop={r"^prototypes\.": "not part of the descriptor", r"num_batches_tracked$": "a counter nothing reads"})
     else:
         descriptor = RegionDescriptor(backbone)

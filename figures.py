@@ -72,12 +72,10 @@ SHOWN = 4                                                                    # i
 
 def load_updetr(path: str, num_patches: int) -> tuple[updetr.UPDETR, int]:
     """A pretrained UP-DETR, ours or released, and the side of its query patches. num_patches: M of a file that does not say it."""
-    checkpoint = convert.read_checkpoint(path)
-    state = convert.detector_state(checkpoint, path)
-    config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
-    script = checkpoint.get("script", "updetr")
-    if "patch2query.weight" not in state or script != "updetr":
-        what = f" but of {script}.py" if "patch2query.weight" in state else " (no patch2query: it was fine-tuned, or is another method's)"
+    found = convert.open_checkpoint(path)
+    state, config = found.state, found.config
+    if "patch2query.weight" not in state or found.method != "updetr":
+        what = f" but of {found.method}.py" if "patch2query.weight" in state else " (no patch2query: it was fine-tuned, or is another method's)"
         raise UserError(f"{path}: not a checkpoint of UP-DETR's pretraining{what}")
     cfg = SimpleNamespace(**{"nheads": 8, "dropout": 0.0, "lr_backbone": 0.0, **convert.architecture(state, path)})
     cfg.nheads, num_patches = config.get("nheads", cfg.nheads), config.get("num_patches", min(num_patches, cfg.num_queries))
@@ -161,10 +159,11 @@ def open_backbones(args: argparse.Namespace, stage: str) -> dict[str, common.Bac
             raise UserError(f"--checkpoint {text}: another one is called {name} too; give it a name with NAME={weights}")
         found[name] = (None, {}, "random")
         if weights != "random":
-            what, state = convert.backbone_state(convert.state_of(convert.read_checkpoint(path), path), path)
+            file = convert.open_checkpoint(path)
+            state = file.resnet()
             if f"layer{layer}.0.conv1.weight" not in state:
                 raise UserError(f"{path}: its ResNet ends before {stage}, at which this figure looks; give a checkpoint that has it")
-            found[name] = (convert.resnet_name(state, "", path), state, f"{path} ({what})")
+            found[name] = (convert.resnet_name(state, "", path), state, f"{path} ({file.what})")
     default = args.arch or next((arch for arch, _, _ in found.values() if arch), "resnet50")
     backbones = {}
     for name, (arch, state, source) in found.items():

@@ -268,79 +268,56 @@ class LabelledDataset(torch.utils.data.Dataset):
 # ==== 3. Model ====
 
 
-NAMES = {"detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_detr_ss": "single-scale Deformable DETR",
-         "deformable_detr": "Deformable DETR", "mask_rcnn_fpn": "Mask R-CNN (FPN)", "faster_rcnn_fpn": "Faster R-CNN (FPN)",
-         "mask_rcnn_c4": "Mask R-CNN (C4)", "faster_rcnn_c4": "Faster R-CNN (C4)", "retinanet_fpn": "RetinaNet", "fcos_fpn": "FCOS"}
-
-# What a checkpoint may hold besides the detector, and why it is left out.
-PRETEXT = {r"^feature_embed\.": "DETReg's embedding head, not needed", r"^patch2query\.": "projection of query patches or regions, not needed",
-           r"^feature_align\.": "reconstruction head, not needed", r"^enc_head\.": "Siamese DETR's global head, not needed"}
-
-
-CLASS_HEAD = r"^roi_heads\.box_predictor\.|\.mask_fcn_logits\.|^head\.classification_head\.cls_logits\."
-
-
-def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tuple[dict, dict[str, Tensor], dict[str, Any]]:
-    """(checkpoint, its tensors, the model flags it was made with) of --init_from. detector: the wanted one; an R-CNN also takes a mere backbone.
+def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tuple[convert.Checkpoint, dict[str, Any]]:
+    """(the file, the model flags it was made with) of --init_from. detector: the wanted one; an R-CNN also takes a mere backbone.
 
     UP-DETR's single-query variant (F6) has 3 queries: without keep_queries the flags say as many as its detector usually has.
     """
-    checkpoint = convert.read_checkpoint(path)
-    if is_finetuned_rcnn(checkpoint):
-        arch = ("detector", "arch", "backbone_norm", "box_head", "fpn_channels", "head_dim", "anchor_size")
-        return checkpoint, convert.state_of(checkpoint, path), {k: checkpoint["config"][k] for k in arch}
+    found = convert.open_checkpoint(path)
+    if found.rcnn:
+        return found, {k: found.config[k] for k in ("detector", "arch", "backbone_norm", "box_head", "fpn_channels", "head_dim", "anchor_size")}
     if is_rcnn(detector):
-        state = {k.removeprefix("module."): v for k, v in convert.state_of(checkpoint, path).items()}
-        return checkpoint, state, rcnn_architecture(state, detector, path)
-    state = convert.detector_state(checkpoint, path)
-    arch = convert.architecture(state, path)
-    config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
-    if "nheads" in config:
-        arch["nheads"] = config["nheads"]
-    single = config.get("num_patches", 1 if arch["num_queries"] == 3 and not is_siamese(checkpoint, state) else None) == 1
-    if "patch2query.weight" in state and single and not keep_queries:
+        return found, rcnn_architecture(found, detector)
+    arch = convert.architecture(found.state, path)
+    if "nheads" in found.config:
+        arch["nheads"] = found.config["nheads"]
+    single = found.config.get("num_patches", 1 if arch["num_queries"] == 3 and found.method == "updetr" else None) == 1
+    if "patch2query.weight" in found.state and single and not keep_queries:
         arch["num_queries"] = 300 if arch["detector"].startswith("deformable") else 100
-    return checkpoint, state, arch
+    return found, arch
 
 
-def is_finetuned_rcnn(checkpoint: dict | None) -> bool:
-    return bool(checkpoint) and checkpoint.get("script") == "finetune" and is_rcnn(checkpoint["config"]["detector"])
-
-
-def rcnn_architecture(state: dict[str, Tensor], detector: str, path: str) -> dict[str, Any]:
+def rcnn_architecture(found: convert.Checkpoint, detector: str) -> dict[str, Any]:
     """The flags of an R-CNN that fits a foreign checkpoint: its ResNet, and where its pyramid and head are used, their widths."""
-    tensors = convert.rcnn_state(state, detector, path)[1]
-    arch = {"arch": convert.resnet_name(tensors, "backbone.body.", path)}
+    tensors = convert.rcnn_state(found, detector)[0]
+    arch = {"arch": convert.resnet_name(tensors, "backbone.body.", found.path)}
     for field, name in (("fpn_channels", "backbone.fpn.layer_blocks.0.0.weight"), ("head_dim", "roi_heads.box_head.5.weight")):
         arch |= {field: len(tensors[name])} if name in tensors else {}
     return arch
-
-
-def is_siamese(checkpoint: dict, state: dict[str, Tensor]) -> bool:
-    return checkpoint.get("script") == "siamese_detr" or any(k.startswith("enc_head.") for k in state)
 
 
 def adopt_architecture(cfg: Config, arch: dict[str, Any], given: set[str]) -> Config:
     """The configuration with the model fields of the checkpoint. A flag on the command line that says otherwise is a UserError."""
     if "detector" in given and cfg.detector != arch.get("detector", cfg.detector):
         backbone = f"; for its backbone alone give it as --backbone_weights {cfg.init_from}" if is_rcnn(arch["detector"]) else ""
-        raise UserError(f"{cfg.init_from} holds a {NAMES[arch['detector']]}, not a {NAMES[cfg.detector]}: "
-                        f"give --detector {arch['detector']} or leave it out{backbone}")
+        queries = f" with {arch['num_queries']} queries" if "num_queries" in arch else ""
+        raise UserError(f"{cfg.init_from}: this is a {convert.NAMES[arch['detector']]} checkpoint{queries}; --detector is {cfg.detector}. "
+                        f"Give --detector {arch['detector']} or leave it out{backbone}")
     wrong = [f"--{k} {getattr(cfg, k)} (it has {v})" for k, v in arch.items() if k in given and getattr(cfg, k) != v]
     if wrong:
         raise UserError(f"{cfg.init_from} was trained with another architecture than {', '.join(wrong)}; leave these flags out")
     return dataclasses.replace(cfg, **arch)
 
 
-def head_rows(checkpoint: dict, rows: int, categories: list[dict]) -> list[int] | None:
+def head_rows(content: dict[str, Any], rows: int, categories: list[dict]) -> list[int] | None:
     """Which category (position in `categories`) each row of a checkpoint's class head stands for, -1 = none; None when the head is of other classes.
     DETR's last row, "no object", is not counted.
 
     Our checkpoints carry their categories. Released heads carry none: 91 rows are COCO ids, 21 rows the sorted VOC names (F1).
     """
-    if checkpoint.get("categories"):
+    if content.get("categories"):
         position = {c["name"]: i for i, c in enumerate(categories)}
-        mapped = [position.get(c["name"], -1) for c in checkpoint["categories"]]
+        mapped = [position.get(c["name"], -1) for c in content["categories"]]
         return mapped if sorted(mapped) == list(range(len(categories))) else None
     if rows == 91 and len(categories) == 80 and max(c["id"] for c in categories) == 90:
         position = {c["id"]: i for i, c in enumerate(categories)}
@@ -350,23 +327,24 @@ def head_rows(checkpoint: dict, rows: int, categories: list[dict]) -> list[int] 
     return None
 
 
-def build_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], categories: list[dict]) -> tuple[common.Detector, list[int]]:
+def build_model(cfg: Config, init: convert.Checkpoint | None, categories: list[dict]) -> tuple[common.Detector, list[int]]:
     """The detector on CPU and the map from its head's rows to categories. Heads that do not fit the categories are made anew; all else must load."""
     torch.manual_seed(cfg.seed)
     if is_rcnn(cfg.detector):
-        return build_rcnn_model(cfg, checkpoint, state, categories)
+        return build_rcnn_model(cfg, init, categories)
     softmax = cfg.detector == "detr"                                         # one more row: "no object"
-    if checkpoint is None:
+    if init is None:
         model = common.build_detector(cfg, len(categories) + softmax, focal=not softmax)
         common.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
         return model, list(range(len(categories)))
+    state = init.state
     head = next((k for k in ("class_embed.weight", "class_embed.0.weight") if k in state), None)
     pretext = head is None or any(k.startswith(("feature_embed.", "patch2query.", "feature_align.")) for k in state)
     # UP-DETR and Siamese DETR end in softmax over 3 rows on every detector; DETReg keeps the detector's own head
     ends_in_softmax = softmax or "patch2query.weight" in state
     rows = state[head].shape[0] - ends_in_softmax if head else 0
-    mapped = None if pretext else head_rows(checkpoint, rows, categories)
-    drop = dict(PRETEXT)
+    mapped = None if pretext else head_rows(init.content, rows, categories)
+    drop = dict(convert.PRETEXT)
     if len(state["query_embed.weight"]) != cfg.num_queries:                  # F6
         drop[r"^query_embed\."] = f"queries of a single-query checkpoint, made anew for {cfg.num_queries} queries"
     if cfg.class_agnostic:
@@ -385,34 +363,35 @@ def build_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], 
         mapped, rows = list(range(len(categories))), len(categories)
         common.say(f"the class head's rows were put in the order of the {rows} categories of {cfg.data}")
     # where nothing is trained any more, positions stay those of the pretraining (Siamese DETR, D9)
-    offset = checkpoint.get("config", {}).get("position_offset", 0.0) if cfg.class_agnostic and is_siamese(checkpoint, state) else None
+    offset = init.config.get("position_offset", 0.0) if cfg.class_agnostic and init.method == "siamese_detr" else None
     model = common.build_detector(cfg, rows + softmax, focal=not softmax, position_offset=offset)
-    common.load_matching(model, state, drop=drop, source=cfg.init_from)
+    convert.tell_left(init.left)
+    common.load_matching(model, state, drop=drop, source=f"{init.path} ({init.what})")
     return model, mapped
 
 
-def build_rcnn_model(cfg: Config, checkpoint: dict | None, state: dict[str, Tensor], categories: list[dict]) -> tuple[nn.Module, list[int]]:
+def build_rcnn_model(cfg: Config, init: convert.Checkpoint | None, categories: list[dict]) -> tuple[nn.Module, list[int]]:
     """build_model() of the R-CNN family. A checkpoint is our fine-tuned one, which must load but for its class head, or any with a ResNet in it."""
     mapped = list(range(len(categories)))
-    if checkpoint is None:
+    if init is None:
         model = common.build_rcnn(cfg, len(categories))
         common.load_backbone_weights(common.rcnn_trunk(model), cfg.backbone_weights, cfg.arch)
         return model, mapped
-    if not is_finetuned_rcnn(checkpoint):
+    if not init.rcnn:
         model = common.build_rcnn(cfg, len(categories))
-        convert.load_rcnn(model, state, cfg.detector, cfg.box_head, cfg.init_from)
+        convert.load_rcnn(model, init, cfg.detector, cfg.box_head)
         return model, mapped
-    theirs, drop = checkpoint["categories"], {}
-    found = head_rows(checkpoint, len(theirs), categories)
+    theirs, drop = init.content["categories"], {}
+    found = head_rows(init.content, len(theirs), categories)
     if cfg.eval_only and found is None:
         raise UserError(f"{cfg.init_from}: it was trained on {', '.join(c['name'] for c in theirs)}, and {cfg.data} has "
                         f"{', '.join(c['name'] for c in categories)}; fine-tune it first")
     if cfg.eval_only:
         mapped = found
     elif found != mapped:
-        drop[CLASS_HEAD] = f"class head, made anew for {len(categories)} other categories or another order of them"
+        drop[convert.CLASS_LAYERS] = f"class head, made anew for {len(categories)} other categories or another order of them"
     model = common.build_rcnn(cfg, len(mapped))
-    common.load_matching(model, state, drop=drop, source=cfg.init_from)
+    common.load_matching(model, init.state, drop=drop, source=f"{init.path} ({init.what})")
     return model, mapped
 
 
@@ -650,13 +629,13 @@ def draw_predictions(path: Path, test_set, detections: list[dict], truth: dict, 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     given = {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")}
-    checkpoint, state, arch = None, {}, {}
+    init, arch = None, {}
 
     def recipe(values: dict[str, Any]) -> dict[str, Any]:
-        nonlocal checkpoint, state, arch
+        nonlocal init, arch
         if values["init_from"]:
-            checkpoint, state, arch = read_init(values["init_from"], values["class_agnostic"], values["detector"])
-        protocol = {"protocol": "soco"} if values["protocol"] == "released" and convert.is_soco(state) else {}
+            init, arch = read_init(values["init_from"], values["class_agnostic"], values["detector"])
+        protocol = {"protocol": "soco"} if values["protocol"] == "released" and init and init.method == "soco" else {}
         return recipe_of(values | arch | protocol) | ({"iterations": None} if "epochs" in given else {})
 
     cfg = common.parse_config(Config, PRESETS, argv, script="finetune", description=__doc__.split("\n\n")[0], by_data=recipe)
@@ -664,12 +643,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     cfg.eval_only |= cfg.class_agnostic
     if cfg.init_from:
         cfg = adopt_architecture(cfg, arch, given)
-    check_flags(cfg, given, checkpoint)
+    check_flags(cfg, given, init)
     train_set, test_set = open_sets(cfg)
     if cfg.eval_only:
         if (Path(cfg.out) / "last.pt").exists():
             raise UserError(f"--out {cfg.out} holds a training run, whose metrics this evaluation would overwrite; give another --out")
-        model, mapped = build_model(cfg, checkpoint, state, train_set.categories)
+        model, mapped = build_model(cfg, init, train_set.categories)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         return finish(cfg, evaluate(cfg, model.to(device), mapped, test_set, device, write=True))
 
@@ -680,7 +659,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     total_steps = min(run_length(cfg, steps_per_epoch), cfg.max_steps or sys.maxsize)
     if metrics := common.finished(out, run, total_steps):
         return finish(cfg, metrics)
-    model, mapped = build_model(cfg, checkpoint, state, train_set.categories)
+    model, mapped = build_model(cfg, init, train_set.categories)
     if cfg.freeze_detector:
         freeze(model)
     model = model.to(device)
@@ -718,17 +697,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return finish(cfg, evaluate(cfg, model, mapped, test_set, device, write=True) | {"steps": total_steps})
 
 
-def check_flags(cfg: Config, given: set[str], checkpoint: dict | None) -> None:
+def check_flags(cfg: Config, given: set[str], init: convert.Checkpoint | None) -> None:
     """UserError for flags that contradict each other, or belong to the other family."""
     rcnn = is_rcnn(cfg.detector)
     if other := sorted(given & (DETR_ONLY if rcnn else RCNN_ONLY)):
-        raise UserError(f"--{', --'.join(other)}: not of {NAMES[cfg.detector]}, but of the {'DETR' if rcnn else 'R-CNN'} family; leave it out"
+        raise UserError(f"--{', --'.join(other)}: not of {convert.NAMES[cfg.detector]}, but of the {'DETR' if rcnn else 'R-CNN'} family; leave it out"
                         + f", or give --detector {', '.join(typing.get_args(common.RCNN_DETECTORS))}" * (not rcnn))
     if cfg.freeze_detector and not cfg.init_from:
         raise UserError("--freeze_detector needs --init_from FILE: without one the heads would be trained on a random detector")
     if cfg.eval_only and not cfg.init_from:
         raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
-    if cfg.eval_only and rcnn and not is_finetuned_rcnn(checkpoint):
+    if cfg.eval_only and rcnn and not init.rcnn:
         raise UserError(f"--eval_only: {cfg.init_from} holds no detector of the R-CNN family, only what one starts from; fine-tune it first")
     if (cfg.protocol in ("soco", "dupr")) != rcnn and cfg.protocol != "released":
         raise UserError(f"--protocol {cfg.protocol} is a schedule of the {'DETR' if rcnn else 'R-CNN'} family, not of {cfg.detector}")

@@ -795,13 +795,13 @@ def random_resnet():
 
 
 FAMILIES = {
-    "SwAV ResNet": lambda r: {"state_dict": {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")}
+    "SwAV": lambda r: {"state_dict": {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")}
                               | {"module.projection_head.0.weight": torch.ones(2), "module.prototypes.weight": torch.ones(2)}, "epoch": 1},
-    "SwAV ResNet, bare": lambda r: {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")}
+    "SwAV, bare": lambda r: {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")}
                                     | {"module.projection_head.0.weight": torch.ones(2)},
-    "MoCo encoder": lambda r: {"state_dict": {f"module.encoder_q.{k}": v for k, v in r.items()}
+    "MoCo v1": lambda r: {"state_dict": {f"module.encoder_q.{k}": v for k, v in r.items()}
                                | {f"module.encoder_k.{k}": v + 1 for k, v in r.items()} | {"module.queue": torch.ones(2)}},
-    "torchvision ResNet": lambda r: dict(r),
+    "torchvision": lambda r: dict(r),
     "detector": lambda r: {"model": {f"backbone.0.body.{k}": v for k, v in r.items() if not k.startswith("fc.")}
                            | {"transformer.level_embed": torch.ones(2), "class_embed.0.weight": torch.ones(2)}},
 }
@@ -817,7 +817,7 @@ def test_backbone_files(family, norm, tmp_path, capsys):
     own = {k: v for k, v in body.state_dict().items() if "num_batches" not in k}
     assert own.keys() == {k for k in weights if "num_batches" not in k and not k.startswith("fc.")}
     assert all(torch.equal(v, weights[k]) for k, v in own.items())
-    assert f"({family.split(',')[0]})" in capsys.readouterr().out
+    assert f"({family.split(',')[0]}, ResNet-18)" in capsys.readouterr().out
     short = common.Backbone("resnet18", (2,), norm).body                   # what lies behind the last wanted stage is left out, and said
     convert.load_backbone(short, tmp_path / "file.pth")
     assert all(torch.equal(v, weights[k]) for k, v in short.state_dict().items() if "num_batches" not in k)
@@ -833,7 +833,7 @@ def test_backbone_files_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match=r"missing there: layer3\.0\.conv1\.weight"):
         convert.load_backbone(common.Backbone("resnet18").body, tmp_path / "hole.pth")
     torch.save({"a.weight": torch.zeros(1)}, tmp_path / "else.pth")
-    with pytest.raises(UserError, match="else.pth: no ResNet found.*SwAV"):
+    with pytest.raises(UserError, match="else.pth: no known kind of checkpoint.*a.weight.*SwAV"):
         convert.load_backbone(common.Backbone("resnet18").body, tmp_path / "else.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(UserError, match="empty.pth: holds no tensors.*epoch"):
@@ -926,11 +926,11 @@ def test_architecture_refuses_by_name():
     detr = {"query_embed.weight": one, "transformer.encoder.layers.0.self_attn.in_proj_weight": one, "backbone.0.body.conv1.weight": one}
     with pytest.raises(UserError, match="FILE: this is a detector checkpoint, not one of a DETR, Conditional DETR or Deformable DETR"):
         convert.architecture(detr, "FILE")
-    with pytest.raises(UserError, match="FILE: this is a torchvision ResNet.*--backbone_weights"):
+    with pytest.raises(UserError, match="FILE: this is a torchvision checkpoint.*--backbone_weights"):
         convert.architecture(random_resnet(), "FILE")
-    with pytest.raises(UserError, match="FILE: this is a MoCo encoder.*--backbone_weights"):
-        convert.architecture({"module.encoder_q.conv1.weight": one}, "FILE")
-    with pytest.raises(UserError, match="FILE: this is an unknown model's checkpoint"):
+    with pytest.raises(UserError, match="FILE: this is a MoCo v2.*--backbone_weights"):
+        convert.architecture({"encoder_q.conv1.weight": one, "encoder_q.fc.0.weight": one}, "FILE")
+    with pytest.raises(UserError, match="FILE: this is an unknown kind of checkpoint"):
         convert.architecture({"a": one}, "FILE")
     state = common.build_detector(small_config(finetune.Config), 2, focal=True).state_dict()
     for other in ({k: v for k, v in state.items() if not k.startswith("backbone")}, {**state, "backbone.0.body.layer2.5.conv1.weight": one}):

@@ -914,10 +914,10 @@ def test_a_checkpoint_is_a_backbone(straight, capsys):
     for backbone in (common.Backbone("resnet18", trainable=0), common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5),
                      common.Backbone("resnet18", (3,), "bn")):
         common.load_backbone_weights(backbone.body, str(straight[0] / "last.pt"), "resnet18")
-        assert "DUPR or MoCo encoder" in capsys.readouterr().out
+        assert "(DUPR, ResNet-18, step" in capsys.readouterr().out
         for name, value in backbone.body.state_dict().items():
             assert torch.equal(value, weights[f"encoder_q.{name}"]) or name.endswith("num_batches_tracked"), name
-    name, state = convert.backbone_state(weights, "last.pt")
+    state = convert.open_checkpoint(straight[0] / "last.pt").resnet()
     assert not any("head" in k or "queue" in k for k in state)
     again = dupr.build_model(config(backbone_weights=str(straight[0] / "last.pt")))           # and a start for another pretraining
     for encoder in (again.encoder_q, again.encoder_k):

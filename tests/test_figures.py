@@ -444,7 +444,7 @@ def test_analyses_of_bad_input_end_in_one_line(fails, ramps, tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     assert "text.pt: " in fail(checkpoint=tmp_path / "text.pt")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
-    assert "other.pt: no ResNet found in it" in fail(checkpoint=tmp_path / "other.pt")
+    assert "other.pt: no known kind of checkpoint" in fail(checkpoint=tmp_path / "other.pt")
     for size in (0, 40, -32):
         assert f"--size {size}: must be a multiple of 32" in fail(size=size)
     assert "--out" in fail(out=tmp_path / "out.json") and "--images 0" in fail(images=0) and "--seed -1" in fail(seed=-1)

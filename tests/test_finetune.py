@@ -13,6 +13,7 @@ from PIL import Image
 from test_detreg import pieces, same_step
 
 import common
+import convert
 import data
 import detreg
 import evaluation
@@ -43,6 +44,11 @@ def build(rows, focal=True, **values):
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 
 
+def init(content, state):
+    """A checkpoint as finetune.build_model takes it, without a file."""
+    return convert.Checkpoint("FILE", "detector", state, {}, content)
+
+
 def test_head_rows():
     ours = [{"id": 7, "name": "tram"}, {"id": 300, "name": "a b"}, {"id": 301, "name": "ü"}]
     own = {"categories": [{"id": 1, "name": "ü"}, {"id": 2, "name": "tram"}, {"id": 3, "name": "a b"}]}
@@ -63,8 +69,8 @@ def test_head_rows():
 def test_adopted_architecture(tmp_path):
     model = build(3, with_box_refine=True, enc_layers=2)
     common.save_checkpoint(tmp_path / "c.pt", model, None, 0, small_config(detreg.Config, nheads=4), script="detreg")
-    _, state, arch = finetune.read_init(tmp_path / "c.pt")
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and len(state) == len(model.state_dict())
+    found, arch = finetune.read_init(tmp_path / "c.pt")
+    assert all(torch.equal(v, found.state[k]) for k, v in model.state_dict().items()) and len(found.state) == len(model.state_dict())
     cfg = finetune.Config(init_from="c.pt", lr=0.5)
     adopted = finetune.adopt_architecture(cfg, arch, {"lr", "data"})
     expected = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=2, dec_layers=2, dim_feedforward=32, num_queries=8, num_feature_levels=3,
@@ -84,26 +90,26 @@ def test_heads_that_are_kept_and_made_anew(tmp_path):
     old = build(2)
     torch.nn.init.normal_(old.class_embed[0].weight)
     state, own = old.state_dict(), {"categories": categories}
-    model, mapped = finetune.build_model(cfg, own, state, categories)
+    model, mapped = finetune.build_model(cfg, init(own, state), categories)
     assert mapped == [0, 1] and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())     # the same classes: everything is kept
-    model, mapped = finetune.build_model(cfg, {}, state, [*categories, {"id": 10, "name": "c"}])
+    model, mapped = finetune.build_model(cfg, init({}, state), [*categories, {"id": 10, "name": "c"}])
     assert mapped == [0, 1, 2] and model.class_embed[0].weight.shape == (3, 64)
     assert (model.class_embed[0].bias == -np.float32(np.log(99))).all()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if "class_embed" not in k)
     only = dataclasses.replace(cfg, eval_only=True)
     with pytest.raises(UserError, match="classifier has 2 rows.*--class_agnostic"):
-        finetune.build_model(only, {}, state, [{"id": 1, "name": "x"}])
-    model, mapped = finetune.build_model(dataclasses.replace(only, class_agnostic=True), {}, state, [{"id": 1, "name": "x"}])
+        finetune.build_model(only, init({}, state), [{"id": 1, "name": "x"}])
+    model, mapped = finetune.build_model(dataclasses.replace(only, class_agnostic=True), init({}, state), [{"id": 1, "name": "x"}])
     assert mapped == [0, 1] and torch.equal(model.class_embed[0].weight, old.class_embed[0].weight)
     pretext = {**state, "feature_embed.layers.0.bias": torch.zeros(64)}
-    assert finetune.build_model(dataclasses.replace(only, class_agnostic=True), {}, pretext, categories)[1] == [-1, -1]
+    assert finetune.build_model(dataclasses.replace(only, class_agnostic=True), init({}, pretext), categories)[1] == [-1, -1]
 
 
 def test_training_with_the_categories_in_another_order():
     categories, old = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}], build(2)
     torch.nn.init.constant_(old.class_embed[0].bias[:1], 5.0)             # row 0 is "a"
     cfg = small_config(finetune.Config, num_feature_levels=LEVELS, init_from="f")
-    model, mapped = finetune.build_model(cfg, {"categories": categories}, old.state_dict(), categories[::-1])
+    model, mapped = finetune.build_model(cfg, init({"categories": categories}, old.state_dict()), categories[::-1])
     assert mapped == [0, 1] and model.class_embed[0].bias[0] < 0           # row 0 is label 0, "b", now
 
 
@@ -116,9 +122,9 @@ def test_pretext_head_of_91_rows_is_no_coco_head(eval_only):
     torch.nn.init.constant_(old.detector.class_embed[0].bias, 7.0)
     if eval_only:
         with pytest.raises(UserError, match="fine-tune it first"):
-            finetune.build_model(cfg, {}, old.state_dict(), coco)
+            finetune.build_model(cfg, init({}, old.state_dict()), coco)
     else:
-        model, mapped = finetune.build_model(cfg, {}, old.state_dict(), coco)
+        model, mapped = finetune.build_model(cfg, init({}, old.state_dict()), coco)
         assert mapped == list(range(80)) and (model.class_embed[0].bias == -np.float32(np.log(99))).all()
 
 
@@ -197,9 +203,9 @@ def save_pretrained(path, method, detector, **values):
 
 
 def load(path, categories, **values):
-    checkpoint, state, arch = finetune.read_init(str(path))
+    found, arch = finetune.read_init(str(path))
     cfg = finetune.adopt_architecture(finetune.Config(init_from=str(path), **values), arch, set())
-    return cfg, *finetune.build_model(cfg, checkpoint, state, categories)
+    return cfg, *finetune.build_model(cfg, found, categories)
 
 
 CATEGORIES = [{"id": 7, "name": "a"}, {"id": 9, "name": "b"}, {"id": 300, "name": "c"}, {"id": 301, "name": "d"}]
@@ -240,25 +246,23 @@ def test_queries_of_a_single_query_checkpoint_are_made_anew(detector, tmp_path, 
 
 
 def test_checkpoint_of_another_detector(fails, tmp_path):
-    names = {"detr": "a DETR", "conditional_detr": "a Conditional DETR", "deformable_detr": "a Deformable DETR",
-             "deformable_detr_ss": "a single-scale Deformable DETR"}
     for mine, wanted in (("detr", "deformable_detr"), ("conditional_detr", "detr"), ("deformable_detr_ss", "conditional_detr"),
                          ("deformable_detr", "deformable_detr_ss")):
         save_pretrained(tmp_path / "last.pt", "siamese_detr", mine)
         line = fails(finetune.main, ["--data", "synthetic", "--init_from", tmp_path / "last.pt", "--detector", wanted, "--out", tmp_path / "out"])
-        assert f"last.pt holds {names[mine]}, not {names[wanted]}: give --detector {mine} or leave it out" in line
+        assert f"last.pt: this is a {convert.NAMES[mine]} checkpoint with 8 queries; --detector is {wanted}. Give --detector {mine} or leave it out" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_rows_of_a_detr_head(tmp_path):
     cfg = small_config(finetune.Config, detector="detr", backbone_weights="random")
-    model, mapped = finetune.build_model(cfg, None, {}, CATEGORIES)       # from scratch
+    model, mapped = finetune.build_model(cfg, None, CATEGORIES)       # from scratch
     assert model.class_embed.weight.shape == (5, 64) and mapped == [0, 1, 2, 3]
     coco = [{"id": i, "name": f"c{i}"} for i in COCO_IDS]
     old = build(92, focal=False, detector="detr")                         # a released one: 91 COCO ids and "no object"
     torch.nn.init.normal_(old.class_embed.bias)
     cfg, state = dataclasses.replace(cfg, init_from="f"), old.state_dict()
-    model, mapped = finetune.build_model(dataclasses.replace(cfg, eval_only=True), {}, state, coco)
+    model, mapped = finetune.build_model(dataclasses.replace(cfg, eval_only=True), init({}, state), coco)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()) and len(mapped) == 91
     logits = torch.full((4, 92), -5.0)
     logits[0, 13], logits[1, 12], logits[2, 91], logits[3, 90] = 4.0, 4.0, 4.0, 2.0
@@ -268,14 +272,14 @@ def test_rows_of_a_detr_head(tmp_path):
     assert [(d["category_id"], d["bbox"][0]) for d in found] == [(13, 0), (1, 8), (90, 12)]   # id 12 is none; "no object" keeps its best class
     p = (logits[2].double().exp() / logits[2].double().exp().sum())[1].item()
     assert found[1]["score"] == pytest.approx(p, rel=1e-5)
-    model, mapped = finetune.build_model(cfg, {}, state, coco)            # to train on: one row per category, "no object" stays last
+    model, mapped = finetune.build_model(cfg, init({}, state), coco)            # to train on: one row per category, "no object" stays last
     assert mapped == list(range(80)) and model.class_embed.weight.shape == (81, 64)
     for mine, theirs in (*enumerate(COCO_IDS), (80, 91)):
         assert torch.equal(model.class_embed.weight[mine], old.class_embed.weight[theirs])
         assert model.class_embed.bias[mine] == old.class_embed.bias[theirs]
     ours = {"categories": CATEGORIES}
     five = build(5, focal=False, detector="detr").state_dict()
-    turned = finetune.build_model(cfg, ours, five, CATEGORIES[::-1])[0]
+    turned = finetune.build_model(cfg, init(ours, five), CATEGORIES[::-1])[0]
     assert torch.equal(turned.class_embed.weight, five["class_embed.weight"][[3, 2, 1, 0, 4]])
 
 
@@ -622,12 +626,12 @@ def test_bad_input_ends_in_one_line(fails, tuned, pretrained, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     assert str(tmp_path / "text.pt") in fail(init_from=tmp_path / "text.pt")
     torch.save({"model": {"query_embed.weight": torch.zeros(1)}}, tmp_path / "detr.pt")
-    assert "detr.pt: this is an unknown model's checkpoint, not one of a DETR" in fail(init_from=tmp_path / "detr.pt")
+    assert "detr.pt: no known kind of checkpoint" in fail(init_from=tmp_path / "detr.pt")
     assert f"{pretrained} was trained with another architecture than --enc_layers 5 (it has 1)" in fail(enc_layers=5)
     state = torch.load(pretrained, weights_only=True)
     state["model"]["transformer.extra.weight"] = torch.zeros(1)
     torch.save(state, tmp_path / "more.pt")
-    assert "more.pt is a checkpoint of another architecture. unknown here: transformer.extra.weight" in fail(init_from=tmp_path / "more.pt")
+    assert "is a checkpoint of another architecture. unknown here: transformer.extra.weight" in fail(init_from=tmp_path / "more.pt")
     assert f"--out {out} holds a training run" in fail(eval_only="true", init_from=out / "last.pt", out=out)
     torch.save({"model": build(2, with_box_refine=True).state_dict()}, tmp_path / "refine.pt")
     line = fails(finetune.main, ["--data", labelled, "--init_from", tmp_path / "refine.pt", "--no-with-box-refine"])

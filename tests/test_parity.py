@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import pickle
 import os
 import re
 from collections import OrderedDict
@@ -125,7 +126,7 @@ def load_released(path, num_groups=1, **overrides):
 
     The state's own names say which model it is; num_groups: patches or regions that the queries are divided among (no tensor depends on it).
     """
-    state = convert.detector_state(convert.read_checkpoint(path), path)
+    state = convert.open_checkpoint(path).state
     cfg = dataclasses.replace(finetune.Config(dropout=0.0), **convert.architecture(state, path) | overrides)
     rows = next(v.shape[0] for name, v in state.items() if re.fullmatch(r"class_embed\.(0\.)?bias", name))
     pretext = {name.split(".")[0] for name in state} & {"feature_embed", "patch2query", "enc_head", "feature_align"}
@@ -862,9 +863,9 @@ def expected_tensors(state):
 def converted_file(case, path, wanted):
     """What the released converter of Siamese DETR leaves, loaded as fine-tuning does: everything but the class head and patch2query."""
     categories = [{"id": 10 * i + 1, "name": f"class {i}"} for i in range(5)]
-    checkpoint, state, arch = finetune.read_init(str(path))
+    found, arch = finetune.read_init(str(path))
     cfg = finetune.adopt_architecture(finetune.Config(init_from=str(path)), arch, set())
-    model, mapped = finetune.build_model(cfg, checkpoint, state, categories)
+    model, mapped = finetune.build_model(cfg, found, categories)
     own, rest = model.state_dict(), {n for n in wanted if n.startswith("patch2query.")}
     assert rest and mapped == list(range(len(categories)))
     new = {n for n in own if n.startswith("class_embed.")}
@@ -892,6 +893,12 @@ def statedict(case, arrays, seen):
     state = released_state(entries, case)
     wanted = expected_tensors(state)
     path = released_file(seen.tmp, state, case["wrapping"])
+    back = convert.official(convert.open_checkpoint(path))             # the released wrapper and names again, each tensor unchanged
+    again = back.get("model", back.get("state_dict"))
+    assert set(back) == ({"meta", "state_dict"} if "state_dict" in case["wrapping"] else {"model"}) and again.keys() == state.keys()
+    for name, value in state.items():
+        constant = torch.tensor([1, 1, 0.1]) if name == "pred_head.criterion.empty_weight" else value
+        assert torch.equal(again[name], constant), name
     if "converter" in case["wrapping"]:
         return converted_file(case, path, wanted)
     pretraining = any(name.startswith(("feature_embed.", "patch2query.")) for name in state)
@@ -901,7 +908,8 @@ def statedict(case, arrays, seen):
     for name, value in wanted.items():
         assert torch.equal(own[name], value), name
     if "may start with module." in case["wrapping"]:
-        again = convert.detector_state({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+        again = convert.open_checkpoint(path).state
         assert again.keys() == wanted.keys() and all(torch.equal(again[k], v) for k, v in wanted.items())
     parameters = list(model.parameters())
     for key, count in (("parameters_total", parameters), ("n_params", parameters),
@@ -931,7 +939,7 @@ def siamese_model(case, seen, **overrides):
             state[name] = torch.tensor([1, 1, 0.1])
     path = seen.tmp / "iter_1.pth"
     torch.save({"meta": {"iter": 1}, "state_dict": {f"module.{k}": v for k, v in state.items()}, "optimizer": {}}, path)
-    state = convert.detector_state(convert.read_checkpoint(path), path)
+    state = convert.open_checkpoint(path).state
     variant = {"vanilla": "detr", "conditional": "conditional_detr", "deform_ss": "deformable_detr_ss", "deform_ms": "deformable_detr"}[c["variant"]]
     w = c["weights"]
     cfg = siamese_detr.Config(detector=variant, dropout=0.0, num_queries=c["num_queries"], hidden_dim=c["hidden_dim"], nheads=c["nhead"],
@@ -1210,8 +1218,9 @@ def allowed(case, what=""):
 
 
 def soco_fill(names, seed):
-    """[(released name, shape)] -> its tensors under our names, through the loader's renaming."""
-    return convert.soco_state({name: torch.from_numpy(fill(name.removeprefix("module."), tuple(shape), seed)) for name, shape in names})
+    """[(released name, shape)] -> its tensors under our names, which are the released ones but for `module.` and a queue left over from MoCo."""
+    names = [(name.removeprefix("module."), tuple(shape)) for name, shape in names]
+    return {name: torch.from_numpy(fill(name, shape, seed)) for name, shape in names if name not in ("queue", "queue_ptr")}
 
 
 def soco_model(shapes, roi_size=None):
@@ -1497,18 +1506,14 @@ def soco_statedict(case, seen):
     """A released SoCo file: our model has its names, its online encoder is a backbone, and what detectron2 and MMDetection get from it is named."""
     arch, use = "c4" if "_c4_" in case["model"] else "fpn", case["model"].split("_")[-1]
     if use != "pretrain":
-        entries = manifest(f"statedict_soco_{arch}_pretrain.json", seen.path)["entries"]
-        source = {name: torch.empty(shape, device="meta") for name, shape in entries}
-        ours = convert.soco_detectron2(source, arch) if use == "detectron2" else convert.soco_mmdet(source)
-        wanted = {new: source[old] for old, new in case["mapping"]}
-        assert len(wanted) == len(case["mapping"]) == len(ours) and all(ours[name] is value for name, value in wanted.items())
-        assert [[name, list(value.shape)] for name, value in ours.items()] == case["entries"]
-        return
+        return soco_converted(case, seen, arch, use)
     state = {name: torch.from_numpy(fill(name.removeprefix("module."), tuple(shape), case.get("seed", 0))) for name, shape in case["entries"]}
-    path = seen.tmp / "current.pth"
-    torch.save({"opt": argparse.Namespace(arch="resnet50", alternative=None), "model": state, "optimizer": {"state": {}, "param_groups": []},
-                "scheduler": {"last_epoch": 0, "after_scheduler": {"last_epoch": 0}}, "epoch": 100}, path)
-    released = convert.soco_state(convert.state_of(convert.read_checkpoint(path), path))
+    path = soco_file(seen.tmp, state)
+    found = convert.open_checkpoint(path)
+    released = found.state
+    assert found.what.startswith("SoCo (C4), ResNet-" if arch == "c4" else "SoCo, ResNet-")
+    again = convert.official(found)["model"]                            # the released names again; a queue that nothing reads is not kept
+    assert again.keys() == state.keys() - {"module.queue", "module.queue_ptr"} and all(torch.equal(v, state[k]) for k, v in again.items())
     model = soco_model({name: value.shape for name, value in released.items()})
     common.load_matching(model, released, drop={}, source=str(path))
     own = model.state_dict()
@@ -1519,6 +1524,41 @@ def soco_statedict(case, seen):
     for name, value in backbone.body.state_dict().items():
         online = state[f"module.encoder.{name}"]
         assert torch.equal(value, online) and (value.numel() < 2 or not torch.equal(value, state[f"module.encoder_k.{name}"])), name
+
+
+def soco_file(folder, state):
+    """As main_pretrain.py saves it."""
+    path = folder / "current.pth"
+    torch.save({"opt": argparse.Namespace(arch="resnet50", alternative=None), "model": state, "optimizer": {"state": {}, "param_groups": []},
+                "scheduler": {"last_epoch": 0, "after_scheduler": {"last_epoch": 0}}, "epoch": 100}, path)
+    return path
+
+
+def soco_converted(case, seen, arch, use):
+    """What the released converters write: we write the same names, read them, and fill a detector from them as from the file they were made of."""
+    entries = manifest(f"statedict_soco_{arch}_pretrain.json", seen.path)["entries"]
+    source = {name: torch.from_numpy(fill(name.removeprefix("module."), tuple(shape), 0)) for name, shape in entries
+              if not name.startswith(("module.encoder_k.", "module.neck_k.", "module.head_k."))}
+    found = convert.open_checkpoint(soco_file(seen.tmp, source))
+    content = {"model": convert.detectron2_arrays(found)} if use == "detectron2" else {"state_dict": convert.mmdetection_state(found)}
+    ours, = content.values()
+    wanted = {new: source[old] for old, new in case["mapping"]}
+    assert [[name, list(value.shape)] for name, value in ours.items()] == case["entries"] and ours.keys() == wanted.keys()
+    assert all(np.array_equal(ours[name], value) for name, value in wanted.items())
+    path = seen.tmp / "converted.pkl"
+    if use == "detectron2":
+        path.write_bytes(pickle.dumps({**content, "__author__": "Yue", "matching_heuristics": True}, 2))
+    else:
+        torch.save({**content, "meta": {}}, path)
+    detector = "mask_rcnn_c4" if arch == "c4" else "mask_rcnn_fpn"
+    read = convert.open_checkpoint(path)
+    tensors, left = convert.rcnn_state(read, detector)
+    expected = convert.rcnn_state(found, detector)[0]
+    assert not left and tensors.keys() == expected.keys() and all(torch.equal(v, expected[k]) for k, v in tensors.items())
+    with torch.device("meta"):
+        own = common.build_rcnn(finetune.Config(detector=detector, box_head="4conv1fc", backbone_norm="bn"), 80).state_dict()
+    assert all(own[k].shape == v.shape for k, v in tensors.items())
+    assert [k for k in own if k.startswith("backbone.body.") and k not in tensors] == []
 
 
 # ==== MoCo and DUPR ================================================================================================
@@ -1569,7 +1609,7 @@ def moco_model(case, folder):
     state |= {"queue": unit_queue(shapes["queue"], case["seed"]), "queue_ptr": torch.zeros(shapes["queue_ptr"], dtype=torch.long)}
     model = dupr.DUPR(moco_encoder(case, shapes), case["config"]["K"], case["config"]["dim"])
     path = moco_file(folder, state)
-    common.load_matching(model, convert.dupr_state(convert.state_of(convert.read_checkpoint(path), path)), drop={}, source=str(path))
+    common.load_matching(model, convert.open_checkpoint(path).state, drop={}, source=str(path))
     return model
 
 
@@ -1809,12 +1849,15 @@ def moco_statedict(case, seen):
     (dim, K), mlp = shapes["queue"], "encoder_q.fc.0.weight" in shapes
     case["config"] = {"arch": arch, "dim": dim, "K": K, "T": 0.2, "mlp": mlp}
     model = moco_model(case, seen.tmp)
-    own, other = model.state_dict(), convert.dupr_state({name: torch.empty(0) for name in shapes})
-    assert own.keys() == other.keys() and len(own) == len(shapes)
+    own, found = model.state_dict(), convert.open_checkpoint(seen.tmp / "checkpoint_0199.pth.tar")
+    assert own.keys() == found.state.keys() and len(own) == len(shapes) and not found.left
+    assert found.what.startswith("MoCo v2, ResNet-" if mlp else "MoCo v1, ResNet-")
+    again = convert.official(found)
+    assert again["arch"] == arch and again["state_dict"].keys() == {f"module.{name}" for name in shapes}
     for name in shapes:
-        ours, = convert.dupr_state({name: None})
         if name not in ("queue", "queue_ptr"):
-            assert torch.equal(own[ours], torch.from_numpy(fill(name, tuple(shapes[name]), case["seed"]))), name
+            assert torch.equal(again["state_dict"][f"module.{name}"], torch.from_numpy(fill(name, tuple(shapes[name]), case["seed"]))), name
+            assert torch.equal(own[convert.rename(name, convert.MOCO["v2" if mlp else "v1"])], again["state_dict"][f"module.{name}"]), name
     assert model.queues["image_conv5"].ptr.dtype == torch.int64
     backbone = common.Backbone(arch, (1, 2, 3, 4), "bn", trainable=5)
     common.load_backbone_weights(backbone.body, str(seen.tmp / "checkpoint_0199.pth.tar"), arch)

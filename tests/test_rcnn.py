@@ -507,9 +507,9 @@ CATEGORIES = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": 
 
 
 def load(path, detector, **values):
-    checkpoint, state, arch = finetune.read_init(str(path), detector=detector)
+    found, arch = finetune.read_init(str(path), detector=detector)
     cfg = finetune.adopt_architecture(config(detector, init_from=str(path), **values), arch, {"detector"})
-    return cfg, *finetune.build_model(cfg, checkpoint, state, CATEGORIES)
+    return cfg, *finetune.build_model(cfg, found, CATEGORIES)
 
 
 @pytest.mark.parametrize("prefix", ("", "module."))
@@ -537,12 +537,12 @@ def test_names_of_the_released_soco(variant, detector, count):
     released = json.loads((folder / f"statedict_soco_{variant}_pretrain.json").read_text())["entries"]
     mapping = json.loads((folder / f"statedict_soco_{variant}_detectron2.json").read_text())["mapping"]
     with torch.device("meta"):
-        state = {name: torch.empty(shape) for name, shape, *_ in released}
+        state = {name.removeprefix("module."): torch.empty(shape) for name, shape, *_ in released}
         own = common.build_rcnn(finetune.Config(detector=detector, box_head="4conv1fc", backbone_norm="bn"), 80).state_dict()
-    name, tensors, left = convert.rcnn_state(state, detector, "FILE")
-    assert name == "SoCo encoder" and len(tensors) == len(mapping) == count
+    tensors, left = convert.rcnn_state(convert.Checkpoint("FILE", "SoCo", state, {}, {}), detector)
+    assert len(tensors) == len(mapping) == count
     assert all(own[k].shape == v.shape for k, v in tensors.items())
-    assert {k for k in state if k.removeprefix("module.") not in sum(left.values(), [])} == {theirs for theirs, _ in mapping}
+    assert {f"module.{k}" for k in state if k not in sum(left.values(), [])} == {theirs for theirs, _ in mapping}
 
 
 def test_soco_checkpoint_with_the_other_head(tmp_path, capsys):
@@ -572,7 +572,7 @@ def test_checkpoints_with_a_backbone_only(detector, prefix, tmp_path, capsys):
 def test_backbone_weights_of_c4(tmp_path, capsys):
     body = common.Backbone("resnet18", (1, 2, 3, 4), "bn").body.state_dict()
     torch.save(body, tmp_path / "r18.pt")
-    model, _ = finetune.build_model(config("faster_rcnn_c4", backbone_weights=str(tmp_path / "r18.pt")), None, {}, CATEGORIES)
+    model, _ = finetune.build_model(config("faster_rcnn_c4", backbone_weights=str(tmp_path / "r18.pt")), None, CATEGORIES)
     trunk = model.state_dict()
     assert torch.equal(trunk["roi_heads.box_head.res5.layer4.1.conv2.weight"], body["layer4.1.conv2.weight"])
     assert torch.equal(trunk["backbone.body.conv1.weight"], body["conv1.weight"])
@@ -581,7 +581,7 @@ def test_backbone_weights_of_c4(tmp_path, capsys):
 def test_backbone_of_an_own_c4_checkpoint(tmp_path):
     c4 = build("faster_rcnn_c4")
     common.save_checkpoint(tmp_path / "c4.pt", c4, None, 1, config("faster_rcnn_c4"), script="finetune", categories=CATEGORIES)
-    model, _ = finetune.build_model(config("fcos_fpn", fpn_channels=64, backbone_weights=str(tmp_path / "c4.pt")), None, {}, CATEGORIES)
+    model, _ = finetune.build_model(config("fcos_fpn", fpn_channels=64, backbone_weights=str(tmp_path / "c4.pt")), None, CATEGORIES)
     trunk = common.rcnn_trunk(model).state_dict()
     assert all(torch.equal(v, trunk[k]) for k, v in common.rcnn_trunk(c4).state_dict().items() if not k.endswith("num_batches_tracked"))
 
@@ -591,23 +591,23 @@ def test_own_checkpoint(detector, tmp_path):
     model = build(detector, classes=3, box_head="4conv1fc", anchor_size=16)
     cfg = config(detector, box_head="4conv1fc", anchor_size=16)
     common.save_checkpoint(tmp_path / "o.pt", model, None, 5, cfg, script="finetune", categories=CATEGORIES)
-    checkpoint, state, arch = finetune.read_init(str(tmp_path / "o.pt"))               # whatever --detector says by default
+    found, arch = finetune.read_init(str(tmp_path / "o.pt"))               # whatever --detector says by default
     assert arch == dict(detector=detector, arch="resnet18", backbone_norm="bn", box_head="4conv1fc", fpn_channels=32, head_dim=16, anchor_size=16)
     here = finetune.adopt_architecture(finetune.Config(init_from=str(tmp_path / "o.pt"), proposals_per_image=12), arch, set())
-    again, mapped = finetune.build_model(here, checkpoint, state, CATEGORIES)
-    assert mapped == [0, 1, 2] and all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
-    other, mapped = finetune.build_model(here, checkpoint, state, [*CATEGORIES, {"id": 4, "name": "d"}])
-    changed = {k for k, v in other.state_dict().items() if v.shape != state[k].shape or not torch.equal(v, state[k])}
+    again, mapped = finetune.build_model(here, found, CATEGORIES)
+    assert mapped == [0, 1, 2] and all(torch.equal(v, found.state[k]) for k, v in again.state_dict().items())
+    other, mapped = finetune.build_model(here, found, [*CATEGORIES, {"id": 4, "name": "d"}])
+    changed = {k for k, v in other.state_dict().items() if v.shape != found.state[k].shape or not torch.equal(v, found.state[k])}
     class_head = {"retinanet_fpn": ("head.classification_head.cls_logits.",),
                   "mask_rcnn_fpn": ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")}[detector]
     assert len(mapped) == 4 and changed and all(k.startswith(class_head) for k in changed)
     only = dataclasses.replace(here, eval_only=True)
-    assert finetune.build_model(only, checkpoint, state, CATEGORIES[::-1])[1] == [2, 1, 0]
+    assert finetune.build_model(only, found, CATEGORIES[::-1])[1] == [2, 1, 0]
     with pytest.raises(UserError, match="trained on a, b, c, and coco has x; fine-tune it first"):
-        finetune.build_model(only, checkpoint, state, [{"id": 1, "name": "x"}])
+        finetune.build_model(only, found, [{"id": 1, "name": "x"}])
     with pytest.raises(UserError, match=r"--box_head 2fc \(it has 4conv1fc\)"):
         finetune.adopt_architecture(finetune.Config(init_from="o.pt"), arch, {"box_head"})
-    with pytest.raises(UserError, match=rf"not a DETR: give --detector {detector} or leave it out; for its backbone alone .*--backbone_weights o.pt"):
+    with pytest.raises(UserError, match=rf"--detector is detr. Give --detector {detector} or leave it out; for its backbone alone .*--backbone_weights o.pt"):
         finetune.adopt_architecture(finetune.Config(init_from="o.pt", detector="detr"), arch, {"detector"})
 
 
@@ -616,7 +616,7 @@ def test_own_checkpoint(detector, tmp_path):
 def test_precise_bn():
     cfg = config(precise_bn=3, batch_size=2, fpn_channels=32)
     train_set = data.open_detection("synthetic", None, "train", synthetic_images=6, synthetic_size=64)
-    model, _ = finetune.build_model(cfg, None, {}, train_set.categories)
+    model, _ = finetune.build_model(cfg, None, train_set.categories)
     weights = {k: v.clone() for k, v in model.named_parameters()}
     with torch.no_grad():
         for buffer in model.buffers():
@@ -695,7 +695,7 @@ def test_accumulation_averages_micro_batches():
     train_set = data.open_detection("synthetic", None, "train", synthetic_images=4, synthetic_size=64)
     samples = finetune.LabelledDataset(config(), train_set)
     halves = [data.collate([samples[0, i] for i in pair]) for pair in ((0, 1), (2, 3))]
-    model, _ = finetune.build_model(config(), None, {}, train_set.categories)
+    model, _ = finetune.build_model(config(), None, train_set.categories)
     model.eval().requires_grad_(True)
 
     def gradient(cfg, batches):
@@ -746,13 +746,13 @@ def test_checkpoints_of_the_wrong_kind(fails, tmp_path):
     common_flags = ["--data", "synthetic", "--synthetic_images", 2, "--synthetic_test_images", 1, "--init_from", tmp_path / "s.pt"]
     common_flags += ["--out", tmp_path / "o"]
     text = fails(finetune.main, common_flags)                                          # the default detector is Deformable DETR
-    assert "SoCo encoder checkpoint" in text and "--backbone_weights" in text and "--detector faster_rcnn_fpn" in text
+    assert "a SoCo checkpoint" in text and "--backbone_weights" in text and "--detector faster_rcnn_fpn" in text
     text = fails(finetune.main, [*common_flags, "--detector", "faster_rcnn_fpn", "--eval_only"])
     assert "holds no detector of the R-CNN family" in text
     text = fails(finetune.main, [*common_flags, "--detector", "faster_rcnn_fpn", "--arch", "resnet50"])
     assert "--arch resnet50 (it has resnet18)" in text
     torch.save({"model": {"a": torch.ones(2)}}, tmp_path / "s.pt")
-    assert "no ResNet found in it" in fails(finetune.main, [*common_flags, "--detector", "faster_rcnn_fpn"])
+    assert "no known kind of checkpoint" in fails(finetune.main, [*common_flags, "--detector", "faster_rcnn_fpn"])
 
 
 def one_step(first=0, last=4):
