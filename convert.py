@@ -16,7 +16,6 @@ import io
 import json
 import pickle
 import re
-import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +85,6 @@ _TWO_STAGE_DETECTRON2: Table = (
     ("roi_heads.mask_head.deconv.*", "roi_heads.mask_predictor.conv5_mask.*"),
     ("roi_heads.mask_head.predictor.*", "roi_heads.mask_predictor.mask_fcn_logits.*"),
 )
-_2FC_DETECTRON2: Table = (("roi_heads.box_head.fc1.*", "roi_heads.box_head.fc6.*"), ("roi_heads.box_head.fc2.*", "roi_heads.box_head.fc7.*"))
-
 # detectron2 - torchvision: whole detectors (rcnn_transfer.md, section 4). FCOS has other heads in detectron2: backbone and pyramid only.
 RCNN_DETECTRON2: dict[str, Table] = {
     "fpn": (*below("backbone.bottom_up.", "backbone.body.", RESNET_DETECTRON2), *below("backbone.", "backbone.", _fpn_detectron2(2)),
@@ -99,6 +96,8 @@ RCNN_DETECTRON2: dict[str, Table] = {
                     for a, b in (("cls", "classification"), ("bbox", "regression")) for j in range(4)),
                   ("head.cls_score.*", "head.classification_head.cls_logits.*"), ("head.bbox_pred.*", "head.regression_head.bbox_reg.*")),
 }
+RCNN_DETECTRON2["fpn_2fc"] = (("roi_heads.box_head.fc1.*", "roi_heads.box_head.fc6.*"), ("roi_heads.box_head.fc2.*", "roi_heads.box_head.fc7.*"),
+                              *RCNN_DETECTRON2["fpn"])
 
 # SoCo: what its converters write for detectron2 (whose loader completes the names: backbone.bottom_up., backbone., roi_heads.) and MMDetection.
 SOCO_DETECTRON2: Table = (
@@ -146,7 +145,8 @@ def _hugging_face(decoder: Table, rest: Table) -> Table:
 
 
 _DETR_NORMS: Table = (("self_attn_layer_norm.*", "norm1.*"), ("encoder_attn_layer_norm.*", "norm2.*"))
-_DETR_HEADS: Table = (("class_labels_classifier.*", "class_embed.*"), ("bbox_predictor.*", "bbox_embed.*"), ("model.input_projection.*", "input_proj.*"))
+_DETR_HEADS: Table = (("class_labels_classifier.*", "class_embed.*"), ("bbox_predictor.*", "bbox_embed.*"),
+                      ("model.input_projection.*", "input_proj.*"))
 
 # Hugging Face transformers (as files have it; version 5 renames on reading and writing) - the DETR family, in_proj already split into q, k, v.
 HUGGING_FACE: dict[str, Table] = {
@@ -164,20 +164,21 @@ COCO_NAMES = dict(zip((i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 
     "skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,"
     "cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,"
     "clock,vase,scissors,teddy bear,hair drier,toothbrush").split(",")))
-VOC_NAMES = dict(enumerate("aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,sheep,sofa,train,"
-                           "tvmonitor".split(",")))
+VOC_NAMES = dict(enumerate("aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,sheep,sofa,"
+                           "train,tvmonitor".split(",")))
 
 # ==== 2. Reading ====
 
 
-_ARRAY, _SCALAR = (value.__reduce__()[0] for value in (np.zeros(1), np.float64(0)))               # how numpy rebuilds what was pickled
+# How numpy rebuilds what was pickled.
+_ARRAY, _BUFFER, _SCALAR = np.zeros(1).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0], np.float64(0).__reduce__()[0]
 
 
 class ArrayUnpickler(pickle.Unpickler):
     """Reads plain containers and numpy arrays, as detectron2's files are made of; whatever else a pickle asks for is an error and is not run."""
 
-    ALLOWED = {"multiarray._reconstruct": _ARRAY, "multiarray.scalar": _SCALAR, "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
-               "_codecs.encode": lambda text, _: text.encode("latin1"), "collections.OrderedDict": collections.OrderedDict}
+    ALLOWED = {"multiarray._reconstruct": _ARRAY, "numeric._frombuffer": _BUFFER, "multiarray.scalar": _SCALAR, "numpy.ndarray": np.ndarray,
+               "numpy.dtype": np.dtype, "_codecs.encode": lambda text, _: text.encode("latin1"), "collections.OrderedDict": collections.OrderedDict}
 
     def find_class(self, module: str, name: str) -> Any:
         found = self.ALLOWED.get(f"{re.sub('^numpy[.]_?core[.]', '', module)}.{name}")
@@ -186,8 +187,8 @@ class ArrayUnpickler(pickle.Unpickler):
         return found
 
 
-# Harmless containers that released files hold beside their tensors: argparse.Namespace (DETR family, SoCo), numpy numbers.
-ALLOWED = [argparse.Namespace, collections.defaultdict, np.dtype, *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"},
+# Harmless containers that released files hold beside their tensors: argparse.Namespace (DETR family, SoCo), numpy's numbers.
+ALLOWED = [argparse.Namespace, np.dtype, *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"},
            *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
@@ -208,11 +209,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             with torch.serialization.safe_globals(ALLOWED):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                                # damaged bytes can make a reader raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, OSError):
             raise UserError(f"{path}: cannot be read ({error.strerror or reason})") from error
         if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path}: refused, because loading it would run code ({code[1]}), which no file of tensors needs") from error
+            raise UserError(f"{path}: refused, because loading it would run code ({code[1]}); a file of tensors (state_dict) needs none") from error
         raise UserError(f"{path}: not a readable PyTorch checkpoint: cut, damaged or something else ({reason[:120]})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dict of tensors")
@@ -220,12 +221,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, out of the wrappers in use ({"model": ...}, {"state_dict": ...} or none) and without DistributedDataParallel's `module.`"""
+    """The tensors of a file, out of the wrappers in use ({"model"}, {"state_dict"} or none) and without DistributedDataParallel's `module.`"""
     for wrapper in ("model", "state_dict"):
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    state = {k: torch.from_numpy(np.array(v, v.dtype.newbyteorder("="))) if isinstance(v, np.ndarray) and v.dtype.kind in "fiub" else v for k, v in content.items()}
-    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    arrays = {k: torch.from_numpy(np.array(v, v.dtype.newbyteorder("="))) for k, v in content.items()
+              if isinstance(v, np.ndarray) and v.dtype.kind in "fiub"}
+    state = {k: v for k, v in (content | arrays).items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
         raise UserError(f"{path}: holds no tensors under 'model', 'state_dict' or at its top; its keys are {sorted(map(str, content))[:6]}")
     return {k.removeprefix("module."): v for k, v in state.items()}
@@ -244,6 +246,7 @@ KNOWN: tuple[tuple[str, str, Table | None], ...] = (
     ("SoCo for detectron2", "box_head.fc1.weight", SOCO_DETECTRON2),
     ("detectron2", "stem.conv1.weight", SOCO_DETECTRON2),
     ("detectron2 RetinaNet", "head.cls_subnet.0.weight", RCNN_DETECTRON2["one_stage"]),
+    ("detectron2 R-CNN (FPN, 2fc)", "backbone.bottom_up.stem.conv1.weight roi_heads.box_head.fc2.weight", RCNN_DETECTRON2["fpn_2fc"]),
     ("detectron2 R-CNN (FPN)", "backbone.bottom_up.stem.conv1.weight", RCNN_DETECTRON2["fpn"]),
     ("detectron2 R-CNN (C4)", "backbone.stem.conv1.weight", RCNN_DETECTRON2["c4"]),
     ("torchvision detector", "backbone.body.conv1.weight", None),
@@ -261,7 +264,7 @@ RES5 = "roi_heads.box_head.res5."                                               
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file, recognised. family: as in KNOWN; state: its tensors under our names; left: {reason: names that are not among them}; content: all of it."""
+    """A file, recognised. family: as in KNOWN; state: its tensors under our names; left: {reason: names of others}; content: all that it holds."""
     path: str
     family: str
     state: dict[str, Tensor]
@@ -292,12 +295,13 @@ class Checkpoint:
     @property
     def what(self) -> str:
         """What the file is, in words. UserError: a detector's checkpoint that lacks parts."""
-        words = [NAMES[self.rcnn] if self.rcnn else self.family + " (C4)" * (self.family == "SoCo" and "neck.lateral_convs.0.conv.weight" not in self.state)]
+        c4 = self.family == "SoCo" and "neck.lateral_convs.0.conv.weight" not in self.state
+        words = [NAMES[self.rcnn] if self.rcnn else self.family + " (C4)" * c4]
         if "transformer.decoder.layers.0.linear1.weight" in self.state:
             arch = architecture(self.state, self.path)
             words = [f"{METHODS[self.method]} pretraining"] if self.method else []
-            words += [NAMES[arch["detector"]] + " with box refinement" * arch.get("with_box_refine", False) + " (pre-norm)" * arch.get("pre_norm", False),
-                      f"{arch['num_queries']} queries"]
+            variant = " with box refinement" * arch.get("with_box_refine", False) + " (pre-norm)" * arch.get("pre_norm", False)
+            words += [NAMES[arch["detector"]] + variant, f"{arch['num_queries']} queries"]
         if any(p + "layer1.0.conv1.weight" in self.state for p in RESNETS):
             words.append(resnet_name(self.resnet(), "", self.path).replace("resnet", "ResNet-"))
         return ", ".join(words) + (f", step {self.content['step']}" if {"script", "step"} <= self.content.keys() else "")
@@ -318,8 +322,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     theirs = state_of(content, path)
     family, table = next(((family, table) for family, marks, table in KNOWN if all(m in theirs for m in marks.split())), (None, None))
     if family is None:
-        raise UserError(f"{path}: no known kind of checkpoint; its tensors are called {', '.join(list(theirs)[:4])}, ... Known are files of "
-                        "DETReg, UP-DETR, Siamese DETR, SoCo, MoCo, SwAV, DETR, Conditional and Deformable DETR, detectron2, torchvision's ResNets, and ours")
+        raise UserError(f"{path}: no known kind of checkpoint; its tensors are called {', '.join(list(theirs)[:4])}, ... Known are ours and files of "
+                        "DETReg, UP-DETR, Siamese DETR, SoCo, MoCo, SwAV, DETR, Conditional and Deformable DETR, detectron2, torchvision")
     left: dict[str, list[str]] = {}
     for name in theirs:
         if name.startswith("pred_head.criterion."):
@@ -349,8 +353,8 @@ def _whole_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rows(name: str, value: Tensor, c4: bool, back: bool) -> Tensor:
-    """detectron2's order of rows in torchvision's, or (back) the reverse. Anchors: by size, then ratio / by ratio, then size. Background: the last class,
-    without boxes and masks / the first, with boxes and masks that nothing reads."""
+    """detectron2's order of rows in torchvision's, or (back) the reverse. Anchors: by size, then ratio / by ratio, then size. Background: the last
+    class, without boxes and masks / the first, with boxes and masks that nothing reads."""
     if c4 and name.startswith(("rpn.head.cls_logits.", "rpn.head.bbox_pred.")) or re.search(r"^head\..*(cls_logits|bbox_reg)\.", name):
         sizes = 5 if c4 else 3
         return value.unflatten(0, (3, sizes, -1) if back else (sizes, 3, -1)).transpose(0, 1).flatten(0, 2).contiguous()
@@ -383,9 +387,9 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
     """
     if "transformer.decoder.layers.0.linear1.weight" not in state or "query_embed.weight" not in state:
         known = next((family for family, marks, _ in KNOWN if all(m in state for m in marks.split())), None)
-        hint = "" if not known else ("; give a bare backbone with --backbone_weights, or fine-tune the R-CNN family from it: "
-                                              "--detector faster_rcnn_fpn")
-        raise UserError(f"{path}: this is {f'a {known}' if known else 'an unknown kind of'} checkpoint, not one of a DETR, Conditional DETR or Deformable DETR{hint}")
+        hint = "; give a bare backbone with --backbone_weights, or fine-tune the R-CNN family from it: --detector faster_rcnn_fpn" if known else ""
+        raise UserError(f"{path}: this is {f'a {known}' if known else 'an unknown kind of'} checkpoint, not one of a DETR, Conditional DETR or "
+                        f"Deformable DETR{hint}")
     deformable = "transformer.level_embed" in state
     body = "backbone.0.body."
     try:
@@ -502,8 +506,8 @@ def class_names(found: Checkpoint, rows: int) -> dict[int, str]:
 def official(found: Checkpoint) -> dict[str, Any]:
     """What the released code of its method saves, for torch.save: wrapper and names, without the optimiser.
 
-    DETReg, UP-DETR, fine-tuned detectors {"model"}; Siamese DETR {"meta", "state_dict"}, as mmcv; SoCo {"model"} with `module.`; MoCo {"arch", "state_dict"}.
-    UserError: a detector of the R-CNN family, DUPR (never released), a bare ResNet; heads of Siamese DETR that differ among the decoder layers.
+    DETReg, UP-DETR, fine-tuned detectors {"model"}; Siamese DETR {"meta", "state_dict"}, as mmcv; SoCo {"model"}, MoCo {"arch", "state_dict"}, both
+    with `module.`. UserError: the R-CNN family, DUPR (never released), a bare ResNet; heads of Siamese DETR that differ among the decoder layers.
     """
     state, family = found.state, found.family
     if family == "SoCo":
@@ -512,13 +516,13 @@ def official(found: Checkpoint) -> dict[str, Any]:
         moco = "v2" if "encoder_q.image_heads.conv5.2.weight" in state else "v1"
         theirs = renamed(state, MOCO[moco], back=True)
         if len(theirs) < len(state) or "queue" not in theirs or any("_heads." in k for k in theirs):
-            raise UserError(f"{found.path}: DUPR's code was never released; MoCo's has image contrast at conv5 alone (--alpha 0 0 0 1 --beta 0 0 0 0). "
-                            "For its ResNet give --to torchvision or detectron2")
+            raise UserError(f"{found.path}: DUPR's code was never released; MoCo's has image contrast at conv5 alone (--alpha 0 0 0 1 "
+                            "--beta 0 0 0 0). For its ResNet give --to torchvision or detectron2")
         return {"arch": resnet_name(found.resnet(), "", found.path), "state_dict": {f"module.{k}": v for k, v in theirs.items()}}
     if "transformer.decoder.layers.0.linear1.weight" not in state:
-        raise UserError(f"{found.path}: this is a {found.what} checkpoint; --to official is for DETReg, UP-DETR, Siamese DETR, SoCo, MoCo and the DETR "
-                        "family. For this one give --to torchvision or detectron2")
-    state = {k: v for k, v in state.items() if not (k.startswith("backbone.") and k.endswith("num_batches_tracked"))}     # FrozenBatchNorm has none
+        raise UserError(f"{found.path}: this is a {found.what} checkpoint; --to official is for DETReg, UP-DETR, Siamese DETR, SoCo, MoCo and the "
+                        "DETR family. For this one give --to torchvision or detectron2")
+    state = {k: v for k, v in state.items() if not (k.startswith("backbone.") and k.endswith("num_batches_tracked"))}     # FrozenBatchNorm: none
     if found.method != "siamese_detr":
         return {"model": state}
     if "transformer.level_embed" in state:                                    # position and content queries apart, as released
@@ -530,34 +534,32 @@ def official(found: Checkpoint) -> dict[str, Any]:
         heads = {k: v for k, v in state.items() if re.match(r"(class|bbox)_embed\.\d", k)}
         one = {re.sub(r"\.\d+", "", k, count=1): v for k, v in heads.items() if re.match(r"\w+\.0\.", k)}
         if any(not torch.equal(v, one[re.sub(r"\.\d+", "", k, count=1)]) for k, v in heads.items()):
-            raise UserError(f"{found.path}: its decoder layers have heads of their own (--with_box_refine), and the released Siamese DETR has one for all")
+            raise UserError(f"{found.path}: its decoder layers have heads of their own (--with_box_refine), the released code has one for all")
         state = {k: v for k, v in state.items() if k not in heads and not k.startswith("transformer.decoder.bbox_embed.")} | one
     weights = torch.tensor([1, 1, found.config.get("eos_coef", 0.1)])
     return {"meta": {}, "state_dict": renamed(state, SIAMESE_DETR, back=True) | {"pred_head.criterion.empty_weight": weights}}
 
 
 def torchvision_state(found: Checkpoint, backbone_only: bool = False) -> dict[str, Tensor]:
-    """A state dict for torchvision's parts. A fine-tuned detector of the R-CNN family: whole; SoCo (FPN): backbone.body, backbone.fpn, roi_heads.box_head;
-    all others, and with backbone_only: a torchvision.models.resnet without its classifier."""
-    if found.rcnn and not backbone_only:                                      # torchvision's C4 mask branch owns res5 a second time
-        again = {k.replace("box_head", "mask_head"): v for k, v in found.state.items() if k.startswith(RES5)} if found.rcnn == "mask_rcnn_c4" else {}
-        return found.state | again
+    """A state dict for torchvision's parts. A fine-tuned detector of the R-CNN family: whole; SoCo (FPN): backbone.body, backbone.fpn,
+    roi_heads.box_head; all others, and with backbone_only: a torchvision.models.resnet without its classifier."""
+    if found.rcnn and not backbone_only:
+        shared = RES5 if found.rcnn == "mask_rcnn_c4" else "none"             # torchvision's mask branch has res5 under a second name
+        return found.state | {k.replace("box_head", "mask_head"): v for k, v in found.state.items() if k.startswith(shared)}
     if "neck.lateral_convs.0.conv.weight" in found.state and not backbone_only:
         return rcnn_state(found, "faster_rcnn_fpn")[0]
     return found.resnet()
 
 
 def detectron2_arrays(found: Checkpoint, backbone_only: bool = False) -> dict[str, np.ndarray]:
-    """Arrays under detectron2's names. A fine-tuned detector of the R-CNN family: whole, full names (FCOS: backbone and pyramid); else backbone, and of
-    SoCo (FPN) pyramid and box head, under the short names that its and MoCo's converters write and detectron2 completes."""
+    """Arrays under detectron2's names. A fine-tuned detector of the R-CNN family: whole, full names (FCOS: backbone and pyramid); else backbone, and
+    of SoCo (FPN) pyramid and box head, under the short names that its and MoCo's converters write and detectron2 completes."""
     if found.rcnn and not backbone_only:
-        c4, one_stage = found.rcnn.endswith("_c4"), found.rcnn in common.ONE_STAGE
-        table, state = RCNN_DETECTRON2["one_stage" if one_stage else "c4" if c4 else "fpn"], found.state
+        state, c4 = found.state, found.rcnn.endswith("_c4")
+        kind = "one_stage" if found.rcnn in common.ONE_STAGE else "c4" if c4 else "fpn_2fc" if "roi_heads.box_head.fc6.weight" in state else "fpn"
         if found.rcnn == "fcos_fpn":
             state = {k: v for k, v in state.items() if k.startswith("backbone.")}
-        elif not (c4 or one_stage) and "roi_heads.box_head.fc6.weight" in state:
-            table = (*_2FC_DETECTRON2, *table)
-        state = renamed({k: _rows(k, v, c4, back=True) for k, v in state.items()}, table, back=True)
+        state = renamed({k: _rows(k, v, c4, back=True) for k, v in state.items()}, RCNN_DETECTRON2[kind], back=True)
     else:
         own = {k: v for k, v in found.state.items() if k.startswith(("neck.", "head."))} if found.family.startswith("SoCo") else {}
         state = renamed({f"encoder.{k}": v for k, v in found.resnet().items()} | ({} if backbone_only else own), SOCO_DETECTRON2, back=True)
@@ -565,10 +567,13 @@ def detectron2_arrays(found: Checkpoint, backbone_only: bool = False) -> dict[st
 
 
 def mmdetection_state(found: Checkpoint) -> dict[str, Tensor]:
-    """SoCo's backbone, pyramid and box head for MMDetection's Mask R-CNN with Shared4Conv1FCBBoxHead, as its converter writes them. UserError: no SoCo."""
+    """SoCo's backbone, pyramid and box head for MMDetection's Mask R-CNN with Shared4Conv1FCBBoxHead, as its converter writes them.
+
+    UserError: another family.
+    """
     if not found.family.startswith("SoCo"):
-        raise UserError(f"{found.path}: this is a {found.what} checkpoint; --to mmdetection is for SoCo. For a ResNet MMDetection reads torchvision's "
-                        "names (Pretrained, checkpoint=PATH): give --to torchvision --backbone_only")
+        raise UserError(f"{found.path}: this is a {found.what} checkpoint; --to mmdetection is for SoCo. For a ResNet MMDetection reads "
+                        "torchvision's names (Pretrained, checkpoint=PATH): give --to torchvision --backbone_only")
     return renamed({k: v for k, v in found.state.items() if k.startswith(("encoder.", "neck.", "head."))}, SOCO_MMDETECTION, back=True)
 
 
@@ -577,10 +582,9 @@ PRETEXT = {r"^feature_embed\.": "DETReg's embedding head, not needed", r"^patch2
 
 
 def hugging_face(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """(config.json, preprocessor_config.json, tensors) of a detector of the DETR family for Hugging Face transformers: DeformableDetrForObjectDetection,
-    ConditionalDetrForObjectDetection, DetrForObjectDetection, and for a pre-norm DETR TableTransformerForObjectDetection, which is that.
-
-    Modules of the pretext task stay out. UserError: no detector of the DETR family.
+    """(config.json, preprocessor_config.json, tensors) of a detector of the DETR family for Hugging Face transformers:
+    DeformableDetrForObjectDetection, ConditionalDetrForObjectDetection, DetrForObjectDetection, and for a pre-norm DETR
+    TableTransformerForObjectDetection, which is that. Modules of the pretext task stay out. UserError: no detector of the DETR family.
     """
     arch = architecture(found.state, found.path)
     family = "deformable_detr" if arch["detector"].startswith("deformable") else arch["detector"]
@@ -594,17 +598,18 @@ def hugging_face(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dic
     rows = 1 if bias is None else len(bias) - (family == "detr")
     names = {0: "object"} if bias is None else class_names(found, rows)
     levels, last = arch.get("num_feature_levels", 0), {4: 1, 8: 2, 16: 3, 32: 4}[arch.get("stride", 32)]
-    usual = levels in (0, 1, 4) and last == 4
-    backbone = {"use_timm_backbone": True, "backbone": arch["arch"], "use_pretrained_backbone": False} if usual else {
-        "backbone_config": {"model_type": "timm_backbone", "backbone": arch["arch"], "features_only": True, "use_pretrained_backbone": False,
-                            "num_channels": 3, "out_indices": [2, 3, 4][-levels:] if levels else [last]}}
+    backbone = {"use_timm_backbone": True, "backbone": arch["arch"], "use_pretrained_backbone": False}
+    if levels in (2, 3) or last != 4:                                         # not the stages that the class wants: version 5 only
+        backbone = {"backbone_config": {"model_type": "timm_backbone", "backbone": arch["arch"], "features_only": True, "num_channels": 3,
+                                        "use_pretrained_backbone": False, "out_indices": [2, 3, 4][-levels:] if levels else [last]}}
     pre_norm, heads = arch.get("pre_norm", False), found.config.get("nheads", 8)
     config = {
         "architectures": ["TableTransformerForObjectDetection" if pre_norm else f"{name}ForObjectDetection"],
         "model_type": "table-transformer" if pre_norm else family, **backbone, "num_channels": 3, "dilation": False,
         "d_model": arch["hidden_dim"], "num_queries": arch["num_queries"], "encoder_layers": arch["enc_layers"], "decoder_layers": arch["dec_layers"],
         "encoder_attention_heads": heads, "decoder_attention_heads": heads, "encoder_ffn_dim": arch["dim_feedforward"],
-        "decoder_ffn_dim": arch["dim_feedforward"], **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), found.config.get("dropout", 0.1)),
+        "decoder_ffn_dim": arch["dim_feedforward"],
+        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), found.config.get("dropout", 0.1)),
         "activation_function": "relu", "position_embedding_type": "sine", "auxiliary_loss": False, "is_encoder_decoder": True,
         "id2label": {str(i): n for i, n in names.items()}, "label2id": {n: i for i, n in names.items()},
         "class_cost": 1 if family == "detr" else 2, "bbox_cost": 5, "giou_cost": 2, "bbox_loss_coefficient": 5, "giou_loss_coefficient": 2,
@@ -614,8 +619,9 @@ def hugging_face(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dic
         config |= {"num_feature_levels": levels, "with_box_refine": arch["with_box_refine"], "two_stage": False, "encoder_n_points": 4,
                    "decoder_n_points": 4}
     size = {"shortest_edge": found.config.get("eval_size", 800), "longest_edge": found.config.get("max_size", 1333)}
-    processor = {"image_processor_type": f"{name}ImageProcessor", "format": "coco_detection", "do_resize": True, "size": size, "do_rescale": True,
-                 "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "do_pad": True}
+    processor = {"image_processor_type": f"{name}ImageProcessor", "format": "coco_detection", "do_resize": True, "size": size,
+                 "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406],
+                 "image_std": [0.229, 0.224, 0.225], "do_pad": True}
     return config, processor, tensors
 
 
@@ -638,7 +644,8 @@ def write_hugging_face(found: Checkpoint, out: Path) -> str:
 
 def write_file(found: Checkpoint, to: str, out: Path, backbone_only: bool) -> None:
     if to == "detectron2":                                                    # __author__ tells its loader that the names are its own
-        content = {"model": detectron2_arrays(found, backbone_only), "__author__": "converted", "matching_heuristics": not found.rcnn or backbone_only}
+        content = {"model": detectron2_arrays(found, backbone_only), "__author__": "convert.py",
+                   "matching_heuristics": not found.rcnn or backbone_only}
     elif to == "mmdetection":
         content = {"state_dict": mmdetection_state(found), "meta": {}}
     else:
@@ -651,10 +658,9 @@ def write_file(found: Checkpoint, to: str, out: Path, backbone_only: bool) -> No
 
 def left_out(found: Checkpoint, to: str, backbone_only: bool) -> list[str]:
     """The tensors that a target has no place for."""
-    if to == "official":
-        return []
-    if to == "hf":
-        return [k for k in found.state if any(re.search(p, k) for p in PRETEXT)]
+    if to in ("official", "hf"):                                              # both freeze the backbone's BatchNorm
+        return [k for k in found.state if k.startswith("backbone.") and k.endswith("num_batches_tracked")
+                or to == "hf" and any(re.search(pattern, k) for pattern in PRETEXT)]
     if found.rcnn and not backbone_only:
         return [k for k in found.state if not k.startswith("backbone.")] if (to, found.rcnn) == ("detectron2", "fcos_fpn") else []
     prefix = next(p for p in RESNETS if p + "conv1.weight" in found.state)
@@ -665,7 +671,8 @@ def left_out(found: Checkpoint, to: str, backbone_only: bool) -> list[str]:
 
 def main(argv: list[str] | None = None) -> str:
     """Returns what the file is."""
-    parser = argparse.ArgumentParser(prog="convert.py", description="Says what a checkpoint is; with --to writes it for another tool.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="convert.py", description="Says what a checkpoint is; with --to writes it for another tool.",
+                                     allow_abbrev=False)
     parser.add_argument("checkpoint", help="any file that --init_from and --backbone_weights read")
     parser.add_argument("--to", choices=TARGETS, help="hf: a folder for Hugging Face transformers; torchvision: a state dict; detectron2: a .pkl; "
                         "mmdetection: a .pth, of SoCo; official: as the released code of its method has it")
@@ -692,7 +699,7 @@ def main(argv: list[str] | None = None) -> str:
     common.say(f"wrote {out}" + (f": {loader}.from_pretrained({str(out)!r})" if loader else ""))
     if loader and found.method in ("updetr", "siamese_detr") and not loader.startswith(("Detr", "Table")):
         common.say("its class head was trained with softmax over 3 rows, of which row 1 is an object; the transformers class applies a sigmoid")
-    if found.rcnn and found.content.get("categories"):
+    if found.rcnn and not args.backbone_only and found.content.get("categories"):
         first = int(args.to == "torchvision" and found.rcnn not in common.ONE_STAGE)
         common.say("labels: " + ", ".join(f"{i} {c['name']}" for i, c in enumerate(found.content["categories"], first)))
     return found.what

@@ -607,7 +607,7 @@ def test_own_checkpoint(detector, tmp_path):
         finetune.build_model(only, found, [{"id": 1, "name": "x"}])
     with pytest.raises(UserError, match=r"--box_head 2fc \(it has 4conv1fc\)"):
         finetune.adopt_architecture(finetune.Config(init_from="o.pt"), arch, {"box_head"})
-    with pytest.raises(UserError, match=rf"--detector is detr. Give --detector {detector} or leave it out; for its backbone alone .*--backbone_weights o.pt"):
+    with pytest.raises(UserError, match=rf"is detr\. Give --detector {detector} or leave it out; for its backbone alone .*--backbone_weights o.pt"):
         finetune.adopt_architecture(finetune.Config(init_from="o.pt", detector="detr"), arch, {"detector"})
 
 
