@@ -24,6 +24,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from pycocotools import mask as coco_mask
@@ -32,10 +33,11 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as TF
 
-from common import UserError
+from common import UserError, printable, say, world_size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # by content, not by name. Pillow knows more: for one it starts Ghostscript
 # The 100 classes of "ImageNet-100" in the DETReg sense (datasets/category.txt; the list of CMC and solo-learn).
 IMAGENET100 = tuple((
     "n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797 n01735189 n07831146 n07753275 "
@@ -64,13 +66,13 @@ class UnreadableImage(Exception):
 
 
 def decode_image(path: str | Path, exif: bool = True) -> Image.Image:
-    """Any picture file -> PIL RGB. EXIF rotation applied (unless `exif` is False), alpha composited on white, 16 bit divided by 257 (not
+    """A picture file (FORMATS) -> PIL RGB. EXIF rotation applied (unless `exif` is False), alpha composited on white, 16 bit divided by 257 (not
     clipped), floats stretched to their range; of an animation the first frame. Raises UnreadableImage for what is missing, truncated, corrupt, no
     image, or above 179 million pixels (Pillow's limit against decompression bombs)."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("not a regular file")  # reading a named pipe would wait for ever
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             image = ImageOps.exif_transpose(image) if exif else image
         if image.mode.startswith("I") or image.mode == "F":
@@ -920,10 +922,18 @@ class SkipCount:
         for entry in dict.fromkeys(skipped):
             if entry not in self.seen:
                 self.seen.append(entry)
-                print(f"warning: skipped {entry}", file=sys.stderr, flush=True)
+                print(f"warning: skipped {printable(entry)}", file=sys.stderr, flush=True)
         if len(self.seen) > 0.01 * self.total:
             raise UserError(f"{len(self.seen)} of {self.total} images cannot be read (more than 1 %), the first: {'; '.join(self.seen[:3])}. "
                             "Repair or remove them.")
+
+    def tell(self) -> None:
+        """The last word of a run: how many files were skipped, over all processes (all of them call this)."""
+        parts = [self.seen] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(parts, self.seen)
+        if seen := sorted({entry for part in parts for entry in part}):
+            say(f"skipped {len(seen)} of {self.total} images: {printable('; '.join(seen[:3]))}{'; ...' if len(seen) > 3 else ''}")
 
 
 class _Guarded:
