@@ -187,3 +187,312 @@ def test_image(case, good, quick, tmp_path, monkeypatch, capsys):
         assert len(errors) == 2 and all(f"skipped {common.printable(str(path))}: " in line for line in errors)      # by each of the two commands
         assert done.out.splitlines()[-1].startswith(f"skipped 1 of 120 images: {common.printable(str(path))}: ")
     assert not list(tmp_path.rglob("ran"))
+
+
+def used(name: str) -> bytes:
+    return next(content for file, content, *_ in IMAGES if file == name)
+
+
+def test_one_step_on_all_of_them_at_once(tmp_path):
+    """The real model, on what the table calls used: the loss is finite."""
+    for k, (name, content, outcome, *_) in enumerate(IMAGES):
+        if outcome == "used" and isinstance(content, bytes):
+            (tmp_path / f"{k} {name}").write_bytes(content)
+    count = len(list(tmp_path.iterdir()))
+    assert count > 20
+    detreg.main(flags({**TINY, "data": tmp_path, "out": tmp_path / "out", "batch_size": count, "proposal_method": "random"}))
+    line = json.loads((tmp_path / "out/log.jsonl").read_text())
+    assert 0 < line["loss"] < 1e3 and 0 < line["grad_norm"] < 1e6
+
+
+def test_an_image_that_may_not_be_read(good, quick, tmp_path, monkeypatch, capsys):
+    """root may read everything: the refusal is played."""
+    opened = Image.open
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith("004.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(data.Image, "open", refuse)
+    common.cli(lambda: detreg.main(flags({**TINY, "data": good, "out": tmp_path / "out"})))
+    assert re.fullmatch(r"skipped 1 of 119 images: \S+004.png: PermissionError: .*", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_too_many_are_an_error_that_names_them(good, quick, tmp_path, fails):
+    for k in range(20):
+        (tmp_path / f"{k}.png").write_bytes(used("grey.png") if k != 7 else b"")
+    for main, argv in ((proposals.main, ["--data", tmp_path, "--method", "random", "--out", tmp_path / "store"]),
+                       (detreg.main, flags({**TINY, "data": tmp_path, "out": tmp_path / "out", "batch_size": 20, "proposal_method": "random"}))):
+        message = fails(main, argv)
+        assert f"1 of 20 images cannot be read (more than 1 %), the first: {tmp_path / '7.png'}: UnidentifiedImageError" in message
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_no_image_can_be_read(workers, tmp_path, fails, quick):
+    for k in range(4):
+        (tmp_path / f"{k}.png").write_bytes(b"")
+    assert "11 images in a row cannot be used" in fails(detreg.main, flags({**TINY, "data": tmp_path, "out": tmp_path / "out", "num_workers": workers}))
+
+
+# ==== Folders and lists: which images a data set has ====
+
+def tree(root: Path, *files: str, links: dict[str, str] = {}) -> None:
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(used("grey.png"))
+    for link, target in links.items():
+        (root / link).parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(target, root / link)
+
+
+FOLDERS = {  # what is in it, and which images are used, or the error
+    "the same name in two folders": (dict(files=["a/x.png", "b/x.png"]), ["a/x.png", "b/x.png"]),
+    "a link to the folder around it": (dict(files=["a/x.png"], links={"a/up": "..", "a/here": "."}), ["a/x.png"]),
+    "links in a circle": (dict(files=["a/x.png", "b/y.png"], links={"a/b": "../b", "b/a": "../a"}), ["a/b/y.png", "a/x.png"]),
+    "a link to a folder that is there too": (dict(files=["a/x.png"], links={"b": "a"}), ["a/x.png"]),
+    "a link that leads out": (dict(files=["x.png"], links={"out": "{good}"}), ["out/000.png", "... 120"]),
+    "hidden files, other files": (dict(files=["x.png", ".y.png", "._x.png", ".git/z.png", "x.png.part", "x.gif", "x.tif", "x.txt"]), ["x.png"]),
+    "endings in capitals": (dict(files=["a.PNG", "b.Jpeg", "c.JPG"]), ["a.PNG", "b.Jpeg", "c.JPG"]),
+    "a folder named like an image": (dict(files=["x.png/y.png"]), ["x.png/y.png"]),
+    "nothing but gifs": (dict(files=["x.gif"]), "no images in .*images. Looked for .jpg .jpeg .png .webp .bmp"),
+    "nothing": ({}, "no images in .*images"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folder(name, good, tmp_path, fails):
+    content, outcome = FOLDERS[name]
+    root = tmp_path / "images"
+    root.mkdir()
+    tree(root, *content.get("files", ()), links={k: v.format(good=good) for k, v in content.get("links", {}).items()})
+    argv = ["--data", str(root), "--method", "random", "--out", str(tmp_path / "store")]
+    if isinstance(outcome, str):
+        assert re.search(outcome, fails(proposals.main, argv))
+        return
+    keys, store = data.open_images(str(root), None).keys, proposals.main(argv)
+    assert len(store) == len(keys) and (keys == outcome or (keys[0], f"... {len(keys)}") == tuple(outcome))
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch, fails):
+    """Leaving its images out without a word would be another data set. The refusal is played, as root may list everything."""
+    tree(tmp_path, "a/x.png", "b/y.png")
+    listed = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    message = fails(detreg.main, flags({**TINY, "data": tmp_path, "out": tmp_path / "out"}))
+    assert f"{tmp_path / 'b'}: this folder cannot be listed (Permission denied)" in message
+
+
+LISTS = {  # the text of images/list.txt, and the images used, or the error
+    "below it, beside it, absolute": (b"x.png\n../y.png\n{root}/images/z.gif\n", ["../y.png", "x.png", "z.gif"]),
+    "the same line twice, ./ and blanks": (b"x.png\n  x.png \n./x.png\n", ["x.png"]),
+    "byte order mark, CRLF, comments, no end of line": (b"\xef\xbb\xbfx.png\r\n# mine\r\n\r\nz.gif", ["x.png", "z.gif"]),
+    "names in UTF-8 with blanks": ("ü 文.png\n".encode(), ["ü 文.png"]),
+    "a missing image": (b"x.png\ngone.png\n", "list.txt, line 2: .*gone.png does not exist"),
+    "a folder": (b"x.png\n..\n", "list.txt, line 2: .* does not exist"),
+    "a NUL byte": (b"x.png\nx\0.png\n", "list.txt, line 2: .* does not exist"),
+    "not UTF-8": (b"x.png\n\xff\n", "list.txt .*cannot be read: .*Give an existing UTF-8 text file"),
+    "nothing": (b"\n# nothing\n", "list.txt: no images in"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_list(name, tmp_path, fails):
+    text, outcome = LISTS[name]
+    tree(tmp_path, "images/x.png", "y.png", "images/ü 文.png")
+    (tmp_path / "images/z.gif").write_bytes(used("a gif.png"))
+    (tmp_path / "images/list.txt").write_bytes(text.replace(b"{root}", os.fsencode(tmp_path)))
+    argv = ["--data", str(tmp_path / "images/list.txt"), "--method", "random", "--out", str(tmp_path / "store")]
+    if isinstance(outcome, str):
+        assert re.search(outcome, fails(proposals.main, argv))
+        return
+    images, store = data.open_images(argv[1], None), proposals.main(argv)
+    assert images.keys == outcome and store.header["unreadable"] == 0 and len(store) == len(outcome)
+
+
+@pytest.mark.parametrize("name, reason", [("absent", "no such folder"), ("x.png", "no such folder"), ("absent.txt", "cannot be read")])
+def test_what_is_no_data_set(name, reason, tmp_path, fails):
+    tree(tmp_path, "x.png")
+    for main, argv in ((proposals.main, ["--data", tmp_path / name]), (detreg.main, flags({**TINY, "data": tmp_path / name, "out": tmp_path / "out"}))):
+        message = fails(main, argv)
+        assert name in message and reason in message
+
+
+# ==== COCO files ====
+
+NAN, INF, PENTAGON = float("nan"), float("inf"), [1, 1, 9, 1, 9, 9, 1, 9, 1, 5]
+BOX = {"image_id": 20, "category_id": 7, "bbox": [1, 2, 10, 5]}              # what is right, in a.png, which is 40 x 20
+RIGHT = (1, 2, 11, 7, "cat")
+BOXES = {"the right box": ([BOX], [RIGHT])}                                  # annotations, and the boxes used, or the error
+BOXES |= {f"a box {where}": ([{**BOX, "bbox": box}], outcome) for where, box, outcome in (
+    ("over the edge", [-5, 15, 20, 30], [(0, 15, 15, 20, "cat")]),
+    ("in words", ["1", "2", "10", "5"], [RIGHT]),
+    ("without width", [1, 2, 0, 5], "1 of 1 boxes are empty or outside .*image a.png, object 1"),
+    ("of negative height", [9, 9, 5, -5], "1 of 1 boxes are empty"),
+    ("outside", [200, 0, 5, 5], "1 of 1 boxes are empty or outside"),
+    ("with NaN", [NAN, 0, 5, 5], "1 of 1 boxes are empty"),
+    ("of infinite width", [0, 0, INF, 5], "1 of 1 boxes are empty"),
+    ("beyond all numbers", [0, 0, 10**400, 5], "no COCO detection json: OverflowError"),
+    ("of three numbers", [1, 2, 3], "bbox of 4 numbers"), ("of five", [1, 2, 3, 4, 5], "bbox of 4 numbers"),
+    ("of letters", ["a", "b", "c", "d"], "bbox of 4 numbers"), ("of one word", "1234", "bbox of 4 numbers"), ("of nothing", None, "bbox of 4 numbers"))}
+BOXES |= {
+    "no annotations": ([], []),
+    "one empty box in 150": ([BOX] * 149 + [{**BOX, "bbox": [1, 2, 0, 5]}], [RIGHT] * 149),
+    "two empty boxes in 150": ([BOX] * 148 + [{**BOX, "bbox": [1, 2, 0, 5]}] * 2, "2 of 150 boxes are empty"),
+    "a missing image": ([{**BOX, "image_id": 77}], "KeyError 77.*image_id of a listed image"),
+    "an unknown category": ([{**BOX, "category_id": 99}], r"category 99 \(not listed\) is not one of the known: dog, cat"),
+    "ids in words, or 7.0": ([{**BOX, "image_id": "20", "category_id": 7.0}], [RIGHT]),
+    "an id that would be rounded": ([{**BOX, "category_id": 7.9}], "7.9 is no whole number"),
+    "an id that is a truth value": ([{**BOX, "category_id": True}], "True is no whole number"),
+    "the same annotation id twice": ([{**BOX, "id": 1}, {**BOX, "id": 1, "category_id": 3}], [RIGHT, (1, 2, 11, 7, "dog")]),
+    "no annotation ids": ([BOX, BOX], [RIGHT] * 2),
+    "a crowd": ([{**BOX, "iscrowd": 1}, {**BOX, "iscrowd": "0"}, {**BOX, "iscrowd": None}], [(*RIGHT, "crowd"), RIGHT, RIGHT]),
+    "a crowd in letters": ([{**BOX, "iscrowd": "no"}], "no COCO detection json: ValueError"),
+    "no bbox": ([{"image_id": 20, "category_id": 7}], "no COCO detection json: KeyError 'bbox'"),
+    "an annotation that is a list": ([[20, 7]], "no COCO detection json: TypeError"),
+    "a useless area": ([{**BOX, "area": None}, {**BOX, "area": NAN}], [RIGHT] * 2),
+}
+FILES = [{"id": 20, "width": 40, "height": 20, "file_name": "a.png"}, {"id": 3, "width": 40, "height": 20, "file_name": "ü b/a.png"}]
+
+
+def image(**changed) -> dict:
+    return {"images": [{**FILES[0], **changed}, FILES[1]], "annotations": []}
+
+
+SETS = {  # what is changed in the file, or its bytes; a note or None where it is used, or the error
+    "as it should be": ({}, None),
+    "byte order mark": (lambda text: b"\xef\xbb\xbf" + text, None),
+    "unknown keys": ({"info": None, "licenses": 5}, None),
+    "huge ids": ({"images": [FILES[0], {**FILES[1], "id": 2**70}]}, None),
+    "ids with gaps, the same name under two": ({"categories": [{"id": i, "name": n} for i, n in ((7, "cat"), (900, "cat"), (-3, "dog"))]}, None),
+    "one file under two ids": ({"images": [*FILES, {**FILES[0], "id": 21}]}, "1 of 3 images name a file that another one names too"),
+    "an image id twice": ({"images": [FILES[0]] * 2}, "an image id or category id occurs twice"),
+    "a category id twice": ({"categories": [{"id": 7, "name": "cat"}, {"id": 7, "name": "dog"}]}, "an image id or category id occurs twice"),
+    "an image that is not there": (image(file_name="gone.png"), "1 of 2 images are not there, the first: .*gone.png"),
+    "no name": (image(file_name=""), "1 of 2 images are not there"),
+    "a folder up": (image(file_name="../outside.png"), r"file name '\.\./outside\.png' leads out of the image folder"),
+    "a folder up inside": (image(file_name="ü b/../../outside.png"), "leads out of the image folder"),
+    "a folder up in Windows' way": (image(file_name="..\\outside.png"), "leads out of the image folder"),
+    "an absolute name": (image(file_name="/etc/passwd"), "file name '/etc/passwd' leads out of the image folder"),
+    "an absolute name in Windows' way": (image(file_name="C:\\outside.png"), "leads out of the image folder"),
+    "a name with a NUL": (image(file_name="a\0.png"), "1 of 2 images are not there"),
+    "a name with line ends": (image(file_name="a\nb.png"), r"1 of 2 images are not there, the first: .*a\\nb.png"),
+    "half a character in a name": (image(file_name="\ud800.png"), r"1 of 2 images are not there, the first: .*\\ud800.png"),
+    "no size": ({"images": [{"id": 20, "file_name": "a.png"}]}, "no COCO detection json: KeyError 'height'"),
+    "a size of 0": (image(width=0), "ValueError image a.png is 0 x 20 px"),
+    "a negative size": (image(height=-20), "ValueError image a.png is 40 x -20 px"),
+    "a size of NaN": (image(height=NAN), "no COCO detection json: ValueError"),
+    "an infinite size": (image(height=INF), "no COCO detection json: OverflowError"),
+    "a size beyond all numbers": (image(height=10**400), "no COCO detection json: OverflowError"),
+    "no images": ({"images": [], "annotations": []}, "lists 0 images and 2 categories"),
+    "no categories": ({"categories": [], "annotations": []}, "lists 2 images and 0 categories"),
+    "a category without a name": ({"categories": [{"id": 7}]}, "no COCO detection json: KeyError 'name'"),
+    "images that are a dict": ({"images": {"20": "a.png"}}, "no COCO detection json: TypeError"),
+    "categories that are null": ({"categories": None}, "no COCO detection json: TypeError"),
+    "annotations that are a word": ({"annotations": "none"}, "no COCO detection json: TypeError"),
+    "cut in the middle": (lambda text: text[:len(text) // 2], "no COCO detection json: JSONDecodeError"),
+    "zero bytes": (lambda text: b"", "no COCO detection json: JSONDecodeError"),
+    "a list": (lambda text: b"[" + text + b"]", "no COCO detection json: TypeError"),
+    "a number": (lambda text: b"7", "no COCO detection json: TypeError"),
+    "100,000 brackets": (lambda text: b"[" * 100_000, "no COCO detection json: RecursionError"),
+    "10,000 digits": (lambda text: text.replace(b"[1, 2,", b"[" + b"1" * 10_000 + b", 2,"), "no COCO detection json: ValueError"),
+    "latin-1": (lambda text: text.replace(b'"cat"', b'"\xff"'), "no COCO detection json: UnicodeDecodeError"),
+    "utf-16": (lambda text: text.decode().encode("utf-16"), "no COCO detection json: UnicodeDecodeError"),
+    "detections instead of annotations": (lambda text: json.dumps([{**BOX, "score": 0.5}]).encode(), "no COCO detection json: TypeError"),
+}
+
+
+@pytest.fixture
+def read(monkeypatch, tmp_path, capsys, fails):
+    """finetune.main up to the model: the training set it would learn from, or the error."""
+    def run(path, *argv, error=None):
+        sets, opened = [], finetune.open_sets
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "open_sets", lambda cfg: sets.append(opened(cfg)) or sets[0])
+            patch.setattr(finetune, "build_model", lambda *_: (_ for _ in ()).throw(Stop()))
+            argv = ["--data", str(path), *argv, "--batch_size", "1", "--arch", "resnet18", "--out", str(tmp_path / "run")]
+            if error:
+                message = fails(finetune.main, argv)
+                assert re.search(error, message), message
+                assert str(tmp_path) in message
+                return None
+            with pytest.raises(Stop):
+                common.cli(lambda: finetune.main(argv))
+        return sets[0][0]
+
+    return run
+
+
+def coco(folder: Path, **changed) -> Path:
+    tree(folder, "images/a.png", "images/ü b/a.png", "outside.png")
+    (folder / "set.json").write_text(json.dumps({"images": FILES, "annotations": [BOX], "categories": [
+        {"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]} | changed), encoding="utf-8")
+    return folder / "set.json"
+
+
+def boxes_of(labelled, k: int) -> list[tuple]:
+    target = labelled.load(k)[1]
+    names = [labelled.categories[label]["name"] for label in target["labels"]]
+    return [(*box, name, *["crowd"] * crowd) for box, name, crowd in zip(target["boxes_xyxy"].tolist(), names, target["crowd"].tolist())]
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_coco_boxes(name, tmp_path, read):
+    annotations, outcome = BOXES[name]
+    path = coco(tmp_path, annotations=annotations)
+    if isinstance(outcome, str):
+        return read(path, error=outcome)
+    labelled = read(path)
+    assert labelled.image_ids == [3, 20] and boxes_of(labelled, 0) == [] and boxes_of(labelled, 1) == outcome
+    left_out = len(annotations) - len(outcome)
+    assert [f"{left_out} of {len(annotations)} boxes left out" in note for note in labelled.notes] == [True] * left_out
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_coco_file(name, tmp_path, read, capsys):
+    change, outcome = SETS[name]
+    path = coco(tmp_path, **({} if callable(change) else change))
+    if callable(change):
+        path.write_bytes(change(path.read_bytes()))
+    if outcome is not None and "name too" not in outcome and "another one names" not in outcome:
+        return read(path, error=outcome)
+    labelled = read(path)
+    k = labelled.image_ids.index(20)
+    assert boxes_of(labelled, k) == [RIGHT] and sum(len(r.boxes) for r in labelled.records) == 1
+    assert len(labelled.notes) == (outcome is not None) and (outcome or "") in capsys.readouterr().out
+
+
+MASKS = {  # the segmentation of a 40 x 20 image, and how many pixels of it are used, or None: refused
+    "a polygon": ([PENTAGON], 64), "two polygons": ([PENTAGON, [20, 1, 24, 1, 24, 5, 20, 5]], 80),
+    "a polygon and a line": ([PENTAGON, [1, 2, 3, 4]], 64),
+    "an RLE": ({"size": [20, 40], "counts": [20, 100, 680]}, 100), "an RLE in letters": ({"size": [20, 40], "counts": "d0T3XR1"}, None),
+    "an RLE of another size": ({"size": [40, 20], "counts": [20, 100, 680]}, None),
+    "an RLE too short": ({"size": [20, 40], "counts": [20, 100]}, None), "an RLE too long": ({"size": [20, 40], "counts": [20, 100, 6800]}, None),
+    "a negative RLE": ({"size": [20, 40], "counts": [-20, 820]}, None), "an RLE of words": ({"size": [20, 40], "counts": ["20", "780"]}, None),
+    "an RLE that breaks off": ({"size": [20, 40], "counts": "d0T"}, None), "an RLE of other letters": ({"size": [20, 40], "counts": "ü!"}, None),
+    "an empty RLE": ({"size": [20, 40], "counts": ""}, None), "an RLE without end": ({"size": [20, 40], "counts": "o" * 1000}, None),
+    "an RLE without counts": ({"size": [20, 40]}, None), "an RLE without size": ({"counts": [800]}, None),
+    "no polygon": ([], None), "a line": ([[1, 2, 3, 4]], None), "an odd polygon": ([[1, 2, 3, 4, 5, 6, 7]], None), "words": ("everything", None),
+    "a polygon of words": ([["a"] * 6], None), "a polygon with NaN": ([[NAN] + PENTAGON[1:]], None), "an infinite polygon": ([[INF] + PENTAGON[1:]], None),
+    "a polygon of a light year": ([[1e16] + PENTAGON[1:]], None), "a number": (7, None), "nothing": (None, None),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_coco_masks(name, tmp_path, read):
+    segmentation, pixels = MASKS[name]
+    path = coco(tmp_path, annotations=[{**BOX, "segmentation": segmentation}])
+    if name == "an RLE in letters":
+        segmentation["counts"], pixels = data.segment_rle({"size": [20, 40], "counts": [20, 100, 680]}, (20, 40))["counts"].decode(), 100
+        path = coco(tmp_path, annotations=[{**BOX, "segmentation": segmentation}])
+    if pixels is None:
+        return read(path, "--detector", "mask_rcnn_fpn", error=r"1 of 1 objects have no segmentation .*object 1 of .*a.png")
+    labelled = read(path, "--detector", "mask_rcnn_fpn")
+    masks = labelled.masks(0)                                               # images without objects are left out
+    assert labelled.image_ids == [20] and masks.shape == (1, 20, 40) and masks.max() == 1 and masks.sum() == pixels
