@@ -37,7 +37,7 @@ from common import UserError, printable, say, world_size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # by content, not by name. Pillow knows more: for one it starts Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # by content. Pillow knows more, and starts Ghostscript for one
 # The 100 classes of "ImageNet-100" in the DETReg sense (datasets/category.txt; the list of CMC and solo-learn).
 IMAGENET100 = tuple((
     "n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797 n01735189 n07831146 n07753275 "
@@ -447,7 +447,8 @@ def _usable_segment(segmentation: Any, hw: tuple[int, int]) -> list | dict | Non
         if isinstance(segmentation, dict):
             size, counts = segmentation["size"], segmentation["counts"]
             counts = counts if isinstance(counts, list) else _rle_counts(counts)
-            return segmentation if list(size) == list(hw) and sum(counts) == hw[0] * hw[1] and all(type(n) is int and n >= 0 for n in counts) else None
+            whole = sum(counts) == hw[0] * hw[1] and all(type(n) is int and n >= 0 for n in counts)
+            return segmentation if whole and list(size) == list(hw) else None
         polygons = [p for p in segmentation or [] if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]  # detectron2's rule
         far = 10 * max(hw)
         return polygons if polygons and all(-far < v < far for p in polygons for v in p) else None
@@ -573,7 +574,7 @@ def _open_coco(path: Path, image_folders: list[Path], name: str, categories: lis
         _check_segments(records, path)
     notes, files = boxes.notes(path), len({i[3] for i in images})
     if files < len(images):
-        notes.append(f"{path}: {len(images) - files} of {len(images)} images name a file that another one names too; each counts as an image of its own.")
+        notes.append(f"{path}: {len(images) - files} of {len(images)} images name a file that another one names too; each counts for itself.")
     return DetectionSet(name, categories, records, notes)
 
 
@@ -696,7 +697,9 @@ def resized_hw(hw: tuple[int, int], size: int, max_size: int | None = None) -> t
     h, w = hw
     short, long = min(hw), max(hw)
     if max_size and long / short * size > max_size:
-        size = max(1, int(round(max_size * short / long)))
+        size = int(round(max_size * short / long))
+        if not size:  # a strip: with its own long side it would pad a whole batch to that
+            return (1, max_size) if h < w else (max_size, 1)
     if short == size:
         return h, w
     return (int(size * h / w), size) if w < h else (size, int(size * w / h))
@@ -714,11 +717,12 @@ class Geometry:
 def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequence[int], max_size: int | None,
                   crop_scales: Sequence[int] | None = (400, 500, 600), crop_range: tuple[int, int] | None = (384, 600),
                   flip: float = 0.5) -> Geometry:
-    """DETR's augmentation: with p = .5 resize to one of `scales`; else resize to one of `crop_scales` (no maximum), cut w, h ~ U{lo..min(side, hi)}
-    at a uniform place, resize to one of `scales`. Without crop_scales or crop_range: never the crop branch."""
+    """DETR's augmentation: with p = .5 resize to one of `scales`; else resize to one of `crop_scales` (long side at most 20 times that), cut
+    w, h ~ U{lo..min(side, hi)} at a uniform place, resize to one of `scales`. Without crop_scales or crop_range: never the crop branch."""
     flipped, first, crop = bool(rng.random() < flip), None, None
     if crop_scales and crop_range and rng.random() < 0.5:
-        first = hw = resized_hw(hw, int(rng.choice(crop_scales)))
+        size = int(rng.choice(crop_scales))
+        first = hw = resized_hw(hw, size, 20 * size)  # released: no maximum, but 1 x 5000 px would become 600 x 3,000,000
         lo, hi = crop_range
         w, h = (int(rng.integers(min(lo, side), min(side, hi) + 1)) for side in (hw[1], hw[0]))
         crop = int(rng.integers(hw[0] - h + 1)), int(rng.integers(hw[1] - w + 1)), h, w

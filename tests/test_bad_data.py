@@ -25,9 +25,9 @@ import proposals
 from conftest import ROOT, SMALL, flags
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {**SMALL, "preset": "demo", "num_feature_levels": 3, "scales": (48,), "max_size": 96, "crop_scales": (64,), "crop_range": (40, 60), "patch_size": 16,
-        "max_prop": 6, "proposal_grid": 64, "no_cache_proposals": (), "backbone_weights": "random", "num_workers": 0, "seed": 3, "probe_images": 0,
-        "batch_size": 2, "max_steps": 1}
+TINY = {**SMALL, "preset": "demo", "num_feature_levels": 3, "scales": (48,), "max_size": 96, "crop_scales": (64,), "crop_range": (40, 60),
+        "patch_size": 16, "max_prop": 6, "proposal_grid": 64, "no_cache_proposals": (), "backbone_weights": "random", "num_workers": 0, "seed": 3,
+        "probe_images": 0, "batch_size": 2, "max_steps": 1}
 RED, WHITE, GREY = (255, 0, 0), (255, 255, 255), (90, 90, 90)
 
 
@@ -232,7 +232,8 @@ def test_too_many_are_an_error_that_names_them(good, quick, tmp_path, fails):
 def test_no_image_can_be_read(workers, tmp_path, fails, quick):
     for k in range(4):
         (tmp_path / f"{k}.png").write_bytes(b"")
-    assert "11 images in a row cannot be used" in fails(detreg.main, flags({**TINY, "data": tmp_path, "out": tmp_path / "out", "num_workers": workers}))
+    argv = flags({**TINY, "data": tmp_path, "out": tmp_path / "out", "num_workers": workers})
+    assert "11 images in a row cannot be used" in fails(detreg.main, argv)
 
 
 # ==== Folders and lists: which images a data set has ====
@@ -319,7 +320,8 @@ def test_list(name, tmp_path, fails):
 @pytest.mark.parametrize("name, reason", [("absent", "no such folder"), ("x.png", "no such folder"), ("absent.txt", "cannot be read")])
 def test_what_is_no_data_set(name, reason, tmp_path, fails):
     tree(tmp_path, "x.png")
-    for main, argv in ((proposals.main, ["--data", tmp_path / name]), (detreg.main, flags({**TINY, "data": tmp_path / name, "out": tmp_path / "out"}))):
+    for main, argv in ((proposals.main, ["--data", tmp_path / name]),
+                       (detreg.main, flags({**TINY, "data": tmp_path / name, "out": tmp_path / "out"}))):
         message = fails(main, argv)
         assert name in message and reason in message
 
@@ -340,7 +342,8 @@ BOXES |= {f"a box {where}": ([{**BOX, "bbox": box}], outcome) for where, box, ou
     ("of infinite width", [0, 0, INF, 5], "1 of 1 boxes are empty"),
     ("beyond all numbers", [0, 0, 10**400, 5], "no COCO detection json: OverflowError"),
     ("of three numbers", [1, 2, 3], "bbox of 4 numbers"), ("of five", [1, 2, 3, 4, 5], "bbox of 4 numbers"),
-    ("of letters", ["a", "b", "c", "d"], "bbox of 4 numbers"), ("of one word", "1234", "bbox of 4 numbers"), ("of nothing", None, "bbox of 4 numbers"))}
+    ("of letters", ["a", "b", "c", "d"], "bbox of 4 numbers"), ("of one word", "1234", "bbox of 4 numbers"),
+    ("of nothing", None, "bbox of 4 numbers"))}
 BOXES |= {
     "no annotations": ([], []),
     "one empty box in 150": ([BOX] * 149 + [{**BOX, "bbox": [1, 2, 0, 5]}], [RIGHT] * 149),
@@ -479,8 +482,8 @@ MASKS = {  # the segmentation of a 40 x 20 image, and how many pixels of it are 
     "an empty RLE": ({"size": [20, 40], "counts": ""}, None), "an RLE without end": ({"size": [20, 40], "counts": "o" * 1000}, None),
     "an RLE without counts": ({"size": [20, 40]}, None), "an RLE without size": ({"counts": [800]}, None),
     "no polygon": ([], None), "a line": ([[1, 2, 3, 4]], None), "an odd polygon": ([[1, 2, 3, 4, 5, 6, 7]], None), "words": ("everything", None),
-    "a polygon of words": ([["a"] * 6], None), "a polygon with NaN": ([[NAN] + PENTAGON[1:]], None), "an infinite polygon": ([[INF] + PENTAGON[1:]], None),
-    "a polygon of a light year": ([[1e16] + PENTAGON[1:]], None), "a number": (7, None), "nothing": (None, None),
+    "a polygon of words": ([["a"] * 6], None), "a polygon with NaN": ([[NAN] + PENTAGON[1:]], None),
+    "an infinite polygon": ([[INF] + PENTAGON[1:]], None), "a polygon of a light year": ([[1e16] + PENTAGON[1:]], None), "a number": (7, None), "nothing": (None, None),
 }
 
 
@@ -496,3 +499,151 @@ def test_coco_masks(name, tmp_path, read):
     labelled = read(path, "--detector", "mask_rcnn_fpn")
     masks = labelled.masks(0)                                               # images without objects are left out
     assert labelled.image_ids == [20] and masks.shape == (1, 20, 40) and masks.max() == 1 and masks.sum() == pixels
+
+
+# ==== VOC folders ====
+
+def xml(size: str = "<size><width>40</width><height>20</height></size>", box: str = "<xmin>2</xmin><ymin>3</ymin><xmax>11</xmax><ymax>7</ymax>",
+        name: str = "<name>cat</name>", more: str = "", head: str = "") -> str:
+    return f"{head}<annotation><filename>a.jpg</filename>{size}<object>{name}<bndbox>{box}</bndbox>{more}</object></annotation>"
+
+
+def corners(*values) -> str:
+    return xml(box="".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), values)))
+
+
+LAUGHS = "<!DOCTYPE a [<!ENTITY l0 'ha'>" + "".join(f"<!ENTITY l{k} '{f'&l{k - 1};' * 10}'>" for k in range(1, 10)) + "]>"
+OUTSIDE = "<!DOCTYPE a [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>"
+VOC_RIGHT = [(1, 2, 11, 7, "cat")]
+XML = {  # Annotations/a.xml, and the boxes used, or the error
+    "as it should be": (xml(), VOC_RIGHT),
+    "with a declaration": (xml(head='<?xml version="1.0" encoding="utf-8"?>'), VOC_RIGHT),
+    "numbers with fractions": (corners("2.0", "3.0", "11.0", "7.0"), VOC_RIGHT),
+    "parts of an object": (xml(more="<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"), VOC_RIGHT),
+    "over the edge": (corners(2, 3, 110, 70), [(1, 2, 40, 20, "cat")]),
+    "no object": ("<annotation><size><width>40</width><height>20</height></size></annotation>", "1 images and 0 classes"),
+    "no size": (xml(size=""), "a.xml is no VOC annotation"),
+    "half a size": (xml(size="<size><width>40</width></size>"), "a.xml is no VOC annotation"),
+    "a size of 0": (xml(size="<size><width>0</width><height>0</height></size>"), "a.xml is no VOC annotation: the image is 0 x 0 px"),
+    "an infinite size": (xml(size="<size><width>1e999</width><height>9</height></size>"), "a.xml is no VOC annotation"),
+    "a size in words": (xml(size="<size><width>wide</width><height>9</height></size>"), "a.xml is no VOC annotation"),
+    "no box": (xml(box=""), "a.xml is no VOC annotation"),
+    "no name": (xml(name=""), "a.xml is no VOC annotation"),
+    "an empty name": (xml(name="<name> </name>"), "a.xml is no VOC annotation: an object's name"),
+    "a click": (corners(2, 3, 2, 3), "1 of 1 boxes are empty"), "corners swapped": (corners(11, 7, 2, 3), "1 of 1 boxes are empty"),
+    "outside": (corners(200, 3, 210, 7), "1 of 1 boxes are empty or outside"), "NaN": (corners("nan", 3, 11, 7), "1 of 1 boxes are empty"),
+    "infinite": (corners(2, 3, "inf", 7), "1 of 1 boxes are empty"), "words": (corners("a", 3, 11, 7), "a.xml is no VOC annotation"),
+    "cut in the middle": (xml()[:99], "a.xml is no VOC annotation"), "zero bytes": ("", "a.xml is no VOC annotation"),
+    "two roots": (xml() * 2, "a.xml is no VOC annotation"), "a json": ('{"size": 4}', "a.xml is no VOC annotation"),
+    "a billion laughs": (xml(head=LAUGHS, name="<name>&l9;</name>"), "a.xml is no VOC annotation: it defines entities"),
+    "another file's text": (xml(head=OUTSIDE, name="<name>&e;</name>"), "a.xml is no VOC annotation: it defines entities"),
+    "an unknown entity": (xml(name="<name>&what;</name>"), "a.xml is no VOC annotation: undefined entity"),
+    "an unknown encoding": (xml(head='<?xml version="1.0" encoding="klingon"?>'), "a.xml is no VOC annotation"),
+    "a wrong encoding": (xml(name="<name>\ud8ff</name>"), "a.xml is no VOC annotation: not well-formed"),
+    "another picture's name": (xml().replace("a.jpg", "../../../etc/passwd"), VOC_RIGHT),      # the xml's own name decides; a note says so
+    "none": (None, "a.xml cannot be read"),
+}
+VOC_LISTS = {  # ImageSets/Main/trainval.txt, and the error
+    "a missing image": ("a\nghost\n", "no image ghost.jpg"), "a way out": ("../../outside\n", r"no image \.\./\.\./outside.jpg"),
+    "an absolute name": ("/etc/passwd\n", "no image /etc/passwd.jpg"), "the same name twice": ("a\na\n", "a is listed twice"),
+    "two files of one name": ("b\n", "b may be b.jpg or b.png"), "nothing": ("\n", "0 images"), "not UTF-8": ("\udcff\n", "cannot be read"),
+    "none": (None, "cannot be read")}
+
+
+def voc(folder: Path, annotation: str | None, listed: str | None = "a\n") -> Path:
+    tree(folder, "VOC2007/JPEGImages/a.png", "VOC2007/JPEGImages/b.png", "VOC2007/JPEGImages/b.jpg", "outside.jpg")
+    for file, text in (("Annotations/a.xml", annotation), ("ImageSets/Main/trainval.txt", listed), ("ImageSets/Main/test.txt", "a\n")):
+        (folder / "VOC2007" / file).parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            (folder / "VOC2007" / file).write_bytes(text.encode(errors="surrogateescape" if "\udcff" in text else "surrogatepass"))
+    return folder
+
+
+@pytest.mark.parametrize("name", XML)
+def test_voc_annotation(name, tmp_path, read):
+    text, outcome = XML[name]
+    if isinstance(outcome, str):
+        return read(voc(tmp_path, text), error=outcome)
+    labelled = read(voc(tmp_path, text))
+    assert len(labelled) == 1 and boxes_of(labelled, 0) == outcome
+    assert any("name another image" in note for note in labelled.notes) == ("passwd" in text)
+
+
+@pytest.mark.parametrize("name", VOC_LISTS)
+def test_voc_list(name, tmp_path, read):
+    text, outcome = VOC_LISTS[name]
+    read(voc(tmp_path, xml(), text), error=outcome)
+
+
+# ==== Fine-tuning on what is odd, faults of our own ====
+
+FINETUNE = {"arch": "resnet18", "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 32, "num_queries": 8,
+            "dropout": 0.0, "num_feature_levels": 2, "scales": (48,), "max_size": 80, "crop_scales": (48,), "crop_range": (30, 44), "eval_size": 48,
+            "num_workers": 0, "batch_size": 2, "max_steps": 1, "backbone_weights": "random"}
+
+
+def test_fine_tuning_skips_and_counts(tmp_path, fails, capsys):
+    """One image of 120 cannot be decoded, one object of 120 is empty: trained without them, both said; a test set must be whole."""
+    first = next(index for _, index in next(iter(data.StepSampler(120, 2, 1, seed=42))))
+    tree(tmp_path, *(f"images/{k}.png" for k in range(120)))
+    (tmp_path / f"images/{first}.png").write_bytes(b"")
+    images = [{**FILES[0], "id": k, "file_name": f"{k}.png"} for k in range(120)]
+    annotations = [{**BOX, "image_id": k} for k in range(119)] + [{**BOX, "image_id": 119, "bbox": [1, 2, 3, 0]}]
+    content = {"categories": [{"id": 7, "name": "cat \ud800\n"}]}
+    for part, some in (("train", images), ("test", images[-2:] if first < 118 else images[:2])):
+        ids = {i["id"] for i in some}
+        (tmp_path / f"{part}.json").write_text(json.dumps(content | {"images": some, "annotations": [
+            a for a in annotations if a["image_id"] in ids and (part == "train" or a["bbox"][3])]}))
+    argv = flags({**FINETUNE, "data": tmp_path, "out": tmp_path / "out"})
+    common.cli(lambda: finetune.main(argv))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("1 of 120 boxes left out as empty or outside: image 119.png, object 1" in line for line in lines if line.startswith("note: "))
+    assert [line for line in lines if line.startswith("skipped ")] == [
+        f"skipped 1 of 120 images: {tmp_path}/images/{first}.png: UnidentifiedImageError: cannot identify image file '{tmp_path}/images/{first}.png'"]
+    (tmp_path / "test.json").write_text((tmp_path / "train.json").read_text())
+    argv = flags({**FINETUNE, "data": tmp_path, "out": tmp_path / "out2"})
+    assert f"{tmp_path}/images/{first}.png: UnidentifiedImageError" in fails(finetune.main, argv)
+
+
+@pytest.mark.parametrize("fault", (RuntimeError("ours"), OSError(5, "ours"), KeyError("ours")))
+def test_our_own_fault_is_none_of_the_data(fault, quick, good, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "draw_geometry", lambda *_, **__: (_ for _ in ()).throw(fault))
+    with pytest.raises(type(fault), match="ours"):
+        common.cli(lambda: detreg.main(flags({**TINY, "data": good, "out": tmp_path / "out"})))
+
+
+def test_our_own_fault_ends_with_1_and_its_traceback(good, tmp_path):
+    argv = flags({**TINY, "data": good, "out": tmp_path / "out", "num_workers": 1})
+    code = f"import common, data, detreg\ndel data.draw_geometry\ncommon.cli(lambda: detreg.main({argv!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith("AttributeError: ")
+
+
+# ==== Nothing that is read can run ====
+
+def test_no_code_is_read_from_files():
+    """Over the syntax trees of all scripts: no pickle but torch's restricted reader, or a subclass of pickle.Unpickler that decides what it lets in."""
+    def name(node) -> str:
+        return f"{name(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else "?"
+
+    found, files = [], sorted(ROOT.glob("*.py"))
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                bad = set(modules) & {"marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"} or isinstance(node, ast.ImportFrom) and (
+                    node.module in ("pickle", "os", "subprocess"))
+            elif isinstance(node, ast.Call):
+                called, given = name(node.func), {k.arg: k.value for k in node.keywords}
+                true = {k for k, v in given.items() if not (isinstance(v, ast.Constant) and not v.value)}
+                bad = (called in {"eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "pickle.Unpickler", "os.system", "os.popen",
+                                  "pickle._load", "pickle._loads"}
+                       or called in {"np.load", "numpy.load"} and "allow_pickle" in true
+                       or called == "torch.load" and not ("weights_only" in given and isinstance(given["weights_only"], ast.Constant) and
+                                                          given["weights_only"].value is True)
+                       or "shell" in true or called.startswith("os.exec") or called.startswith("os.spawn"))
+            else:
+                continue
+            if bad:
+                found.append(f"{file.name}:{node.lineno}")
+    assert len(files) >= 11 and found == []
