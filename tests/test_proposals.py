@@ -430,7 +430,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):
     argv = ["--data", "pictures", "--method", "random", "--grid", "128", "--out"]
     monkeypatch.setattr(P, "min", lambda *v: 1 if v[0] == 16 else min(*v), raising=False)  # chunks of one image
     P.main([*argv, "whole"])
-    total = sum(map(len, content(tmp_path / "whole").values()))
+    total, finished = sum(map(len, content(tmp_path / "whole").values())), []
     for room in (0, 10, 600, 1700, 1800, 4000, 7700, 7900, 8000, total - 1):
         with monkeypatch.context() as patch:
             disk = Disk(room, patch)
@@ -442,7 +442,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):
             patch.setattr(D.ImageFiles, "load", lambda self, i: loaded.append(i) or load(self, i))
             P.main([*argv, "s"])
         assert content(tmp_path / "s") == content(tmp_path / "whole") and loaded == list(range(kept, 6))
+        finished.append(kept)
         shutil.rmtree(tmp_path / "s")
+    assert finished == sorted(finished) and finished[0] == 0 and finished[-1] == 6 and len(set(finished)) > 3
 
 
 @pytest.mark.parametrize("name, change", {
