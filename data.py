@@ -124,7 +124,7 @@ def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
                 subfolders.clear()
                 continue
             known.add(real)
-            subfolders[:] = sorted(d for d in subfolders if not d.startswith("."))
+            subfolders[:] = sorted(d for d in subfolders if not d.startswith(".") and d != "lost+found")  # the latter is the disk's, and closed
             prefix = "" if (relative := Path(folder).relative_to(root).as_posix()) == "." else relative + "/"
             keys += [prefix + f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
     return keys

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import common
 import data
@@ -267,7 +267,8 @@ FOLDERS = {  # what is in it, and which images are used, or the error
     "links in a circle": (dict(files=["a/x.png", "b/y.png"], links={"a/b": "../b", "b/a": "../a"}), ["a/b/y.png", "a/x.png"]),
     "a link to a folder that is there too": (dict(files=["a/x.png"], links={"b": "a"}), ["a/x.png"]),
     "a link that leads out": (dict(files=["x.png"], links={"out": "{good}"}), ["out/000.png", "... 120"]),
-    "hidden files, other files": (dict(files=["x.png", ".y.png", "._x.png", ".git/z.png", "x.png.part", "x.gif", "x.tif", "x.txt"]), ["x.png"]),
+    "hidden files, other files": (dict(files=["x.png", ".y.png", "._x.png", ".git/z.png", "lost+found/z.png", "x.png.part", "x.gif", "x.tif", "x.txt"]),
+                                  ["x.png"]),
     "endings in capitals": (dict(files=["a.PNG", "b.Jpeg", "c.JPG"]), ["a.PNG", "b.Jpeg", "c.JPG"]),
     "a folder named like an image": (dict(files=["x.png/y.png"]), ["x.png/y.png"]),
     "nothing but gifs": (dict(files=["x.gif"]), "no images in .*images. Looked for .jpg .jpeg .png .webp .bmp"),

@@ -577,6 +577,20 @@ def test_skip_count(capsys):
         count.add(["c.jpg: cut"])
 
 
+def test_skip_count_is_told_over_all_processes(capsys, monkeypatch):
+    count = D.SkipCount(500)
+    count.tell()
+    assert capsys.readouterr().out == ""
+    count.add(["b.jpg: cut", "a\n.jpg: cut"])
+    count.tell()
+    assert capsys.readouterr().out == "skipped 2 of 500 images: a\\n.jpg: cut; b.jpg: cut\n"
+    monkeypatch.setattr(D, "world_size", lambda: 2)
+    other = ["b.jpg: cut", "c.jpg: cut", "d: cut"]
+    monkeypatch.setattr(D.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), [mine, other]))
+    count.tell()
+    assert capsys.readouterr().out == "skipped 4 of 500 images: a\\n.jpg: cut; b.jpg: cut; c.jpg: cut; ...\n"
+
+
 def test_sample_rng_streams_differ():
     draws = {D.sample_rng(*k).integers(2**40) for k in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0))}
     assert len(draws) == 4 and D.sample_rng(1, 2, 3).integers(2**40) == D.sample_rng(1, 2, 3).integers(2**40)
