@@ -345,7 +345,7 @@ class ProposalStore:
             if file.stat().st_size != total * 4 * np.dtype(header["dtype"]).itemsize:
                 raise ValueError("its files do not have the length its header says")
             rects = np.memmap(file, header["dtype"], "r", shape=(total, 4)) if total else np.zeros((0, 4), header["dtype"])
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # not only OSError and ValueError: numpy's reader of headers raises what its tokenizer does
             raise UserError(f"{path} is damaged: {error}. Delete the folder and build it again: {_command(header, path)}") from error
         return cls(path, header, rects, offsets)
 

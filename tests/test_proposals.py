@@ -455,6 +455,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):
     "a later version": ("meta.json", lambda b: b.replace(b'"format_version": 1', b'"format_version": 9')),
     "a list": ("meta.json", lambda b: b"[]"), "cut": ("meta.json", lambda b: b[:99]), "no text": ("meta.json", lambda b: b"\xff"),
     "no offsets": ("offsets.npy", lambda b: b""), "cut offsets": ("offsets.npy", lambda b: b[:-8]),
+    "an odd bracket": ("offsets.npy", lambda b: b.replace(b"}", b"[")),
     "a pickle": ("offsets.npy", lambda b: pickle.dumps([0] * 6)), "offsets with objects": ("offsets.npy", lambda b: npy(np.array([0] * 6, object))),
     "offsets with fractions": ("offsets.npy", lambda b: npy(np.zeros(6))), "one offset": ("offsets.npy", lambda b: npy(np.int64(0))),
     "negative offsets": ("offsets.npy", lambda b: npy(np.arange(-5, 1))), "boxes cut": ("boxes.bin", lambda b: b[:-1]),
