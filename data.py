@@ -163,7 +163,7 @@ def _open_imagenet(data: str, data_root: str | None, split: str) -> ImageFiles:
 
 
 def _open_list(path: Path) -> ImageFiles:
-    """The user's own paths: they may be absolute or lead anywhere, and any picture format will do. A file named twice counts once."""
+    """The user's own paths: they may be absolute or lead anywhere, to any of FORMATS. A file named twice counts once."""
     keys = []
     for number, line in enumerate(_read_lines(path, "the image list"), start=1):
         if (line := line.strip()) and not line.startswith("#"):
@@ -609,7 +609,7 @@ def _read_voc(year: Path, file: str) -> tuple[Path, tuple[int, int], str, list[t
     path = year / "Annotations" / f"{os.path.splitext(file)[0]}.xml"
     try:
         content = path.read_bytes()
-        if b"<!ENTITY" in content:  # newer versions of expat find what expands without end, older ones do not
+        if b"<!ENTITY" in content.replace(b"\0", b""):  # in UTF-16 too; newer versions of expat find what expands without end, older ones do not
             raise ValueError("it defines entities, which no annotation needs")
         tree = ElementTree.fromstring(content)
         hw = int(float(tree.findtext("size/height"))), int(float(tree.findtext("size/width")))
@@ -932,7 +932,7 @@ class SkipCount:
                             "Repair or remove them.")
 
     def tell(self) -> None:
-        """The last word of a run: how many files were skipped, over all processes (all of them call this)."""
+        """The last word of a run: how many files were skipped since it began or continued, over all processes (all of them call this)."""
         parts = [self.seen] * world_size()
         if world_size() > 1:
             dist.all_gather_object(parts, self.seen)
