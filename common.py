@@ -58,12 +58,18 @@ class UserError(Exception):
     """Bad input. The message names what was wrong, where, and what to do; a script prints it as one line and exits with 2."""
 
 
+def printable(text: str) -> str:
+    """One line without control codes: file names and annotations from elsewhere may hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def cli(main: Callable[[], Any]) -> None:
     """Run a script's main(): bad input ends in one line on stderr and exit code 2; our own faults keep their traceback and exit code 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")      # no name that a file can have may end a run when it is printed
     try:
         main()
     except UserError as error:
-        print(f"error: {error}" if rank() == 0 else f"error (process {rank()}): {error}", file=sys.stderr, flush=True)
+        print(f"error{f' (process {rank()})' if rank() else ''}: {printable(str(error))}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -18,12 +18,13 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from pycocotools import mask as coco_mask
@@ -32,10 +33,11 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as TF
 
-from common import UserError
+from common import UserError, printable, say, world_size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # by content. Pillow knows more, and starts Ghostscript for one
 # The 100 classes of "ImageNet-100" in the DETReg sense (datasets/category.txt; the list of CMC and solo-learn).
 IMAGENET100 = tuple((
     "n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797 n01735189 n07831146 n07753275 "
@@ -64,15 +66,20 @@ class UnreadableImage(Exception):
 
 
 def decode_image(path: str | Path, exif: bool = True) -> Image.Image:
-    """Any picture file -> PIL RGB. EXIF rotation applied (unless `exif` is False), alpha composited on white, 16 bit divided by 257 (not
-    clipped), floats stretched to their range. Raises UnreadableImage for what is missing, truncated, corrupt or no image."""
+    """A picture file (FORMATS) -> PIL RGB. EXIF rotation applied (unless `exif` is False), alpha composited on white, 16 bit divided by 257 (not
+    clipped), floats stretched to their range; of an animation the first frame. Raises UnreadableImage for what is missing, truncated, corrupt, no
+    image, or above 179 million pixels (Pillow's limit against decompression bombs)."""
     try:
-        with Image.open(path) as image:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a regular file")  # reading a named pipe would wait for ever
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             image = ImageOps.exif_transpose(image) if exif else image
         if image.mode.startswith("I") or image.mode == "F":
             values = np.asarray(image, dtype=np.float64)
             if image.mode == "F":
+                if not np.isfinite(values).all():
+                    raise ValueError("NaN or infinite pixels")
                 values = (values - values.min()) / max(values.max() - values.min(), 1e-12) * 65535
             image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
         if image.has_transparency_data:
@@ -104,14 +111,20 @@ class ImageFiles:
 
 
 def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
-    """Keys of all images under root/<below>, links followed. No stat per file: 1.3 M files are found in seconds. Hidden files are no images."""
-    keys = []
+    """Keys of all images under root/<below>, links followed, but no folder twice. No stat per file: 1.3 M files are found in seconds. Hidden files
+    are no images. UserError for a folder that cannot be listed."""
+    def unlisted(error: OSError):
+        raise UserError(f"{error.filename}: this folder cannot be listed ({error.strerror}). Make it readable, or give a .txt list of the others.")
+
+    keys, known = [], set()
     for top in below:
-        for folder, subfolders, files in os.walk(root / top, followlinks=True):
-            links = [d for d in subfolders if os.path.islink(os.path.join(folder, d))]
-            here = os.path.realpath(folder) + os.sep if links else ""
-            loops = {d for d in links if here.startswith(os.path.realpath(os.path.join(folder, d)) + os.sep)}  # a link to its own parent
-            subfolders[:] = [d for d in subfolders if d not in loops and not d.startswith(".")]
+        for folder, subfolders, files in os.walk(root / top, onerror=unlisted, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in known:  # links that lead in circles, or to a folder that is reached otherwise
+                subfolders.clear()
+                continue
+            known.add(real)
+            subfolders[:] = sorted(d for d in subfolders if not d.startswith(".") and d != "lost+found")  # the latter is the disk's, and closed
             prefix = "" if (relative := Path(folder).relative_to(root).as_posix()) == "." else relative + "/"
             keys += [prefix + f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
     return keys
@@ -150,6 +163,7 @@ def _open_imagenet(data: str, data_root: str | None, split: str) -> ImageFiles:
 
 
 def _open_list(path: Path) -> ImageFiles:
+    """The user's own paths: they may be absolute or lead anywhere, to any of FORMATS. A file named twice counts once."""
     keys = []
     for number, line in enumerate(_read_lines(path, "the image list"), start=1):
         if (line := line.strip()) and not line.startswith("#"):
@@ -427,11 +441,34 @@ def segment_rle(segmentation: list | dict, hw: tuple[int, int]) -> dict:
 
 
 def _usable_segment(segmentation: Any, hw: tuple[int, int]) -> list | dict | None:
-    """Polygons of at least three points, or an RLE of the image's size; None when it is neither."""
-    if isinstance(segmentation, dict):
-        return segmentation if "counts" in segmentation and list(segmentation.get("size", ())) == list(hw) else None
-    polygons = [p for p in segmentation or [] if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]  # detectron2's rule
-    return polygons or None
+    """Polygons of at least three points, or an RLE of the image's size; None when it is neither. Checked here, as pycocotools does not: it fills
+    what a short RLE leaves out with memory as found, and takes memory by the length of a polygon."""
+    try:
+        if isinstance(segmentation, dict):
+            size, counts = segmentation["size"], segmentation["counts"]
+            counts = counts if isinstance(counts, list) else _rle_counts(counts)
+            whole = sum(counts) == hw[0] * hw[1] and all(type(n) is int and n >= 0 for n in counts)
+            return segmentation if whole and list(size) == list(hw) else None
+        polygons = [p for p in segmentation or [] if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]  # detectron2's rule
+        far = 10 * max(hw)
+        return polygons if polygons and all(-far < v < far for p in polygons for v in p) else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _rle_counts(text: str) -> list[int]:
+    """The run lengths of a compressed RLE: 5 bits per character, the 6th = more to come, from the third on relative to the one before the last."""
+    counts, value, bits = [], 0, 0
+    for code in (c - 48 for c in text.encode("ascii")):
+        if not 0 <= code < 64 or bits > 30:
+            raise ValueError("no RLE")
+        value, bits = value | (code & 31) << bits, bits + 5
+        if not code & 32:
+            counts.append(value - ((code & 16) << bits - 4) + (counts[-2] if len(counts) > 2 else 0))
+            value = bits = 0
+    if bits:
+        raise ValueError("cut off")
+    return counts
 
 
 def _check_segments(records: list[_Record], source: str | Path) -> None:
@@ -473,6 +510,9 @@ class _Boxes:
 
 def _locate(names: list[str], folders: list[Path], source: Path) -> Path:
     """The first of `folders` that holds all `names` (may contain subfolders); each directory is listed once. UserError names what is missing."""
+    for n in names:
+        if ".." in PureWindowsPath(n).parts or PureWindowsPath(n).root or Path(n).drive:  # both kinds of separators
+            raise UserError(f"{source}: the file name {n!r} leads out of the image folder. Give names below it; links in it may lead elsewhere.")
     best: tuple[int, Path, list[str]] | None = None
     for folder in folders:
         listed = {p: set(os.listdir(folder / p)) if (folder / p).is_dir() else set() for p in {os.path.dirname(n) for n in names}}
@@ -493,26 +533,36 @@ def _label(name: str | None, key: int | str, labels: dict, source: Path) -> int:
     return label
 
 
+def _whole(value: Any) -> int:
+    """An id or a size of a json: 7, "7" and 7.0 are 7; ValueError for all else, which int() would round or take."""
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
 def _open_coco(path: Path, image_folders: list[Path], name: str, categories: list[dict] | None, masks: bool) -> DetectionSet:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        listed = sorted(({"id": int(c["id"]), "name": str(c["name"])} for c in content["categories"]), key=lambda c: c["id"])
-        images = sorted(((int(i["id"]), int(i["height"]), int(i["width"]), str(i["file_name"])) for i in content["images"]))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        listed = sorted(({"id": _whole(c["id"]), "name": str(c["name"])} for c in content["categories"]), key=lambda c: c["id"])
+        images = sorted(((_whole(i["id"]), _whole(i["height"]), _whole(i["width"]), str(i["file_name"])) for i in content["images"]))
         categories = [dict(c) for c in categories or listed]
         labels = {c["name"]: k for k, c in enumerate(categories)} | {(c["id"], c["name"]): k for k, c in enumerate(categories)}
         rows, names = {i[0]: [] for i in images}, {c["id"]: c["name"] for c in listed}
         segments, sizes = {i: [] for i in rows}, {i[0]: i[1:3] for i in images}
         if len(rows) < len(images) or len(names) < len(listed):
             raise UserError(f"{path}: an image id or category id occurs twice. Give every image and category its own id.")
+        if bad := [i for i in images if not (0 < i[1] < 2**31 and 0 < i[2] < 2**31)]:
+            raise ValueError(f"image {bad[0][3]} is {bad[0][2]} x {bad[0][1]} px")
         for a in content["annotations"]:
-            x, y, w, h = map(float, a["bbox"])
-            label = _label(names.get(int(a["category_id"])), int(a["category_id"]), labels, path)
+            x, y, w, h = map(float, a["bbox"] if isinstance(a["bbox"], list) else ())
+            label = _label(names.get(_whole(a["category_id"])), _whole(a["category_id"]), labels, path)
             area = float("nan") if a.get("area") is None else float(a["area"])
-            rows[int(a["image_id"])].append((x, y, x + w, y + h, w <= 0 or h <= 0, label, bool(a.get("iscrowd", 0)), False, area))
-            segments[int(a["image_id"])].append(_usable_segment(a.get("segmentation"), sizes[int(a["image_id"])]) if masks else None)
+            image_id, crowd = _whole(a["image_id"]), _whole(a.get("iscrowd") or 0) > 0
+            rows[image_id].append((x, y, x + w, y + h, w <= 0 or h <= 0, label, crowd, False, area))
+            segments[image_id].append(_usable_segment(a.get("segmentation"), sizes[image_id]) if masks else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}. Give an existing COCO json.") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is no COCO detection json: {type(error).__name__} {error}. It needs images (id, width, height, file_name), "
                         "annotations (image_id of a listed image, category_id, bbox of 4 numbers) and categories (id, name).") from error
     if not images or not categories:
@@ -522,7 +572,10 @@ def _open_coco(path: Path, image_folders: list[Path], name: str, categories: lis
                for image_id, h, w, file in images]
     if masks:
         _check_segments(records, path)
-    return DetectionSet(name, categories, records, boxes.notes(path))
+    notes, files = boxes.notes(path), len({i[3] for i in images})
+    if files < len(images):
+        notes.append(f"{path}: {len(images) - files} of {len(images)} images name a file that another one names too; each counts for itself.")
+    return DetectionSet(name, categories, records, notes)
 
 
 def _voc_years(root: Path) -> list[Path]:
@@ -535,11 +588,19 @@ def _voc_images(root: Path, split: str) -> list[tuple[Path, str]]:
     years, part, found = _voc_years(root), "trainval" if split == "train" else "test", []
     for year in years if split == "train" else years[:1]:
         source = year / "ImageSets" / "Main" / f"{part}.txt"
-        files = {os.path.splitext(f)[0]: f for f in sorted(os.listdir(year / "JPEGImages")) if f.lower().endswith(EXTENSIONS)}
-        for stem in filter(None, map(str.strip, _read_lines(source, "the VOC image list"))):
+        files = {}
+        for file in sorted(os.listdir(year / "JPEGImages")):
+            if file.lower().endswith(EXTENSIONS):
+                files.setdefault(os.path.splitext(file)[0], []).append(file)
+        stems = list(filter(None, map(str.strip, _read_lines(source, "the VOC image list"))))
+        for stem in stems:
             if stem not in files:
                 raise UserError(f"{source}: no image {stem}.jpg in {year / 'JPEGImages'}. Add it or remove the line.")
-            found.append((year, files[stem]))
+            if len(files[stem]) > 1:
+                raise UserError(f"{source}: {stem} may be {' or '.join(files[stem])} in {year / 'JPEGImages'}. Leave one of them there.")
+            found.append((year, files[stem][0]))
+        if len(set(stems)) < len(stems):
+            raise UserError(f"{source}: {next(s for s in stems if stems.count(s) > 1)} is listed twice. Remove one of the lines.")
     return found
 
 
@@ -547,13 +608,20 @@ def _read_voc(year: Path, file: str) -> tuple[Path, tuple[int, int], str, list[t
     """-> (the image's xml, (h, w), the file its filename tag names, [(name, difficult, xmin, ymin, xmax, ymax)])."""
     path = year / "Annotations" / f"{os.path.splitext(file)[0]}.xml"
     try:
-        tree = ElementTree.parse(path).getroot()
+        content = path.read_bytes()
+        if b"<!ENTITY" in content.replace(b"\0", b""):  # in UTF-16 too; newer versions of expat find what expands without end, older ones do not
+            raise ValueError("it defines entities, which no annotation needs")
+        tree = ElementTree.fromstring(content)
         hw = int(float(tree.findtext("size/height"))), int(float(tree.findtext("size/width")))
+        if min(hw) < 1:
+            raise ValueError(f"the image is {hw[1]} x {hw[0]} px")
         objects = [(o.findtext("name").strip(), (o.findtext("difficult") or "0").strip() == "1",
                     *(float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))) for o in tree.findall("object")]
+        if not all(o[0] for o in objects):
+            raise ValueError("an object's name is empty")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}. Every listed image needs its annotation file.") from error
-    except (ElementTree.ParseError, TypeError, ValueError, AttributeError) as error:
+    except (ElementTree.ParseError, TypeError, ValueError, AttributeError, OverflowError, LookupError) as error:
         raise UserError(f"{path} is no VOC annotation: {error}. It needs size/width, size/height and per object a name and a bndbox.") from error
     return path, hw, (tree.findtext("filename") or "").strip(), objects
 
@@ -629,7 +697,9 @@ def resized_hw(hw: tuple[int, int], size: int, max_size: int | None = None) -> t
     h, w = hw
     short, long = min(hw), max(hw)
     if max_size and long / short * size > max_size:
-        size = max(1, int(round(max_size * short / long)))
+        size = int(round(max_size * short / long))
+        if not size:  # a strip: with its own long side it would pad a whole batch to that
+            return (1, max_size) if h < w else (max_size, 1)
     if short == size:
         return h, w
     return (int(size * h / w), size) if w < h else (size, int(size * w / h))
@@ -647,11 +717,12 @@ class Geometry:
 def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequence[int], max_size: int | None,
                   crop_scales: Sequence[int] | None = (400, 500, 600), crop_range: tuple[int, int] | None = (384, 600),
                   flip: float = 0.5) -> Geometry:
-    """DETR's augmentation: with p = .5 resize to one of `scales`; else resize to one of `crop_scales` (no maximum), cut w, h ~ U{lo..min(side, hi)}
-    at a uniform place, resize to one of `scales`. Without crop_scales or crop_range: never the crop branch."""
+    """DETR's augmentation: with p = .5 resize to one of `scales`; else resize to one of `crop_scales` (long side at most 20 times that), cut
+    w, h ~ U{lo..min(side, hi)} at a uniform place, resize to one of `scales`. Without crop_scales or crop_range: never the crop branch."""
     flipped, first, crop = bool(rng.random() < flip), None, None
     if crop_scales and crop_range and rng.random() < 0.5:
-        first = hw = resized_hw(hw, int(rng.choice(crop_scales)))
+        size = int(rng.choice(crop_scales))
+        first = hw = resized_hw(hw, size, 20 * size)  # released: no maximum, but 1 x 5000 px would become 600 x 3,000,000
         lo, hi = crop_range
         w, h = (int(rng.integers(min(lo, side), min(side, hi) + 1)) for side in (hw[1], hw[0]))
         crop = int(rng.integers(hw[0] - h + 1)), int(rng.integers(hw[1] - w + 1)), h, w
@@ -855,10 +926,18 @@ class SkipCount:
         for entry in dict.fromkeys(skipped):
             if entry not in self.seen:
                 self.seen.append(entry)
-                print(f"warning: skipped {entry}", file=sys.stderr, flush=True)
+                print(f"warning: skipped {printable(entry)}", file=sys.stderr, flush=True)
         if len(self.seen) > 0.01 * self.total:
             raise UserError(f"{len(self.seen)} of {self.total} images cannot be read (more than 1 %), the first: {'; '.join(self.seen[:3])}. "
                             "Repair or remove them.")
+
+    def tell(self) -> None:
+        """The last word of a run: how many files were skipped since it began or continued, over all processes (all of them call this)."""
+        parts = [self.seen] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(parts, self.seen)
+        if seen := sorted({entry for part in parts for entry in part}):
+            say(f"skipped {len(seen)} of {self.total} images: {printable('; '.join(seen[:3]))}{'; ...' if len(seen) > 3 else ''}")
 
 
 class _Guarded:

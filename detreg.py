@@ -536,6 +536,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if common.rank() == 0:
         evaluation.write_json(out / "metrics.json", metrics)
         common.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if probe_set else ""))
+    skipped.tell()
     common.barrier()
     return metrics
 

@@ -581,6 +581,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         evaluation.write_json(out / "metrics.json", metrics)
         drawn = ", predictions.png" if len(held_out) and any(cfg.beta) else ""
         common.say(f"{summary(metrics)}\nwrote {out}/last.pt, log.jsonl, metrics.json{drawn}")
+    skipped.tell()
     common.barrier()
     return metrics
 

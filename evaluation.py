@@ -27,7 +27,7 @@ from pycocotools.mask import iou
 from torchvision.ops import box_convert
 
 import data
-from common import UserError, boxes_to_pixels, progress, rank, say, world_size, write_atomic
+from common import UserError, boxes_to_pixels, printable, progress, rank, say, world_size, write_atomic
 
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#9a6bff")
@@ -385,10 +385,11 @@ def _tile(image: Image.Image, boxes_xyxy, labels: list[str] | None, max_boxes: i
         draw.rectangle([x1, y1, x2, y2], outline="black", width=4)  # a dark edge on both sides keeps the colour apart from the picture
         draw.rectangle([x1 + 1, y1 + 1, max(x2 - 1, x1 + 1), max(y2 - 1, y1 + 1)], outline=colour, width=2)
     for i, colour, x1, y1, *_ in ranked if labels is not None else ():  # after all boxes, so that none crosses a label
-        w, h = math.ceil(draw.textlength(labels[i], font)) + 5, 14
+        text = printable(labels[i])
+        w, h = math.ceil(draw.textlength(text, font)) + 5, 14
         x, y = max(0, min(x1, tile.width - w)), y1 - h + 1 if y1 >= h else y1  # above the box if there is room
         draw.rectangle([x, y, x + w - 1, y + h - 1], fill=colour)
-        draw.text((x + 3, y + h / 2), labels[i], "white" if colour in DARK else "black", font, anchor="lm")
+        draw.text((x + 3, y + h / 2), text, "white" if colour in DARK else "black", font, anchor="lm")
     return tile
 
 

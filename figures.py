@@ -219,6 +219,7 @@ def sample(source: Any, candidates: Sequence[int], count: int, args: argparse.Na
         if bar.n == bar.total:
             break
     bar.close()
+    skipped.tell()
 
 
 def open_source(args: argparse.Namespace, least: int) -> Any:

@@ -694,6 +694,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             common.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float)))
     if precise_bn(cfg, model, train_set, device):                            # what was evaluated is what is saved (released)
         common.save_checkpoint(out / "last.pt", model, optimizer, total_steps, cfg, script="finetune", categories=train_set.categories)
+    skipped.tell()
     return finish(cfg, evaluate(cfg, model, mapped, test_set, device, write=True) | {"steps": total_steps})
 
 

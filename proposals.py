@@ -19,6 +19,7 @@ Deviations:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -33,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -284,12 +285,20 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     common.write_atomic(path, json.dumps(value, indent=1).encode())
 
 
+_HEADER = {*(f.name for f in fields(Generator)), "opencv", "units", "dtype", "images", "source", "source_images", "fingerprint"}
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     """None where there is no such file. Raises UserError for one that is no store header."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {value['format_version']}, this program reads {FORMAT_VERSION}")
+        if missing := _HEADER - value.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+        units = value["units"] == "pixels" or 0 < int(value["units"]) < 65536
+        if type(value["images"]) is not int or value["dtype"] not in ("uint8", "uint16") or not units:
+            raise ValueError(f"images {value['images']}, dtype {value['dtype']}, units {value['units']}")
         return value
     except FileNotFoundError:
         return None
@@ -331,12 +340,12 @@ class ProposalStore:
             if reason:
                 raise UserError(f"{path} does not fit these images: {reason}. Give the store of these images, or build one with --out elsewhere.")
         try:
-            offsets = np.load(path / "offsets.npy", mmap_mode="r")
-            file, total = path / "boxes.bin", int(offsets[-1])
-            if len(offsets) != header["images"] + 1 or file.stat().st_size != total * 4 * np.dtype(header["dtype"]).itemsize:
+            offsets, file = np.load(path / "offsets.npy", mmap_mode="r", allow_pickle=False), path / "boxes.bin"
+            total = int(offsets[-1]) if offsets.dtype == np.int64 and offsets.shape == (header["images"] + 1,) else -1
+            if file.stat().st_size != total * 4 * np.dtype(header["dtype"]).itemsize:
                 raise ValueError("its files do not have the length its header says")
             rects = np.memmap(file, header["dtype"], "r", shape=(total, 4)) if total else np.zeros((0, 4), header["dtype"])
-        except (OSError, ValueError) as error:
+        except Exception as error:  # not only OSError and ValueError: numpy's reader of headers raises what its tokenizer does
             raise UserError(f"{path} is damaged: {error}. Delete the folder and build it again: {_command(header, path)}") from error
         return cls(path, header, rects, offsets)
 
@@ -350,7 +359,13 @@ class ProposalStore:
         """Image i of the source, of original size `image_hw` -> float32 [n, 4] xyxy px in the stored order; n = 0 for an unreadable image."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
-        return rects_to_boxes(self._rects[int(self._offsets[i]):int(self._offsets[i + 1])], image_hw, self._grid)
+        first, last = int(self._offsets[i]), int(self._offsets[i + 1])
+        rects = self._rects[first:last].astype(np.int64)
+        width, height = (self._grid, self._grid) if self._grid else image_hw[::-1]
+        if not 0 <= first <= last <= len(self._rects) or (rects[:, 2:] < 1).any() or (rects[:, :2] + rects[:, 2:] > (width, height)).any():
+            raise UserError(f"{self.path} is damaged, or image {i} has changed since: its boxes are not inside its {image_hw[1]} x {image_hw[0]} px. "
+                            f"Delete the folder and build it again: {_command(self.header, self.path)}")
+        return rects_to_boxes(rects, image_hw, self._grid)
 
 
 _WORK: dict[str, Any] = {}  # what a worker process works with
@@ -414,26 +429,69 @@ def _recover(path: Path, itemsize: int) -> np.ndarray:
     return counts[:done]
 
 
-def build_store(path: str | Path, source: Any, generator: Generator, *, workers: int = 0, limit: int | None = None,
-                progress: bool = True) -> ProposalStore:
-    """Proposals of every image of `source` (the first `limit`) -> the opened store. A finished store is opened, an interrupted build continues.
+@contextlib.contextmanager
+def _sole_writer(path: Path) -> Iterator[None]:
+    """UserError while another process fills the folder. The system drops the lock of a process that died: none is left over to block."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock
+        yield
+        return
+    with open(path / "writer.lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to this process; its workers do not inherit it
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"{path} is being filled by another process. Wait until it is done, or give another --out.") from error
+        except OSError:  # a file system without locks
+            common.say(f"{path} is on a file system without locks: see to it that no other process fills it meanwhile")
+        yield
+        if (path / "meta.json").exists():
+            (path / "writer.lock").unlink(missing_ok=True)
 
-    A build killed at any moment loses only images in flight. Unreadable images get no boxes and are named. Raises UserError for a folder with
-    other parameters (naming the difference), and past 1 % unreadable images."""
-    from data import SkipCount
-    path, total, began = Path(path), min(limit or len(source), len(source)), time.perf_counter()
-    dtype = "uint8" if generator.units and generator.units <= 255 else "uint16"
-    head = {"format_version": FORMAT_VERSION, **generator.header(), "dtype": dtype, "images": total, "source": source.name,
-            "source_images": len(source), "fingerprint": source.fingerprint()}
+
+def _is_complete(path: Path, head: dict[str, Any]) -> bool:
+    """UserError for a folder with other parameters, naming the difference."""
     finished = _read_json(path / "meta.json")
     old = finished or _read_json(path / "header.partial")
     changed = [f"{k}: {old.get(k)} there, {v} now" for k, v in head.items() if old.get(k) != v] if old else []
     if changed:
         raise UserError(f"{path} was begun with other settings ({'; '.join(changed)}). Use the same settings, another --out, or delete the folder.")
-    if finished:
-        print(f"{path}: already complete, {total} images", flush=True)
-        return ProposalStore.open(path)
-    path.mkdir(parents=True, exist_ok=True)
+    return finished is not None
+
+
+def build_store(path: str | Path, source: Any, generator: Generator, *, workers: int = 0, limit: int | None = None,
+                progress: bool = True) -> ProposalStore:
+    """Proposals of every image of `source` (the first `limit`) -> the opened store. A finished store is opened, an interrupted build continues.
+
+    A build killed at any moment, or stopped by a full disk, loses only images in flight. Unreadable images get no boxes and are named. Raises
+    UserError for a folder with other parameters (naming the difference), one that another process fills, and past 1 % unreadable images."""
+    path, total = Path(path), min(limit or len(source), len(source))
+    dtype = "uint8" if generator.units and generator.units <= 255 else "uint16"
+    head = {"format_version": FORMAT_VERSION, **generator.header(), "dtype": dtype, "images": total, "source": source.name,
+            "source_images": len(source), "fingerprint": source.fingerprint()}
+    if not _is_complete(path, head):
+        try:
+            with _sole_writer(path):
+                if not _is_complete(path, head):  # as another process may have made it meanwhile
+                    _fill(path, head, source, generator, workers, progress)
+                    return ProposalStore.open(path)
+        except OSError as error:
+            raise UserError(f"{path} could not be filled further: {error.strerror or error}. What is there is kept; once this is mended (room on the "
+                            "disk, permissions), the same command continues.") from error
+    for name in ("counts.partial", "header.partial", "writer.lock"):  # of a build killed after its last file
+        with contextlib.suppress(OSError):
+            (path / name).unlink()
+    print(f"{path}: already complete, {total} images", flush=True)
+    return ProposalStore.open(path)
+
+
+def _fill(path: Path, head: dict[str, Any], source: Any, generator: Generator, workers: int, progress: bool) -> None:
+    from data import SkipCount
+    total, dtype, began = head["images"], head["dtype"], time.perf_counter()
+    foreign = [n for n in ("boxes.bin", "offsets.npy", "boxes.partial", "counts.partial") if (path / n).exists()]
+    if foreign and not (path / "header.partial").exists():
+        raise UserError(f"{path} holds {', '.join(foreign)}, but no header: nothing to continue, and maybe not ours. Give another --out.")
     _write_json(path / "header.partial", head)
     counts = _recover(path, np.dtype(dtype).itemsize)
     skips, start = SkipCount(total), len(counts)
@@ -459,11 +517,10 @@ def build_store(path: str | Path, source: Any, generator: Generator, *, workers:
     os.replace(path / "boxes.partial", path / "boxes.bin")
     _write_json(path / "meta.json", head | {"unreadable": int((counts < 0).sum())})
     for name in ("counts.partial", "header.partial"):
-        (path / name).unlink()
+        (path / name).unlink(missing_ok=True)
     seconds, size = time.perf_counter() - began, sum(f.stat().st_size for f in path.iterdir())
     print(f"{path}: {total} images, {counts.clip(0).sum() / max(total, 1):.1f} boxes per image, {(counts < 0).sum()} unreadable, {seconds:.1f} s "
           f"({(total - start) / seconds:.1f} images/s), {size / 1e6:.2f} MB", flush=True)
-    return ProposalStore.open(path)
 
 
 def open_store(cfg: Any, source: Any, generator: Generator) -> ProposalStore | None:

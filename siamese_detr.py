@@ -659,6 +659,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if common.rank() == 0:
         evaluation.write_json(out / "metrics.json", metrics)
         common.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if len(held_out) else ""))
+    skipped.tell()
     common.barrier()
     return metrics
 

@@ -388,7 +388,8 @@ def test_real_data():
 # ==== transforms ====
 def test_resized_hw():
     for hw, size, longest, expected in (((480, 640), 800, 1333, (800, 1066)), ((200, 1000), 480, 600, (120, 600)), ((100, 50), 50, None, (100, 50)),
-                                        ((214, 758), 352, None, (352, 1246)), ((750, 286), 600, 600, (600, 229)), ((1, 5000), 400, 600, (1, 5000))):
+                                        ((214, 758), 352, None, (352, 1246)), ((750, 286), 600, 600, (600, 229)), ((1, 5000), 400, 600, (1, 600)),
+                                        ((5000, 2), 400, 600, (600, 1)), ((1, 5000), 400, None, (400, 2_000_000))):
         assert D.resized_hw(hw, size, longest) == expected
     if (PARITY / "box_transforms.npz").exists():
         for w, h, size, longest, new_w, new_h in np.load(PARITY / "box_transforms.npz")["resize_table"].tolist():
@@ -445,6 +446,9 @@ def test_draw_geometry():
     assert all(150 < sum(column) < 250 for column in zip(*seen))
     small = [D.draw_geometry(rng, (30, 40), scales=(32,), max_size=None, crop_scales=(36,), crop_range=(384, 600)) for _ in range(20)]
     assert {g.crop for g in small} == {None, (0, 0, 36, 48)}
+    strips = [D.draw_geometry(rng, (1, 5000), scales=(400,), max_size=600) for _ in range(20)]
+    assert any(g.crop for g in strips)  # rounding a short side of 1.5 px to 2 stretches the long one by as much
+    assert all(max(g.hw) <= 600 * 4 / 3 and max(g.first_hw or g.hw) <= 20 * 600 * 4 / 3 for g in strips)
     assert all(D.draw_geometry(rng, (30, 40), scales=(32,), max_size=None, crop_range=None, flip=0).crop is None for _ in range(9))
     twice = [D.draw_geometry(np.random.default_rng(1), (9, 9), scales=[8], max_size=8) for _ in range(2)]
     assert twice[0] == twice[1]
@@ -571,6 +575,20 @@ def test_skip_count(capsys):
     assert capsys.readouterr().err.splitlines() == ["warning: skipped a.jpg: cut", "warning: skipped b: c.jpg: cut"]
     with pytest.raises(UserError, match=r"3 of 200 .*a.jpg: cut; b: c.jpg: cut"):
         count.add(["c.jpg: cut"])
+
+
+def test_skip_count_is_told_over_all_processes(capsys, monkeypatch):
+    count = D.SkipCount(500)
+    count.tell()
+    assert capsys.readouterr().out == ""
+    count.add(["b.jpg: cut", "a\n.jpg: cut"])
+    count.tell()
+    assert capsys.readouterr().out == "skipped 2 of 500 images: a\\n.jpg: cut; b.jpg: cut\n"
+    monkeypatch.setattr(D, "world_size", lambda: 2)
+    other = ["b.jpg: cut", "c.jpg: cut", "d: cut"]
+    monkeypatch.setattr(D.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), [mine, other]))
+    count.tell()
+    assert capsys.readouterr().out == "skipped 4 of 500 images: a\\n.jpg: cut; b.jpg: cut; c.jpg: cut; ...\n"
 
 
 def test_sample_rng_streams_differ():

@@ -1,11 +1,15 @@
 """Proposals: values by hand, seeded order, edge boxes on a known picture, and the store under kills, truncation and wrong data."""
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +22,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data as D  # noqa: E402
 import proposals as P  # noqa: E402
 from common import UserError  # noqa: E402
 from data import UnreadableImage  # noqa: E402
@@ -301,6 +306,210 @@ def test_sigkill_of_a_build_with_workers(tmp_path):
     assert 20 < counts.stat().st_size // 4 < 100
     whole = P.build_store(tmp_path / "whole", Pictures(100), CHEAP, progress=False)
     assert same_store(P.build_store(tmp_path / "s", Pictures(100), CHEAP, progress=False), whole)
+
+
+# ---- store under fire ----
+def content(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def in_another_process(job) -> multiprocessing.Process:
+    """Started; forked, so that it is there at once, and without OpenCV's own threads, which no fork survives."""
+    cv2.setNumThreads(0)
+    process = multiprocessing.get_context("fork").Process(target=job)
+    process.start()
+    return process
+
+
+def wait_for(counts: Path, images: int) -> None:
+    deadline = time.time() + 60
+    while not (counts.exists() and counts.stat().st_size >= 4 * images):
+        assert time.time() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_sigkill_again_and_again(tmp_path, workers):
+    P.build_store(tmp_path / "whole", Pictures(150, bad=(77,)), CHEAP, progress=False)
+    slow = Pictures(150, bad=(77,), slow=0.004)
+    for images in (3, 17, 18, 60, 101):
+        process = in_another_process(lambda: P.build_store(tmp_path / "s", slow, CHEAP, workers=workers, progress=False))
+        wait_for(tmp_path / "s/counts.partial", images)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    P.build_store(tmp_path / "s", Pictures(150, bad=(77,)), CHEAP, workers=workers, progress=False)  # at once: the dead one's lock is gone
+    assert content(tmp_path / "s") == content(tmp_path / "whole")
+
+
+def test_sigkill_before_every_system_call_that_writes(tmp_path):
+    """The k-th run dies before its k-th write, flush, fsync, truncate, rename or unlink; the same command follows."""
+    whole = P.build_store(tmp_path / "whole", Pictures(4), CHEAP, progress=False).path
+
+    def die_at(k: int) -> None:
+        left = [k]
+
+        def count(frame, event, function):
+            if event == "c_call" and function.__name__ in ("write", "flush", "fsync", "truncate", "replace", "unlink", "mkdir"):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        P.min = lambda *v: 1 if v[0] == 16 else min(*v)  # chunks of one image
+        sys.stdout = open(os.devnull, "w")
+        sys.setprofile(count)
+        P.build_store(tmp_path / "s", Pictures(4), CHEAP, progress=False)
+
+    for k in range(1, 200):
+        process = in_another_process(lambda: die_at(k))
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        P.build_store(tmp_path / "s", Pictures(4), CHEAP, progress=False)
+        assert content(tmp_path / "s") == content(whole), k
+        shutil.rmtree(tmp_path / "s")
+    assert 20 < k < 199 and content(tmp_path / "s") == content(whole)
+
+
+def test_two_writers(tmp_path, capsys):
+    P.build_store(tmp_path / "whole", Pictures(60), CHEAP, progress=False)
+    first = in_another_process(lambda: P.build_store(tmp_path / "s", Pictures(60, slow=0.02), CHEAP, workers=1, progress=False))
+    wait_for(tmp_path / "s/counts.partial", 1)
+    for _ in range(2):  # being refused takes nothing from the first
+        with pytest.raises(UserError, match="is being filled by another process"):
+            P.build_store(tmp_path / "s", Pictures(60), CHEAP, progress=False)
+    first.join()
+    assert first.exitcode == 0 and content(tmp_path / "s") == content(tmp_path / "whole")
+    P.build_store(tmp_path / "s", Pictures(60), CHEAP, progress=False)
+    assert "already complete, 60 images" in capsys.readouterr().out
+
+
+def test_two_writers_at_the_same_moment(tmp_path):
+    """Eight of them: each fills it, is refused, or finds it complete; the store is right every time."""
+    whole = P.build_store(tmp_path / "whole", Pictures(8), CHEAP, progress=False).path
+
+    def build(k: int) -> None:
+        try:
+            P.build_store(tmp_path / f"s{k}", Pictures(8), CHEAP, progress=False)
+        except UserError as error:
+            os._exit(0 if "another process" in str(error) else 1)
+
+    for k in range(5):
+        writers = [in_another_process(lambda: build(k)) for _ in range(8)]
+        for writer in writers:
+            writer.join()
+        assert [writer.exitcode for writer in writers] == [0] * 8 and content(tmp_path / f"s{k}") == content(whole)
+
+
+class Disk:
+    """`room` bytes are left; what goes beyond is cut off, as by write(2), and then refused."""
+
+    def __init__(self, room: int, patch: pytest.MonkeyPatch):
+        disk, self.room = self, room
+
+        class File(io.FileIO):
+            def write(self, piece):
+                if not disk.room:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
+                written = super().write(memoryview(piece)[:disk.room])
+                disk.room -= written
+                return written
+
+        def opened(path, mode="r", *args, **kwargs):
+            return io.BufferedWriter(File(path, mode)) if mode in ("wb", "ab") else open(path, mode, *args, **kwargs)
+        patch.setattr(P, "open", opened, raising=False)
+        patch.setattr(P.common, "open", opened, raising=False)
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):
+    """Wherever it fills up: one sentence and exit code 2, and with room the same command continues."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(6):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Pictures().load(i).save(tmp_path / f"pictures/{i}.png")
+    argv = ["--data", "pictures", "--method", "random", "--grid", "128", "--out"]
+    monkeypatch.setattr(P, "min", lambda *v: 1 if v[0] == 16 else min(*v), raising=False)  # chunks of one image
+    P.main([*argv, "whole"])
+    total, finished = sum(map(len, content(tmp_path / "whole").values())), []
+    for room in (0, 10, 600, 1700, 1800, 4000, 7700, 7900, 8000, total - 1):
+        with monkeypatch.context() as patch:
+            disk = Disk(room, patch)
+            assert "s could not be filled further: No space left on device" in fails(P.main, [*argv, "s"])
+            assert disk.room == 0
+        kept = (tmp_path / "s/counts.partial").stat().st_size // 4 if (tmp_path / "s/counts.partial").exists() else 0
+        loaded, load = [], D.ImageFiles.load
+        with monkeypatch.context() as patch:
+            patch.setattr(D.ImageFiles, "load", lambda self, i: loaded.append(i) or load(self, i))
+            P.main([*argv, "s"])
+        assert content(tmp_path / "s") == content(tmp_path / "whole") and loaded == list(range(kept, 6))
+        finished.append(kept)
+        shutil.rmtree(tmp_path / "s")
+    assert finished == sorted(finished) and finished[0] == 0 and finished[-1] == 6 and len(set(finished)) > 3
+
+
+@pytest.mark.parametrize("name, change", {
+    "no number in the header": ("meta.json", lambda b: b.replace(b'"images": 5', b'"images": "5"')),
+    "a key is missing": ("meta.json", lambda b: b.replace(b'"units"', b'"unit"')),
+    "objects instead of numbers": ("meta.json", lambda b: b.replace(b'"uint8"', b'"O"')),
+    "no format version": ("meta.json", lambda b: b'{"version": 1}'),
+    "a later version": ("meta.json", lambda b: b.replace(b'"format_version": 1', b'"format_version": 9')),
+    "a list": ("meta.json", lambda b: b"[]"), "cut": ("meta.json", lambda b: b[:99]), "no text": ("meta.json", lambda b: b"\xff"),
+    "no offsets": ("offsets.npy", lambda b: b""), "cut offsets": ("offsets.npy", lambda b: b[:-8]),
+    "an odd bracket": ("offsets.npy", lambda b: b.replace(b"}", b"[")),
+    "a pickle": ("offsets.npy", lambda b: pickle.dumps([0] * 6)), "offsets with objects": ("offsets.npy", lambda b: npy(np.array([0] * 6, object))),
+    "offsets with fractions": ("offsets.npy", lambda b: npy(np.zeros(6))), "one offset": ("offsets.npy", lambda b: npy(np.int64(0))),
+    "negative offsets": ("offsets.npy", lambda b: npy(np.arange(-5, 1))), "boxes cut": ("boxes.bin", lambda b: b[:-1]),
+    "more boxes": ("boxes.bin", lambda b: b + b[:4])}.items(), ids=lambda v: v if isinstance(v, str) else "")
+def test_a_damaged_store_is_refused(name, change, tmp_path, fails):
+    P.build_store(tmp_path / "s", Pictures(5), CHEAP, progress=False)
+    file, damage = change
+    (tmp_path / "s" / file).write_bytes(damage((tmp_path / "s" / file).read_bytes()))
+    message = fails(lambda argv: P.ProposalStore.open(*argv), [tmp_path / "s"])
+    assert str(tmp_path / "s") in message and ("is damaged" in message or "cannot be read as the header" in message)
+
+
+def npy(array) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("damage", ("offsets", "a box without width", "a box outside"))
+def test_damage_inside_is_found_where_it_is_read(damage, tmp_path):
+    """Opening reads no boxes; what would train on other images' boxes, or on impossible ones, ends there."""
+    store = P.build_store(tmp_path / "s", Pictures(5), CHEAP, progress=False)
+    offsets, boxes = np.load(tmp_path / "s/offsets.npy"), np.fromfile(tmp_path / "s/boxes.bin", np.uint8).reshape(-1, 4)
+    del store
+    if damage == "offsets":
+        offsets[2] = offsets[-1] + 7
+    else:
+        boxes[400] = (3, 3, 0, 9) if damage == "a box without width" else (120, 3, 9, 9)
+    (tmp_path / "s/offsets.npy").write_bytes(npy(offsets)), boxes.tofile(tmp_path / "s/boxes.bin")
+    store = P.ProposalStore.open(tmp_path / "s")
+    assert len(store.boxes(0, (50, 70))) == 300
+    with pytest.raises(UserError, match="s is damaged, or image 1 has changed since"):
+        store.boxes(1, (51, 70))
+
+
+def test_an_image_that_became_smaller_is_found(tmp_path):
+    store = P.build_store(tmp_path / "s", Pictures(2), P.Generator(method="random", grid=None), progress=False)
+    assert len(store.boxes(1, (51, 70))) == 300
+    with pytest.raises(UserError, match="image 1 has changed since: its boxes are not inside its 35 x 51 px"):
+        store.boxes(1, (51, 35))
+
+
+def test_foreign_folders_stay_as_they_are(tmp_path):
+    for file in ("boxes.bin", "meta.json"):
+        (tmp_path / file).mkdir()
+        (tmp_path / file / file).write_text("mine")
+        with pytest.raises(UserError, match="no header: nothing to continue, and maybe not ours|cannot be read as the header"):
+            P.build_store(tmp_path / file, Pictures(2), CHEAP, progress=False)
+        assert (tmp_path / file / file).read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(UserError, match=str(out)):
+            P.build_store(out, Pictures(2), CHEAP, progress=False)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_refusals_say_why(tmp_path):
