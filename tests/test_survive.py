@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, SMALL, flags
+from torchvision.models.resnet import BasicBlock, ResNet
 
 SCRIPTS = ("detreg", "updetr", "siamese_detr", "soco", "dupr", "finetune")
 SHARED = {"synthetic_images": 10, "synthetic_size": 64, "batch_size": 4, "max_steps": 5, "save_every": 2, "log_every": 1, "num_workers": 0, "seed": 3,
@@ -37,6 +39,17 @@ RUNS = {
 
 # ==== Processes that can be killed =================================================================================
 
+class Narrow(ResNet):
+    """ResNet with an eighth of the channels: what is tested does not hang on them, and a step takes milliseconds."""
+
+    def __init__(self, **kwargs):
+        super().__init__(BasicBlock, [1, 1, 1, 1], norm_layer=kwargs["norm_layer"])
+        self.fc = torch.nn.Linear(64, 2)
+
+    def _make_layer(self, block, planes, blocks, **kwargs):
+        return super()._make_layer(block, planes // 8, blocks, **kwargs)
+
+
 def child(method: str, argv: list[str], env: dict[str, str], fault: tuple, output: Path) -> None:
     """One process of a run, as its command. fault (kind, when, rank): see below."""
     os.environ.update(env)
@@ -44,7 +57,9 @@ def child(method: str, argv: list[str], env: dict[str, str], fault: tuple, outpu
     for stream in (1, 2):
         os.dup2(file, stream)
     import common
+    multiprocessing.set_start_method("fork", force=True)                  # of loader processes, as in a run of its own
     torch.set_num_threads(1)
+    torchvision.models.resnet18 = lambda weights, **kwargs: Narrow(**kwargs)
     script = importlib.import_module("finetune" if method == "rcnn" else method)
     kind, when, rank = fault
     calls = {"step": 0, "save": 0}
