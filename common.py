@@ -74,8 +74,7 @@ def cli(main: Callable[[], Any]) -> None:
     One of several processes leaves word why it ended; those whose collectives fail then repeat it and end with the same code.
     """
     try:
-        with on_stop_signal(lambda *_: sys.exit(EXIT_STOPPED)):              # while it trains, `until_stopped` listens instead
-            main()
+        main()
         if dist.is_initialized():
             dist.destroy_process_group()
         return
@@ -200,7 +199,10 @@ def setup_distributed(device: str = "auto") -> torch.device:
         raise UserError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
     if "RANK" in os.environ and not dist.is_initialized():
         timeout = datetime.timedelta(seconds=float(os.environ.get("PROCESS_TIMEOUT", 1800)))
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
+        store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:   # a restart by torchrun finds the addresses of the attempt before in it
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=number, world_size=count, timeout=timeout)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda"):
@@ -228,24 +230,22 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+_word: list[Path] = []                                    # where: in the output folder (open_run)
+
+
 def leave_word(code: int, text: str) -> None:
     """For the other processes: why this one ends. The first word stays."""
-    with contextlib.suppress(Exception):                                     # the store may have gone with another process
-        store = dist.distributed_c10d._get_default_store()
-        word = f"{code} process {rank()}: {text}"
-        if store.compare_set("word", "", word).decode() == word and rank() == 0:
-            threading.Thread(target=dist.destroy_process_group, daemon=True).start()       # hangs up, which they notice,
-            time.sleep(2)                                                    # and stays a little: without torchrun the store is in this process
+    if _word:
+        with contextlib.suppress(OSError), open(_word[0], "x") as file:
+            file.write(f"{code} process {rank()}: {text}")
 
 
 def read_word() -> tuple[int, str] | None:
     """(exit code, "ended because of process r: why") of the process that ended first, if it said so."""
-    with contextlib.suppress(Exception):
-        store = dist.distributed_c10d._get_default_store()
-        if store.check(["word"]):
-            code, text = store.get("word").decode().split(" ", 1)
-            return int(code), f"ended because of {text}"
-    return None
+    if not _word or not _word[0].exists():
+        return None
+    code, text = _word[0].read_text().split(" ", 1)
+    return int(code), f"ended because of {text}"
 
 
 def wrap_model(model: nn.Module, device: torch.device, *, sync_bn: bool = True) -> nn.Module:
@@ -285,23 +285,19 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 _stop_asked: list[int] = []
 
 
-@contextlib.contextmanager
-def on_stop_signal(handler: Callable):
-    heard = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, handler) for number in heard}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old or signal.SIG_DFL)
-
-
 def until_stopped(steps: Iterable[int]) -> Iterable[int]:
     """The steps of a run. Meanwhile SIGTERM and SIGUSR1 do not end the process: they make a checkpoint due at the end of the step (`save_due`), and
     rank 0 leaves when it is written (`save_checkpoint`). The other processes go on until they miss it: had they left first, its step would fail."""
     _stop_asked.clear()
-    with on_stop_signal(lambda number, _: _stop_asked.append(number)):
+    heard = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.signal(number, lambda number, _: _stop_asked.append(number)) for number in heard}
+    try:
         yield from steps
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if _stop_asked and rank() == 0:                                          # after the last step was saved
+        sys.exit(EXIT_STOPPED)
 
 
 def save_due(done: int, total_steps: int, every: int) -> bool:
@@ -379,10 +375,14 @@ def write_atomic(path: Path, content: bytes) -> None:
 def replacing(path: Path, previous: Path | None = None):
     """A file to write, which takes the place of `path` when it is whole and on the disk; what was there before is kept as `previous`."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)                                    # the disk may be full
+        raise
     if previous and path.exists():
         os.replace(path, previous)
     os.replace(temporary, path)
@@ -402,8 +402,12 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         return
     state = {"model": getattr(model, "module", model).state_dict(), "optimizer": optimizer.state_dict() if optimizer else None,
              "step": step, "config": dataclasses.asdict(config), **extra}
-    with replacing(path, path.with_name("previous.pt")) as file:
-        torch.save(state, file)
+    try:
+        with replacing(path, path.with_name("previous.pt")) as file:
+            torch.save(state, file)
+    except OSError as error:
+        raise UserError(f"{path}: step {step} cannot be saved ({error.strerror or error}); the checkpoint before is untouched. Make room and start the "
+                        "same command again") from error
     if _stop_asked:
         say(f"stopped by {signal.Signals(_stop_asked[0]).name} after step {step}, which is saved; the same command continues")
         sys.exit(EXIT_STOPPED)
@@ -450,7 +454,9 @@ def open_run(config: Any, script: str, data: str | None = None, world: int | Non
         raise UserError(f"--out {out}: cannot make this folder ({error.strerror}); give another one") from error
     choice: list = [None, None, None]                                        # file, step, error
     state = None
+    _word[:] = [out / "ended.txt"]
     if rank() == 0:
+        _word[0].unlink(missing_ok=True)
         try:
             if found := read_run(out):
                 path, state = found
