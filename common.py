@@ -491,9 +491,11 @@ def open_run(config: Any, script: str, data: str | None = None, world: int | Non
     return state
 
 
-def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any = None, *, sync_bn: bool = True) -> int:
+def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any = None, *, target: nn.Module | None = None,
+            sync_bn: bool = True) -> int:
     """Put a checkpoint of this very run back. Returns the number of finished steps.
 
+    target: the frozen network that the run learns from, saved with it because the file of --backbone_weights may be another one by now.
     Refuses (UserError) another number of processes where trained BatchNorm has the statistics of each process, as wrap_model leaves it.
     """
     local = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in m.parameters(False)) for m in model.modules())
@@ -504,6 +506,8 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, con
                         f"share of the batch, so it would train on differently. Start {before}, or give --allow_config_change to go on nevertheless")
     getattr(model, "module", model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if target is not None and "target" in state:
+        target.load_state_dict(state["target"])
     return state["step"]
 
 

@@ -504,7 +504,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model, descriptor = build_models(cfg)
     model, descriptor = model.to(device), descriptor.to(device)
     optimizer = common.build_optimizer(cfg, model)
-    start = common.restore(state, model, optimizer, cfg) if state else 0
+    start = common.restore(state, model, optimizer, cfg, target=descriptor) if state else 0
+    identity["target"] = descriptor.state_dict()
     wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))

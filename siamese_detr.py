@@ -628,7 +628,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model, target_backbone = build_models(cfg)
     model, target_backbone = model.to(device), target_backbone.to(device) if target_backbone else None
     optimizer = common.build_optimizer(cfg, model)
-    start = common.restore(state, model, optimizer, cfg) if state else 0
+    start = common.restore(state, model, optimizer, cfg, target=target_backbone) if state else 0
+    if target_backbone:
+        identity["target"] = target_backbone.state_dict()
     wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))

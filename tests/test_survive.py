@@ -96,7 +96,7 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
         raise error
 
     actions = {"kill": die, "fault": lambda: fail(ValueError("a fault of ours")), "bad input": lambda: fail(common.UserError("x.png: broken")),
-               "wait": lambda: time.sleep(7)}
+               "wait": lambda: time.sleep(5)}
 
     def faulty_save(state, file):
         calls["save"] += 1
@@ -123,14 +123,14 @@ def start():
     path, before = f"{ROOT}{os.pathsep}{ROOT / 'tests'}", os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = path                                       # of the server, which starts with the first process
 
-    def run(method, out, *faults, world=1, timeout=60, target=child, **values):
+    def run(method, out, *faults, world=1, patience=30, timeout=90, target=child, **values):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         argv, processes = flags({**RUNS[method], "out": out, **values}), []
         for r in range(world):
             env = {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "PROCESS_TIMEOUT": "4"} if world > 1 else {}
+                   "PROCESS_TIMEOUT": str(patience)} if world > 1 else {}
             processes.append(context.Process(target=target, args=(method, argv, faults, out.with_name(f"{out.name}-{r}.txt"), env)))
         for process in processes:
             process.start()
@@ -300,6 +300,18 @@ def test_full_disk(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and load(tmp_path)["step"] == 1
 
 
+@pytest.mark.parametrize("method", ["detreg", "updetr", "siamese_detr"])
+def test_frozen_target_is_that_of_the_start(start, tmp_path, method):
+    """--backbone_weights names a file that another run goes on writing."""
+    file, one, two = tmp_path / "resnet.pt", tmp_path / "one", tmp_path / "two"
+    values = {"backbone_weights": file, "max_steps": 3}
+    torch.save(Narrow(norm_layer=torch.nn.BatchNorm2d).state_dict(), file)
+    assert start(method, one, **values)[0] == [0] and start(method, two, ("kill", 3, 0), **values)[0] == [-signal.SIGKILL]
+    torch.save(Narrow(norm_layer=torch.nn.BatchNorm2d).state_dict(), file)
+    assert start(method, two, **values)[0] == [0]
+    same_run(one, two)
+
+
 def test_everything_random_is_seeded(monkeypatch):
     def draws(rank=0, step=7):
         monkeypatch.setattr(common, "rank", lambda: rank)
@@ -368,8 +380,8 @@ def test_error_of_one_process_ends_all(start, tmp_path, fault, code, text, faili
 
 
 def test_process_that_hangs(start, tmp_path):
-    """The other one waits PROCESS_TIMEOUT seconds, 4 here."""
-    codes, printed = start("updetr", tmp_path / "run", ("wait", 2, 1), world=2)
+    """The other one waits PROCESS_TIMEOUT seconds, 3 here."""
+    codes, printed = start("updetr", tmp_path / "run", ("wait", 2, 1), world=2, patience=3)
     assert codes == [1, 1] and "kept this one waiting for more than PROCESS_TIMEOUT seconds" in printed[0]
 
 
