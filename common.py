@@ -68,10 +68,10 @@ EXIT_NOT_FINITE, EXIT_STOPPED = 3, 75                     # 75: EX_TEMPFAIL of s
 
 
 def cli(main: Callable[[], Any]) -> None:
-    """Run a script's main() and turn how it ended into an exit code: 2, bad input, in one line on stderr; 3, numbers that are no longer finite, in one
-    line; 75, stopped by SIGTERM or SIGUSR1 with everything saved; 1, our own fault, with its traceback.
+    """Run a script's main() and turn how it ended into an exit code: 2 and one line on stderr, bad input; 3 and one line, a number is not finite;
+    75, stopped by SIGTERM or SIGUSR1 with everything saved; 1 and a traceback, our own fault.
 
-    One of several processes leaves word why it ended; those whose collectives fail then repeat it and end with the same code.
+    One of several processes leaves word why it ended; the others, whose collectives then fail, repeat it and end with the same code.
     """
     try:
         main()
@@ -198,7 +198,10 @@ def setup_distributed(device: str = "auto") -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
     if "RANK" in os.environ and not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=float(os.environ.get("PROCESS_TIMEOUT", 1800)))
+        try:
+            timeout = datetime.timedelta(seconds=float(os.environ.get("PROCESS_TIMEOUT", 1800)))
+        except ValueError as error:
+            raise UserError(f"PROCESS_TIMEOUT={os.environ['PROCESS_TIMEOUT']}: give a number of seconds") from error
         store, number, count = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:   # a restart by torchrun finds the addresses of the attempt before in it
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -224,7 +227,7 @@ def barrier() -> None:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Every process takes rank 0's buffers, which are those of the checkpoint: BatchNorm statistics may be a process's own. Weights are equal anyway."""
+    """Every process takes rank 0's buffers, the checkpoint's, before it measures: BatchNorm's statistics may be a process's own. Weights agree."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -273,7 +276,7 @@ def autocast(device: torch.device, amp: str):
 
 
 def seed_step(seed: int, step: int) -> None:
-    """All randomness inside a step (dropout, sampled regions) is a function of (seed, step, rank): a resumed run draws what the unbroken one would."""
+    """All randomness inside a step (dropout, sampled regions) is a function of (seed, step, rank): a resumed run draws what the unbroken one did."""
     states = np.random.SeedSequence([seed, step, rank()]).generate_state(3, np.uint64).tolist()
     torch.manual_seed(states[0] >> 1)
     np.random.seed(states[1] >> 32)
@@ -406,8 +409,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         with replacing(path, path.with_name("previous.pt")) as file:
             torch.save(state, file)
     except OSError as error:
-        raise UserError(f"{path}: step {step} cannot be saved ({error.strerror or error}); the checkpoint before is untouched. Make room and start the "
-                        "same command again") from error
+        raise UserError(f"{path}: step {step} cannot be saved ({error.strerror or error}); the checkpoint before is untouched. Make room and start "
+                        "the same command again") from error
     if _stop_asked:
         say(f"stopped by {signal.Signals(_stop_asked[0]).name} after step {step}, which is saved; the same command continues")
         sys.exit(EXIT_STOPPED)
@@ -444,8 +447,8 @@ def identity(script: str, images: int, fingerprint: str) -> dict[str, Any]:
 def open_run(config: Any, script: str, data: str | None = None, world: int | None = None) -> dict | None:
     """Make `--out` ready. Returns the checkpoint to continue from, or None for a new run; rank 0 decides which, for all processes.
 
-    Refuses (UserError) a folder that holds a run of another script, of another configuration or, by their description `data`, of other images, showing
-    the difference. script, data, world: see `identity`.
+    Refuses (UserError) a folder that holds a run of another script, another configuration or another data set, showing the difference.
+    script, data, world: see `identity`.
     """
     out = Path(config.out)
     try:
@@ -502,8 +505,8 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, con
     local = local and not (sync_bn and next(model.parameters()).is_cuda)
     before = state.get("world", world_size())
     if config and local and before != world_size() and not config.allow_config_change:
-        raise UserError(f"{config.out} holds a run of {before} process(es), this one has {world_size()}: BatchNorm's statistics are those of a process's "
-                        f"share of the batch, so it would train on differently. Start {before}, or give --allow_config_change to go on nevertheless")
+        raise UserError(f"{config.out} holds a run of {before} process(es), this one has {world_size()}: BatchNorm's statistics are those of a "
+                        f"process's share of the batch, so it would train differently. Start {before}, or give --allow_config_change to go on")
     getattr(model, "module", model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if target is not None and "target" in state:
@@ -1637,8 +1640,8 @@ def finite_gradient_norm(model: nn.Module, max_norm: float, loss: float, step: i
 
 @contextlib.contextmanager
 def keep_nonfinite(out: Path, step: int, batches: list[dict], name_of: Callable[[int], str]):
-    """Around a training step: what stops it for a number that is not finite also names the images (`name_of` their batch["index"]) and leaves the batch
-    in the output folder. The same command trains on from the last checkpoint and, as everything is seeded, arrives there again."""
+    """Around a training step: an error for a number that is not finite also names the images (`name_of` their batch["index"]) and leaves the batch in
+    the output folder. The same command goes on from the last checkpoint and, as everything is seeded, arrives there again."""
     try:
         yield
     except FloatingPointError as error:

@@ -819,7 +819,8 @@ class StepSampler:
 
 
 def collate(samples: list[dict]) -> dict:
-    """[{"image" [3, h, w], "target", "skipped", maybe "index"}] -> images [B, 3, H, W] zero-padded bottom/right, mask bool [B, H, W] True = padding, lists."""
+    """[{"image" [3, h, w], "target", "skipped", "index" if known}] -> images [B, 3, H, W] zero-padded bottom/right, mask bool [B, H, W] True =
+    padding, lists."""
     heights, widths = zip(*(s["image"].shape[-2:] for s in samples))
     images = samples[0]["image"].new_zeros(len(samples), 3, max(heights), max(widths))
     mask = torch.ones(len(samples), max(heights), max(widths), dtype=torch.bool)
@@ -900,7 +901,7 @@ class _Loader(DataLoader):
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    for number in STOP_SIGNALS:  # a cluster sends them to every process of a job; the main process finishes its step first, and needs batches for it
+    for number in STOP_SIGNALS:  # a cluster sends them to every process of a job, but the main process finishes its step first
         signal.signal(number, signal.SIG_IGN)
 
 

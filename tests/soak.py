@@ -1,7 +1,8 @@
 """Every demo preset in turn, killed with SIGKILL at random moments and started again:  python tests/soak.py --minutes 20
 
-Reports, per script: kills survived, steps lost to them (a checkpoint is written every 20 steps), and memory and open files of the process and its loader
-processes, at a third and at the end of the longest uninterrupted stretch. Exit code 1: a run did not continue, its log has a gap, or something grew.
+Reports, per script: kills survived, steps lost to them (a checkpoint is written every 20 steps), and memory and open files of the process and its
+loader processes, at a third and at the end of the longest stretch without a kill. Exit code 1: a run did not continue, its log has a gap, or it
+grew.
 Not part of the tests. Linux (/proc).
 """
 import argparse
@@ -48,9 +49,9 @@ def soak(script: str, seconds: float, rng: random.Random, folder: Path) -> tuple
     while time.monotonic() < end:
         out = folder / f"{script}{run}"
         before = steps_logged(out)
-        command = [sys.executable, f"{script}.py", "--preset", "demo", "--out", str(out), "--save_every", "20", "--log_every", "1", "--seed", str(run)]
+        command = [sys.executable, f"{script}.py", "--preset", "demo", "--out", out, "--save_every", "20", "--log_every", "1", "--seed", run]
         with open(folder / "output.txt", "w") as output:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
             started, stop, samples = time.time(), min(end, time.monotonic() + rng.uniform(4, 60)), []
             while process.poll() is None and time.monotonic() < stop:
                 time.sleep(0.5)
@@ -73,8 +74,8 @@ def soak(script: str, seconds: float, rng: random.Random, folder: Path) -> tuple
     third = max(len(longest) // 3, 1)
     (memory, files), (memory_end, files_end) = longest[third - 1] if longest else (0, 0), longest[-1] if longest else (0, 0)
     fine &= bool(longest) and memory_end < 1.25 * memory and files_end <= files + 8
-    losses = f"{sum(lost)} (at most {max(lost, default=0)})"
-    return f"{script:<14}{kills:>6}{run:>10}{losses:>22}{memory:>10.0f} -> {memory_end:<6.0f}{files:>8} -> {files_end:<6}{len(longest) / 2:>7.0f}", fine
+    losses, grown = f"{sum(lost)} (at most {max(lost, default=0)})", f"{memory:>10.0f} -> {memory_end:<6.0f}{files:>8} -> {files_end:<6}"
+    return f"{script:<14}{kills:>6}{run:>10}{losses:>22}{grown}{len(longest) / 2:>7.0f}", fine
 
 
 def main() -> None:
