@@ -85,8 +85,12 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
         calls["step"] += 1
         for kind in now("step"):
             if isinstance(kind, signal.Signals):                          # as a cluster sends it: to the loader processes too
-                for process in [*multiprocessing.active_children(), multiprocessing.current_process()]:
-                    os.kill(process.pid, kind)
+                pids = [p.pid for p in (*multiprocessing.active_children(), multiprocessing.current_process())]
+                if (sender := os.fork()) == 0:                            # not from their parent: PyTorch's loader processes look at that
+                    for pid in pids:
+                        os.kill(pid, kind)
+                    os._exit(0)
+                os.waitpid(sender, 0)
                 time.sleep(0.2)                                           # a loader process that dies of it would be noticed now
             elif kind in ("nan first", "nan last"):
                 [p for p in model.parameters() if p.requires_grad][0 if kind == "nan first" else -1].data.fill_(torch.nan)
