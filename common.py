@@ -293,10 +293,18 @@ def until_stopped(steps: Iterable[int]) -> Iterable[int]:
     rank 0 leaves when it is written (`save_checkpoint`). The other processes go on until they miss it: had they left first, its step would fail."""
     _stop_asked.clear()
     heard = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, lambda number, _: _stop_asked.append(number)) for number in heard}
+
+    def ask(number: int, _: Any) -> None:
+        _stop_asked.append(number)
+        if hasattr(signal, "alarm"):
+            signal.alarm(300)                                                # ends a process that no longer gets to the end of its step
+
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield from steps
     finally:
+        if _stop_asked and hasattr(signal, "alarm"):
+            signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
     if _stop_asked and rank() == 0:                                          # after the last step was saved

@@ -905,8 +905,21 @@ def _start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _allow_open_files() -> None:
+    """Every tensor on its way from a loader process holds an open file, hundreds per batch: at the usual limit of 1024 a loader hangs."""
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def make_loader(dataset, sampler, *, num_workers: int, collate: Callable) -> DataLoader:
     """`sampler` gives the batches (StepSampler). Own generator: the global random state is the same with and without workers."""
+    _allow_open_files()
     return _Loader(_Guarded(dataset), batch_sampler=sampler, num_workers=num_workers, collate_fn=partial(_collate_or_error, collate),
                    worker_init_fn=_start_worker, persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
                    generator=torch.Generator())
