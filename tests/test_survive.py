@@ -448,3 +448,18 @@ def test_not_finite_on_one_of_two_processes(start, tmp_path):
     assert "error: step 2: not finite: gradient norm nan; images" in printed[0]      # its own loss is finite; the gradient is everyone's
     files = [load(out, f"nonfinite-step2-rank{r}.pt")["files"] for r in (0, 1)]
     assert len(set(files[0] + files[1])) == 4 and load(out)["step"] == 2
+
+
+# ==== Loader =======================================================================================================
+
+def test_loader_may_open_many_files():
+    """At the usual limit of 1024 it hangs: UP-DETR's batch of 32 images on its way through 8 loader processes is some 3000 of them."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        data.make_loader([], [], num_workers=0, collate=list)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert hard == before[1] and soft == (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
