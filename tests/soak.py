@@ -92,7 +92,7 @@ def main() -> None:
         for script in args.scripts:
             line, well = soak(script, args.minutes * 60 / len(args.scripts), rng, Path(folder))
             fine &= well
-            print(line + ("" if well else "   FAILED"), flush=True)
+            print(line + ("" if well else "   FAILED (0 MiB: it never trained; give more --minutes)"), flush=True)
     sys.exit(not fine)
 
 
