@@ -296,14 +296,14 @@ def until_stopped(steps: Iterable[int]) -> Iterable[int]:
 
     def ask(number: int, _: Any) -> None:
         _stop_asked.append(number)
-        if hasattr(signal, "alarm"):
+        if rank() == 0 and hasattr(signal, "alarm"):
             signal.alarm(300)                                                # ends a process that no longer gets to the end of its step
 
     before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield from steps
     finally:
-        if _stop_asked and hasattr(signal, "alarm"):
+        if hasattr(signal, "alarm"):
             signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
