@@ -14,16 +14,22 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import inspect
 import json
 import math
 import os
+import random
 import re
+import signal
 import sys
+import threading
 import time
+import traceback
 import types
 import typing
 import urllib.error
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,19 +69,45 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+EXIT_NOT_FINITE, EXIT_STOPPED = 3, 75                     # 75: EX_TEMPFAIL of sysexits.h, "try again later"
+
+
 def cli(main: Callable[[], Any]) -> None:
-    """Run a script's main(): bad input ends in one line on stderr and exit code 2; our own faults keep their traceback and exit code 1."""
+    """Run a script's main() and turn how it ended into an exit code: 2 and one line on stderr, bad input; 3 and one line, a number is not finite;
+    75, stopped by SIGTERM or SIGUSR1 with everything saved; 1 and a traceback, our own fault.
+
+    One of several processes leaves word why it ended; the others, whose collectives then fail, repeat it and end with the same code.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")      # no name that a file can have may end a run when it is printed
     try:
         main()
-    except UserError as error:
-        print(f"error{f' (process {rank()})' if rank() else ''}: {printable(str(error))}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        return
+    except UserError as error:
+        code, text = 2, str(error)
+    except FloatingPointError as error:
+        code, text = EXIT_NOT_FINITE, str(error)
+    except KeyboardInterrupt:
+        code, text = 130, ""
+    except SystemExit as error:
+        code, text = error.code, "it was asked to stop" if error.code == EXIT_STOPPED else ""
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        word = read_word() if isinstance(error, RuntimeError) else None      # RuntimeError: what a failed collective raises
+        if word is None:
+            traceback.print_exc()
+        code, text = word or (1, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        if word is None and ("gloo" in text or isinstance(error, dist.DistError)):
+            text = f"another process died, or kept this one waiting for more than PROCESS_TIMEOUT seconds ({text})"
+    if text and code != EXIT_STOPPED:
+        print(f"error{f' (process {rank()})' if rank() else ''}: {printable(text)}", file=sys.stderr, flush=True)
+    if world_size() > 1:
+        leave_word(code, text)
+        sys.stdout.flush()
+        os._exit(code)                                                       # taking leave properly would wait for the others, who wait for this one
+    sys.exit(code)
 
 
 # What may differ between a run and its continuation: it changes neither the data nor the arithmetic.
@@ -163,13 +195,23 @@ def world_size() -> int:
 
 
 def setup_distributed(device: str = "auto") -> torch.device:
-    """Join the processes torchrun started (NCCL on CUDA, gloo on CPU); a plain `python script.py` is the same path with one process."""
+    """Join the processes torchrun started (NCCL on CUDA, gloo on CPU); a plain `python script.py` is the same path with one process.
+
+    A process waits at most $PROCESS_TIMEOUT seconds for the others, 30 minutes by default.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        try:
+            timeout = datetime.timedelta(seconds=float(os.environ.get("PROCESS_TIMEOUT", 1800)))
+        except ValueError as error:
+            raise UserError(f"PROCESS_TIMEOUT={os.environ['PROCESS_TIMEOUT']}: give a number of seconds") from error
+        store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:   # a restart by torchrun finds the addresses of the attempt before in it
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=number, world_size=count, timeout=timeout)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda"):
@@ -188,6 +230,31 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Every process takes rank 0's buffers, the checkpoint's, before it measures: BatchNorm's statistics may be a process's own. Weights agree."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+_word: list[Path] = []                                    # where: in the output folder (open_run)
+
+
+def leave_word(code: int, text: str) -> None:
+    """For the other processes: why this one ends. The first word stays."""
+    if _word:
+        with contextlib.suppress(OSError), open(_word[0], "x") as file:
+            file.write(f"{code} process {rank()}: {text}")
+
+
+def read_word() -> tuple[int, str] | None:
+    """(exit code, "ended because of process r: why") of the process that ended first, if it said so."""
+    if not _word or not _word[0].exists():
+        return None
+    code, text = _word[0].read_text().split(" ", 1)
+    return int(code), f"ended because of {text}"
 
 
 def wrap_model(model: nn.Module, device: torch.device, *, sync_bn: bool = True) -> nn.Module:
@@ -215,8 +282,44 @@ def autocast(device: torch.device, amp: str):
 
 
 def seed_step(seed: int, step: int) -> None:
-    """All randomness inside a step (dropout) is a function of (seed, step, rank): a resumed run draws what the unbroken one would."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0]) >> 1)
+    """All randomness inside a step (dropout, sampled regions) is a function of (seed, step, rank): a resumed run draws what the unbroken one did."""
+    states = np.random.SeedSequence([seed, step, rank()]).generate_state(3, np.uint64).tolist()
+    torch.manual_seed(states[0] >> 1)
+    np.random.seed(states[1] >> 32)
+    random.seed(states[2])
+
+
+# Cluster preemption; SIGUSR1 is not there on Windows.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_stop_asked: list[int] = []
+
+
+def until_stopped(steps: Iterable[int]) -> Iterable[int]:
+    """The steps of a run. Meanwhile SIGTERM and SIGUSR1 do not end the process: they make a checkpoint due at the end of the step (`save_due`), and
+    rank 0 leaves when it is written (`save_checkpoint`). The other processes go on until they miss it: had they left first, its step would fail."""
+    _stop_asked.clear()
+    heard = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+
+    def ask(number: int, _: Any) -> None:
+        _stop_asked.append(number)
+        if rank() == 0 and hasattr(signal, "alarm"):
+            signal.alarm(300)                                                # ends a process that no longer gets to the end of its step
+
+    before = {number: signal.signal(number, ask) for number in heard}
+    try:
+        yield from steps
+    finally:
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if _stop_asked and rank() == 0:                                          # after the last step was saved
+        sys.exit(EXIT_STOPPED)
+
+
+def save_due(done: int, total_steps: int, every: int) -> bool:
+    """Is a checkpoint due after `done` steps?"""
+    return done % every == 0 or done == total_steps or bool(_stop_asked)
 
 
 def progress(iterable, **kwargs) -> tqdm:
@@ -264,6 +367,8 @@ class Log:
         if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())                                      # before the checkpoint that this line belongs to
         return line
 
 
@@ -279,61 +384,147 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path, previous: Path | None = None):
+    """A file to write, which takes the place of `path` when it is whole and on the disk; what was there before is kept as `previous`."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)                                    # the disk may be full
+        raise
+    if previous and path.exists():
+        os.replace(path, previous)
     os.replace(temporary, path)
+    if os.name == "posix":                                                   # the names too, not the contents alone
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, step: int, config: Any, **extra: Any) -> None:
     """{"model", "optimizer", "step", "config", ...}: plain containers only, keys without `module.`, so that weights_only=True reads it.
 
-    step = number of finished steps. Rank 0 writes; the file appears whole or not at all.
+    step = number of finished steps. Rank 0 writes; the file appears whole or not at all, and the one before stays beside it as previous.pt. A process
+    that a signal has asked to stop ends here.
     """
     if rank() != 0:
         return
     state = {"model": getattr(model, "module", model).state_dict(), "optimizer": optimizer.state_dict() if optimizer else None,
              "step": step, "config": dataclasses.asdict(config), **extra}
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with replacing(path, path.with_name("previous.pt")) as file:
+            torch.save(state, file)
+    except OSError as error:
+        raise UserError(f"{path}: step {step} cannot be saved ({error.strerror or error}); the checkpoint before is untouched. Make room and start "
+                        "the same command again") from error
+    if _stop_asked:
+        say(f"stopped by {signal.Signals(_stop_asked[0]).name} after step {step}, which is saved; the same command continues")
+        sys.exit(EXIT_STOPPED)
 
 
-def open_run(config: Any, script: str) -> dict | None:
-    """Make `--out` ready. Returns the checkpoint to continue from, or None for a new run.
+def read_run(out: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint of a folder: last.pt or, if that is damaged (it is moved aside) or missing, previous.pt. None: there is neither."""
+    import convert                                                           # its reader turns a damaged file into one sentence
+    damaged = []
+    for path in (p for p in (out / "last.pt", out / "previous.pt") if p.exists()):
+        try:
+            with zipfile.ZipFile(path) as file:
+                if part := file.testzip():                                   # checksums, which torch.load does not look at
+                    raise UserError(f"{path}: damaged (checksum of {part})")
+            state = convert.read_checkpoint(path)
+            break
+        except (UserError, OSError, zipfile.BadZipFile) as error:
+            damaged.append(str(error) if isinstance(error, UserError) else f"{path}: damaged ({error})")
+    else:
+        if damaged:
+            raise UserError(f"{'; '.join(damaged)}. There is nothing to continue from: give another --out, or remove the file to start anew")
+        return None
+    if damaged:
+        os.replace(out / "last.pt", out / "damaged.pt")                      # it must not become the next previous.pt
+        say(f"warning: {damaged[0]}; it is now damaged.pt, and {path.name} is used")
+    return path, state
 
-    Refuses (UserError) a folder that holds a run of another script or of another configuration, showing the difference.
+
+def identity(script: str, images: int, fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint says of its run beside the configuration; `fingerprint`: a hash of the list of images."""
+    return {"script": script, "data": f"{images} images, sha256 {fingerprint[:16]}", "world": world_size()}
+
+
+def open_run(config: Any, script: str, data: str | None = None, world: int | None = None) -> dict | None:
+    """Make `--out` ready. Returns the checkpoint to continue from, or None for a new run; rank 0 decides which, for all processes.
+
+    Refuses (UserError) a folder that holds a run of another script, another configuration or another data set, showing the difference.
+    script, data, world: see `identity`.
     """
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot make this folder ({error.strerror}); give another one") from error
-    if not (out / "last.pt").exists():
+    choice: list = [None, None, None]                                        # file, step, error
+    state = None
+    _word[:] = [out / "ended.txt"]
+    if rank() == 0:
+        _word[0].unlink(missing_ok=True)
+        try:
+            if found := read_run(out):
+                path, state = found
+                choice = [path.name, state.get("step"), None]
+        except UserError as error:
+            choice[2] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(choice, 0)
+    name, step, problem = choice
+    if problem:
+        raise UserError(problem)
+    if name is None:
         return None
-    import convert                                                          # its reader turns a damaged file into one sentence
-    state = convert.read_checkpoint(out / "last.pt")
+    if rank() != 0:
+        import convert
+        state = convert.read_checkpoint(out / name)
+        if state.get("step") != step:
+            raise UserError(f"{out / name} is at step {state.get('step')} here and at step {step} for process 0: --out must be a folder they share")
     if state.get("script") != script:
         raise UserError(f"{out} holds a run of {state.get('script')}.py; give {script}.py another --out")
     now, before = dataclasses.asdict(config), state["config"]
     changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in sorted(now.keys() | before.keys())
                if k not in RUN_ONLY and now.get(k) != before.get(k)]
+    if data and state.get("data", data) != data:
+        changed.append(f"data set: {state['data']} -> {data}")
     if changed and not config.allow_config_change:
         raise UserError(f"{out} holds a run with another configuration ({'; '.join(changed)}); "
                         "give another --out for a new run, or --allow_config_change to go on with the new values")
+    if world and state.get("world", world) != world:
+        changed.append(f"{world} processes rather than {state['world']}: the same batches in the same order, but other dropout")
     say(f"continuing the run in {out} at step {state['step']}" + (f" with {'; '.join(changed)}" if changed else ""))
     return state
 
 
-def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint of this very run back. Returns the number of finished steps."""
+def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any = None, *, target: nn.Module | None = None,
+            sync_bn: bool = True) -> int:
+    """Put a checkpoint of this very run back. Returns the number of finished steps.
+
+    target: the frozen network that the run learns from, saved with it because the file of --backbone_weights may be another one by now.
+    Refuses (UserError) another number of processes where trained BatchNorm has the statistics of each process, as wrap_model leaves it.
+    """
+    local = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in m.parameters(False)) for m in model.modules())
+    local = local and not (sync_bn and next(model.parameters()).is_cuda)
+    before = state.get("world", world_size())
+    if config and local and before != world_size() and not config.allow_config_change:
+        raise UserError(f"{config.out} holds a run of {before} process(es), this one has {world_size()}: BatchNorm's statistics are those of a "
+                        f"process's share of the batch, so it would train differently. Start {before}, or give --allow_config_change to go on")
     getattr(model, "module", model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if target is not None and "target" in state:
+        target.load_state_dict(state["target"])
     return state["step"]
 
 
@@ -1452,9 +1643,27 @@ def warmup_step_schedule(step: int, total_steps: int, warmup: int, drops: tuple[
     return start * 0.1 ** sum(step >= round(drop * total_steps) for drop in drops)
 
 
-def finite_gradient_norm(model: nn.Module, max_norm: float, loss: float, step: int) -> float:
-    """Clip the gradient to max_norm (0 = do not clip) and return its norm before; a non-finite loss or gradient stops the run."""
+def finite_gradient_norm(model: nn.Module, max_norm: float, loss: float, step: int, terms: dict[str, Tensor] | None = None) -> float:
+    """Clip the gradient to max_norm (0 = do not clip) and return its norm before; a non-finite loss or gradient stops the run, naming `terms`."""
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm or math.inf).item()
     if not (math.isfinite(norm) and math.isfinite(loss)):
-        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; the last checkpoint is untouched")
+        values = {"loss": loss, **{k: float(v) for k, v in (terms or {}).items()}, "gradient norm": norm}
+        raise FloatingPointError(f"step {step}: not finite: " + ", ".join(f"{k} {v}" for k, v in values.items() if not math.isfinite(v)))
     return norm
+
+
+@contextlib.contextmanager
+def keep_nonfinite(out: Path, step: int, batches: list[dict], name_of: Callable[[int], str]):
+    """Around a training step: an error for a number that is not finite also names the images (`name_of` their batch["index"]) and leaves the batch in
+    the output folder. The same command goes on from the last checkpoint and, as everything is seeded, arrives there again."""
+    try:
+        yield
+    except FloatingPointError as error:
+        files = [name_of(int(i)) for batch in batches for i in batch["index"]]
+        path = out / f"nonfinite-step{step}-rank{rank()}.pt"
+        with replacing(path) as file:
+            torch.save({"step": step, "error": str(error), "files": files, "batches": batches}, file)
+        reason = str(error).removeprefix(f"step {step}: ")
+        shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+        raise FloatingPointError(f"step {step}: {reason}; images of this process: {shown}; its batch is kept in {path}, and the last checkpoint is "
+                                 "untouched") from error

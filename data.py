@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as TF
 
-from common import UserError, printable, say, world_size
+from common import STOP_SIGNALS, UserError, printable, say, world_size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -889,13 +890,15 @@ class StepSampler:
 
 
 def collate(samples: list[dict]) -> dict:
-    """[{"image" [3, h, w], "target", "skipped"}] -> images [B, 3, H, W] zero-padded bottom/right, mask bool [B, H, W] True = padding, lists."""
+    """[{"image" [3, h, w], "target", "skipped", "index" if known}] -> images [B, 3, H, W] zero-padded bottom/right, mask bool [B, H, W] True =
+    padding, lists."""
     heights, widths = zip(*(s["image"].shape[-2:] for s in samples))
     images = samples[0]["image"].new_zeros(len(samples), 3, max(heights), max(widths))
     mask = torch.ones(len(samples), max(heights), max(widths), dtype=torch.bool)
     for k, (sample, h, w) in enumerate(zip(samples, heights, widths)):
         images[k, :, :h, :w], mask[k, :h, :w] = sample["image"], False
-    return {"images": images, "mask": mask, "targets": [s["target"] for s in samples], "skipped": [p for s in samples for p in s["skipped"]]}
+    return {"images": images, "mask": mask, "targets": [s["target"] for s in samples], "skipped": [p for s in samples for p in s["skipped"]],
+            **({"index": [s["index"] for s in samples]} if "index" in samples[0] else {})}
 
 
 def load_usable(source: ImageFiles | SyntheticScenes | DetectionSet, index: int, rng: np.random.Generator, skipped: list,
@@ -974,13 +977,28 @@ class _Loader(DataLoader):
             raise UserError(message)
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    for number in STOP_SIGNALS:  # a cluster sends them to every process of a job, but the main process finishes its step first
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _allow_open_files() -> None:
+    """Every tensor on its way from a loader process holds an open file, hundreds per batch: at the usual limit of 1024 a loader hangs."""
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def make_loader(dataset, sampler, *, num_workers: int, collate: Callable) -> DataLoader:
     """`sampler` gives the batches (StepSampler). Own generator: the global random state is the same with and without workers."""
+    _allow_open_files()
     return _Loader(_Guarded(dataset), batch_sampler=sampler, num_workers=num_workers, collate_fn=partial(_collate_or_error, collate),
-                   worker_init_fn=_one_thread, persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+                   worker_init_fn=_start_worker, persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
                    generator=torch.Generator())

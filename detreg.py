@@ -226,7 +226,7 @@ class RegionDataset(torch.utils.data.Dataset):
         patches = [data.cut_patch(image, box, self.cfg.patch_size, data.draw_photometric(rng, self.photometric)) for box in boxes[keep].tolist()]
         target = {"boxes": data.normalized_cxcywh(moved, (view.height, view.width)), "labels": torch.ones(len(keep), dtype=torch.int64),
                   "patches": torch.stack(patches) if patches else torch.zeros(0, 3, self.cfg.patch_size, self.cfg.patch_size)}
-        return {"image": data.to_normalized_tensor(view), "target": target, "skipped": skipped, "fallback": int(attempt == 10)}
+        return {"image": data.to_normalized_tensor(view), "target": target, "index": index, "skipped": skipped, "fallback": int(attempt == 10)}
 
 
 def jittered_full_boxes(hw: tuple[int, int], rng: np.random.Generator) -> Tensor:
@@ -369,7 +369,7 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
         for name, value in {"loss": loss, **losses}.items():
             share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
             terms[name] = terms.get(name, 0) + share * value.detach()
-    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step), device=device)
+    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step, terms), device=device)
     optimizer.step()
     return terms
 
@@ -491,7 +491,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     indices, held_out = data.hold_out(source, cfg.probe_images if cfg.data != "synthetic" and not cfg.probe_data else 0, cfg.seed, cfg.data)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
-    state = common.open_run(cfg, "detreg")
+    identity = common.identity("detreg", len(source), source.fingerprint())
+    state = common.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
     if metrics := common.finished(out, state, total_steps):
@@ -503,14 +504,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model, descriptor = build_models(cfg)
     model, descriptor = model.to(device), descriptor.to(device)
     optimizer = common.build_optimizer(cfg, model)
-    start = common.restore(state, model, optimizer) if state else 0
+    start = common.restore(state, model, optimizer, cfg, target=descriptor) if state else 0
+    identity["target"] = descriptor.state_dict()
     wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
-    log, skipped, fallbacks, seen = common.Log(out, start, device), data.SkipCount(len(source)), 0, 0
+    log, skipped, fallbacks, seen = common.Log(out, start, device), data.SkipCount(len(source)), state.get("fallbacks", 0) if state else 0, 0
     common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
-    for step in bar:
+    for step in common.until_stopped(bar):
         common.seed_step(cfg.seed, step)
         wrapped.train()
         lr = common.set_lr(optimizer, common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,)))
@@ -519,16 +521,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             skipped.add(batch["skipped"])
             fallbacks += batch["fallback"]
             seen += len(batch["targets"])
-        terms = train_step(cfg, wrapped, descriptor, criterion, optimizer, micro_batches, step, device)
+        with common.keep_nonfinite(out, step, micro_batches, source.key):
+            terms = train_step(cfg, wrapped, descriptor, criterion, optimizer, micro_batches, step, device)
         if step % cfg.log_every == 0 or step == total_steps - 1:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr, fallbacks=fallbacks)
             bar.set_postfix(loss=f"{line['loss']:.2f}", box=f"{line['loss_bbox']:.3f}", z=f"{line['loss_object_embedding']:.3f}")
             seen = 0
-        if (step + 1) % cfg.save_every == 0 or step == total_steps - 1:
-            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, script="detreg")
+        if common.save_due(step + 1, total_steps, cfg.save_every):
+            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity, fallbacks=fallbacks)
 
     if fallbacks:
         common.say(f"{fallbacks} samples had no image with two proposals after ten draws and were given the full box (D9)")
+    common.share_buffers(model)
     metrics = {"steps": total_steps}
     probe_set = open_probe(cfg, source, held_out)
     if probe_set is not None:

@@ -417,7 +417,7 @@ def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
     loss, terms = dupr_loss(cfg, queries, keys, module.queues, valid, num_valid)                              # against the queues as they were
     optimizer.zero_grad()
     loss.backward()
-    norm = common.finite_gradient_norm(model, 0, loss.item(), step)
+    norm = common.finite_gradient_norm(model, 0, loss.item(), step, terms)
     module.enqueue(keys, draw_positions(keys, cfg.queued_patches))
     optimizer.step()
     return {"loss": loss.detach(), **terms, "no_overlap": (~valid).float().mean(), "grad_norm": torch.tensor(norm, device=device)}
@@ -541,7 +541,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     source, indices, probe_source, held_out = data.open_pretraining(cfg)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
-    state = common.open_run(cfg, "dupr")
+    identity = common.identity("dupr", len(source), source.fingerprint())
+    state = common.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
     if metrics := common.finished(out, state, total_steps):
@@ -552,28 +553,30 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = build_model(cfg).to(device)
     optimizer = torch.optim.SGD([{"params": list(model.encoder_q.parameters()), "base_lr": cfg.lr}], cfg.lr, momentum=cfg.sgd_momentum,
                                 weight_decay=cfg.weight_decay)
-    start = common.restore(state, model, optimizer) if state else 0
+    start = common.restore(state, model, optimizer, cfg, sync_bn=False) if state else 0
     wrapped = common.wrap_model(model, device, sync_bn=False)                # D11
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
     log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(source)), 0
     common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
-    for step in bar:
+    for step in common.until_stopped(bar):
         common.seed_step(cfg.seed, step)
         wrapped.train()
         lr = common.set_lr(optimizer, lr_factor(cfg, step, steps_per_epoch))
         batch = next(batches)
         skipped.add(batch["skipped"])
         seen += len(batch["index"])
-        terms = train_step(cfg, wrapped, optimizer, batch, step, device)
+        with common.keep_nonfinite(out, step, [batch], source.key):
+            terms = train_step(cfg, wrapped, optimizer, batch, step, device)
         if step % cfg.log_every == 0 or step == total_steps - 1:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
             bar.set_postfix(loss=f"{line['loss']:.2f}", **{k.replace("_conv", ""): f"{v:.2f}" for k, v in line.items() if k.endswith("conv5")})
             seen = 0
-        if (step + 1) % cfg.save_every == 0 or step == total_steps - 1:
-            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, script="dupr")
+        if common.save_due(step + 1, total_steps, cfg.save_every):
+            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
 
+    common.share_buffers(model)
     metrics = {"steps": total_steps}
     if len(held_out):
         metrics |= probe(cfg, model, probe_source, held_out, device)

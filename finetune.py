@@ -59,6 +59,7 @@ from __future__ import annotations
 import common  # first: it tells OpenMP how to wait before torch is loaded
 
 import dataclasses
+import hashlib
 import itertools
 import sys
 import typing
@@ -259,7 +260,7 @@ class LabelledDataset(torch.utils.data.Dataset):
             masks = data.apply_geometry_to_masks(self.labelled.masks(index)[use], geometry)[keep]
             seen = masks.flatten(1).sum(1) > 0
             target = {k: v[seen] for k, v in {**target, "masks": masks}.items()}
-        return {"image": data.to_normalized_tensor(view), "target": target, "skipped": skipped}
+        return {"image": data.to_normalized_tensor(view), "target": target, "index": index, "skipped": skipped}
 
     def __len__(self) -> int:
         return len(self.labelled)
@@ -517,7 +518,7 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | N
         for name, value in {"loss": loss, **losses}.items():
             share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
             terms[name] = terms.get(name, 0) + share * value.detach()
-    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step), device=device)
+    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step, terms), device=device)
     optimizer.step()
     return terms
 
@@ -654,7 +655,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(train_set), cfg.batch_size, 1, **sampler_args)      # complains about sizes before anything is written
-    out, run = Path(cfg.out), common.open_run(cfg, "finetune")
+    identity = common.identity("finetune", len(train_set), fingerprint(train_set))
+    out, run = Path(cfg.out), common.open_run(cfg, **identity)
     steps_per_epoch = len(train_set) // cfg.batch_size
     total_steps = min(run_length(cfg, steps_per_epoch), cfg.max_steps or sys.maxsize)
     if metrics := common.finished(out, run, total_steps):
@@ -664,14 +666,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         freeze(model)
     model = model.to(device)
     optimizer = build_optimizer(cfg, model)
-    start = common.restore(run, model, optimizer) if run else 0
+    start = common.restore(run, model, optimizer, cfg) if run else 0
     wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
     sampler = data.StepSampler(len(train_set), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(LabelledDataset(cfg, train_set), sampler, num_workers=cfg.num_workers, collate=data.collate))
     log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(train_set)), 0
     common.tell_plan(cfg, len(train_set), f"labelled images of {len(mapped)} categories", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="fine-tuning")
-    for step in bar:
+    for step in common.until_stopped(bar):
         common.seed_step(cfg.seed, step)
         train_mode(cfg, wrapped)
         lr = common.set_lr(optimizer, lr_factor(cfg, step, steps_per_epoch))
@@ -679,21 +681,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for batch in micro_batches:
             skipped.add(batch["skipped"])
             seen += len(batch["targets"])
-        terms = train_step(cfg, wrapped, criterion, optimizer, micro_batches, step, device)
+        with common.keep_nonfinite(out, step, micro_batches, lambda i: str(train_set.records[i].image)):
+            terms = train_step(cfg, wrapped, criterion, optimizer, micro_batches, step, device)
         if step % cfg.log_every == 0 or step == total_steps - 1:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
             bar.set_postfix({k.removeprefix("loss_"): f"{line[k]:.3f}" for k in list(terms)[:3]})
             seen = 0
-        if (step + 1) % cfg.save_every == 0 or step == total_steps - 1:
-            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, script="finetune", categories=train_set.categories)
+        if common.save_due(step + 1, total_steps, cfg.save_every):
+            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity, categories=train_set.categories)
         epoch, rest = divmod(step + 1, steps_per_epoch)
         if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step < total_steps - 1:
+            common.share_buffers(model)
             moving = precise_bn(cfg, model, train_set, device)
             metrics = evaluate(cfg, model, mapped, test_set, device, write=False)
             model.load_state_dict(moving, strict=False)                      # a resumed run has not seen this evaluation
             common.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float)))
+    common.share_buffers(model)
     if precise_bn(cfg, model, train_set, device):                            # what was evaluated is what is saved (released)
-        common.save_checkpoint(out / "last.pt", model, optimizer, total_steps, cfg, script="finetune", categories=train_set.categories)
+        common.save_checkpoint(out / "last.pt", model, optimizer, total_steps, cfg, **identity, categories=train_set.categories)
     skipped.tell()
     return finish(cfg, evaluate(cfg, model, mapped, test_set, device, write=True) | {"steps": total_steps})
 
@@ -737,6 +742,16 @@ def open_sets(cfg: Config) -> tuple[data.DetectionSet, data.DetectionSet]:
     for note in dict.fromkeys([*train_set.notes, *test_set.notes]):
         common.say(f"note: {note}")
     return train_set, test_set
+
+
+def fingerprint(labelled: data.DetectionSet) -> str:
+    """sha256 over the names of the images and all their boxes and labels, in order."""
+    digest = hashlib.sha256()
+    for r in labelled.records:
+        digest.update(f"{Path(str(r.image)).name} {r.id} {r.hw}".encode("utf-8", "surrogateescape"))
+        for part in (r.boxes, r.labels, r.crowd):
+            digest.update(part.tobytes())
+    return digest.hexdigest()
 
 
 def finish(cfg: Config, metrics: dict[str, Any]) -> dict[str, Any]:

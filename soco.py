@@ -618,7 +618,7 @@ def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
     loss, terms = soco_loss(pairs, corres)
     optimizer.zero_grad()
     loss.backward()
-    norm = common.finite_gradient_norm(model, 0, loss.item(), step)
+    norm = common.finite_gradient_norm(model, 0, loss.item(), step, terms)
     optimizer.step()
     matched = corres.sum((1, 2, 3)).mean() / len(views[1:])
     return {"loss": loss.detach(), **terms, "pairs": matched, "grad_norm": torch.tensor(norm, device=device)}
@@ -751,7 +751,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     source, indices, probe_source, held_out = data.open_pretraining(cfg)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
-    state = common.open_run(cfg, "soco")
+    identity = common.identity("soco", len(source), source.fingerprint())
+    state = common.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
     if metrics := common.finished(out, state, total_steps):
@@ -763,7 +764,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = build_model(cfg).to(device)
     base_lr = cfg.lr * cfg.batch_size / 256
     optimizer = LARS([{**group, "base_lr": base_lr} for group in lars_groups(model, cfg.weight_decay)], base_lr, cfg.sgd_momentum, trust=cfg.trust)
-    start = common.restore(state, model, optimizer) if state else 0
+    start = common.restore(state, model, optimizer, cfg) if state else 0
     wrapped = common.wrap_model(model, device)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
@@ -771,7 +772,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     momentum_steps = ema_steps(len(indices), cfg.batch_size, cfg.epochs)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
-    for step in bar:
+    for step in common.until_stopped(bar):
         common.seed_step(cfg.seed, step)
         wrapped.train()
         lr = common.set_lr(optimizer, lr_at(step, 1.0, steps_per_epoch, cfg.epochs, cfg.warmup_epochs, cfg.lr_min / base_lr))
@@ -779,14 +780,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         batch = next(batches)
         skipped.add(batch["skipped"])
         seen += len(batch["index"])
-        terms = train_step(cfg, wrapped, optimizer, batch, momentum, step, device)
+        with common.keep_nonfinite(out, step, [batch], source.key):
+            terms = train_step(cfg, wrapped, optimizer, batch, momentum, step, device)
         if step % cfg.log_every == 0 or step == total_steps - 1:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr, momentum=momentum)
             bar.set_postfix(loss=f"{line['loss']:.2f}", pairs=f"{line['pairs']:.1f}")
             seen = 0
-        if (step + 1) % cfg.save_every == 0 or step == total_steps - 1:
-            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, script="soco")
+        if common.save_due(step + 1, total_steps, cfg.save_every):
+            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
 
+    common.share_buffers(model)
     metrics = {"steps": total_steps}
     if len(held_out):
         metrics |= probe(cfg, model, probe_source, held_out, device)

@@ -210,7 +210,7 @@ class PatchDataset(torch.utils.data.Dataset):
         view, moved, _ = data.apply_geometry(image, torch.from_numpy(boxes).float(), geometry)
         target = {"boxes": data.normalized_cxcywh(moved, (view.height, view.width)), "labels": torch.ones(len(boxes), dtype=torch.int64),
                   "patches": torch.stack(patches), "index": torch.tensor(index)}
-        return {"image": data.to_normalized_tensor(view), "target": target, "skipped": skipped}
+        return {"image": data.to_normalized_tensor(view), "target": target, "index": index, "skipped": skipped}
 
 
 # ==== 3. Model ====
@@ -320,7 +320,7 @@ def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None,
         for name, value in {"loss": loss, **losses}.items():
             share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
             terms[name] = terms.get(name, 0) + share * value.detach()
-    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step), device=device)
+    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step, terms), device=device)
     optimizer.step()
     return terms
 
@@ -386,7 +386,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     source, indices, probe_source, held_out = data.open_pretraining(cfg)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
-    state = common.open_run(cfg, "updetr")
+    identity = common.identity("updetr", len(source), source.fingerprint())
+    state = common.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
     if metrics := common.finished(out, state, total_steps):
@@ -397,14 +398,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model, target_backbone = build_models(cfg)
     model, target_backbone = model.to(device), target_backbone.to(device) if target_backbone else None
     optimizer = common.build_optimizer(cfg, model)
-    start = common.restore(state, model, optimizer) if state else 0
+    start = common.restore(state, model, optimizer, cfg, target=target_backbone) if state else 0
+    if target_backbone:
+        identity["target"] = target_backbone.state_dict()
     wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=data.collate))
     log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(source)), 0
     common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
-    for step in bar:
+    for step in common.until_stopped(bar):
         common.seed_step(cfg.seed, step)
         wrapped.train()
         lr = common.set_lr(optimizer, common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,)))
@@ -412,14 +415,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for batch in micro_batches:
             skipped.add(batch["skipped"])
             seen += len(batch["targets"])
-        terms = train_step(cfg, wrapped, target_backbone, criterion, optimizer, micro_batches, step, device)
+        with common.keep_nonfinite(out, step, micro_batches, source.key):
+            terms = train_step(cfg, wrapped, target_backbone, criterion, optimizer, micro_batches, step, device)
         if step % cfg.log_every == 0 or step == total_steps - 1:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
             bar.set_postfix(loss=f"{line['loss']:.2f}", box=f"{line['loss_bbox']:.3f}", giou=f"{line['loss_giou']:.3f}")
             seen = 0
-        if (step + 1) % cfg.save_every == 0 or step == total_steps - 1:
-            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, script="updetr")
+        if common.save_due(step + 1, total_steps, cfg.save_every):
+            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
 
+    common.share_buffers(model)
     metrics = {"steps": total_steps}
     if len(held_out):
         metrics |= probe(cfg, model, probe_source, held_out, device)
