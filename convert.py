@@ -259,6 +259,7 @@ NAMES = {"detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_det
          "mask_rcnn_c4": "Mask R-CNN (C4)", "faster_rcnn_c4": "Faster R-CNN (C4)", "retinanet_fpn": "RetinaNet", "fcos_fpn": "FCOS"}
 METHODS = {"detreg": "DETReg", "updetr": "UP-DETR", "siamese_detr": "Siamese DETR", "soco": "SoCo", "dupr": "DUPR"}         # script: paper
 RESNETS = ("backbone.0.body.", "encoder_q.", "encoder.", "backbone.body.", "")                    # where our names keep the ResNet
+RESNET_BLOCKS = {"resnet18": (False, (2, 2, 2)), "resnet34": (False, (3, 4, 6)), "resnet50": (True, (3, 4, 6)), "resnet101": (True, (3, 4, 23))}
 RES5 = "roi_heads.box_head.res5."                                                                 # where our C4 detectors keep its layer4
 
 
@@ -303,7 +304,7 @@ class Checkpoint:
             variant = " with box refinement" * arch.get("with_box_refine", False) + " (pre-norm)" * arch.get("pre_norm", False)
             words += [NAMES[arch["detector"]] + variant, f"{arch['num_queries']} queries"]
         if any(p + "layer1.0.conv1.weight" in self.state for p in RESNETS):
-            words.append(resnet_name(self.resnet(), "", self.path).replace("resnet", "ResNet-"))
+            words.append((resnet_kind(self.resnet()) or "another ResNet").replace("resnet", "ResNet-"))
         return ", ".join(words) + (f", step {self.content['step']}" if {"script", "step"} <= self.content.keys() else "")
 
     def resnet(self) -> dict[str, Tensor]:
@@ -370,14 +371,18 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
     return 1 + max(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix))
 
 
-def resnet_name(state: dict[str, Tensor], prefix: str, path: str | Path) -> str:
-    """Which ResNet lies under the names that start with `prefix`; told by its blocks. UserError when it is none of the four."""
-    kinds = {(False, (2, 2, 2)): "resnet18", (False, (3, 4, 6)): "resnet34", (True, (3, 4, 6)): "resnet50", (True, (3, 4, 23)): "resnet101"}
+def resnet_kind(state: dict[str, Tensor], prefix: str = "") -> str | None:
+    """Which ResNet lies under the names that start with `prefix`, told by its blocks; None when it is none of RESNET_BLOCKS."""
     stages = [_count(state, f"{prefix}layer{i}.") for i in (1, 2, 3) if f"{prefix}layer{i}.0.conv1.weight" in state]
-    for (bottleneck, blocks), name in kinds.items():
-        if bottleneck == (prefix + "layer1.0.conv3.weight" in state) and list(blocks[:len(stages)]) == stages != []:
-            return name
-    raise UserError(f"{path}: a checkpoint that lacks parts, or whose backbone is none of {', '.join(kinds.values())}")
+    bottleneck = prefix + "layer1.0.conv3.weight" in state
+    return next((name for name, (deep, blocks) in RESNET_BLOCKS.items() if deep == bottleneck and list(blocks[:len(stages)]) == stages != []), None)
+
+
+def resnet_name(state: dict[str, Tensor], prefix: str, path: str | Path) -> str:
+    """resnet_kind(), or a UserError."""
+    if name := resnet_kind(state, prefix):
+        return name
+    raise UserError(f"{path}: a checkpoint that lacks parts, or whose backbone is none of {', '.join(RESNET_BLOCKS)}")
 
 
 def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
