@@ -184,7 +184,7 @@ class ArrayUnpickler(pickle.Unpickler):
         found = self.ALLOWED.get(f"{re.sub('^numpy[.]_?core[.]', '', module)}.{name}")
         if found is None:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not allowed")
-        return found
+        return found if isinstance(found, type) else lambda *args: found(*args)      # a pickle can set attributes of what it names: of this one only
 
 
 # Harmless containers that released files hold beside their tensors: argparse.Namespace (DETR family, SoCo), numpy's numbers.

@@ -500,6 +500,14 @@ def test_bad_files(tmp_path, fails):
     assert (tmp_path / "ran").exists()
 
 
+def test_a_pickle_cannot_change_what_it_names(tmp_path):
+    """numpy's own functions stay as they are, whatever attributes a file sets on them."""
+    (tmp_path / "f.pkl").write_bytes(b"\x80\x02cnumpy.core.numeric\n_frombuffer\nN}X\x04\x00\x00\x00evilK\x01s\x86b.")
+    with pytest.raises(UserError, match="f.pkl: "):
+        convert.read_checkpoint(tmp_path / "f.pkl")
+    assert not hasattr(np.zeros(1).__reduce_ex__(5)[0], "evil")
+
+
 def test_damaged_bytes(tmp_path):
     """Whatever byte is damaged, the file is read or refused with one sentence; nothing else is raised."""
     files = []
