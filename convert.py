@@ -288,9 +288,11 @@ class Checkpoint:
         """The script whose pretraining it comes from: ours says so, of others the added modules tell. None: a supervised or fine-tuned model."""
         if "script" in self.content:
             return self.content["script"] if self.content["script"] in METHODS else None
-        converted = "patch2query.weight" in self.state and ("transformer.level_embed" in self.state or "class_embed.weight" not in self.state)
-        marks = {"siamese_detr": converted or "enc_head.0.projector.mlp.0.weight" in self.state, "updetr": "patch2query.weight" in self.state,
-                 "detreg": "feature_embed.layers.0.weight" in self.state, "soco": self.family.startswith("SoCo")}
+        names = self.state.keys()                                            # the released converter of Siamese DETR keeps patch2query alone
+        converted = "feature_align.layers.0.weight" not in names and ("transformer.level_embed" in names or "class_embed.weight" not in names)
+        converted &= "patch2query.weight" in names
+        marks = {"siamese_detr": converted or "enc_head.0.projector.mlp.0.weight" in names, "updetr": "patch2query.weight" in names,
+                 "detreg": "feature_embed.layers.0.weight" in names, "soco": self.family.startswith("SoCo")}
         return next((name for name, found in marks.items() if found), None)
 
     @property

@@ -379,7 +379,8 @@ def test_a_foreign_detector_of_other_parts_gives_its_resnet(tmp_path, capsys):
 # ==== The released codes ===========================================================================================
 
 @pytest.mark.parametrize(("method", "values"), (("detreg", {}), ("detreg", dict(detector="detr")), ("updetr", dict(detector="detr", pre_norm=True)),
-                                                ("siamese_detr", dict(detector="detr")), ("siamese_detr", dict(detector="conditional_detr")),
+                                                ("updetr", dict(detector="deformable_detr")), ("siamese_detr", dict(detector="detr")),
+                                                ("siamese_detr", dict(detector="conditional_detr")),
                                                 ("siamese_detr", dict(detector="deformable_detr")), ("siamese_detr",
                                                 dict(detector="deformable_detr_ss"))))
 def test_official_and_back(method, values, tmp_path):
