@@ -9,9 +9,11 @@ Boxes are `boxes_xyxy` in pixels of the image they come with, x2/y2 exclusive (w
 """
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -982,6 +984,15 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
     for number in STOP_SIGNALS:  # a cluster sends them to every process of a job, but the main process finishes its step first
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """At the end of the program. multiprocessing would do it with SIGTERM and wait, for ever after an exception that keeps its loader alive."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would call their end a failure
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _allow_open_files() -> None:
