@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import common
 from common import UserError
+from data import IMAGENET_MEAN, IMAGENET_STD
 
 # ==== 1. Tables ====
 
@@ -53,9 +54,9 @@ def rename(name: str, table: Table, back: bool = False) -> str | None:
     return None
 
 
-def renamed(state: dict[str, Tensor], table: Table, back: bool = False) -> dict[str, Tensor]:
-    """The tensors that the table knows, renamed; the others are left out."""
-    return {new: value for name, value in state.items() if (new := rename(name, table, back)) is not None}
+def renamed_back(state: dict[str, Tensor], table: Table) -> dict[str, Tensor]:
+    """Our tensors under their names; those that the table does not know are left out."""
+    return {theirs: value for name, value in state.items() if (theirs := rename(name, table, back=True)) is not None}
 
 
 # detectron2 - torchvision: a ResNet.
@@ -327,19 +328,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if family is None:
         raise UserError(f"{path}: no known kind of checkpoint; its tensors are called {', '.join(list(theirs)[:4])}, ... Known are ours and files of "
                         "DETReg, UP-DETR, Siamese DETR, SoCo, MoCo, SwAV, DETR, Conditional and Deformable DETR, detectron2, torchvision")
-    left: dict[str, list[str]] = {}
-    for name in theirs:
+    kept, left = {}, {}
+    for name, value in theirs.items():
         if name.startswith("pred_head.criterion."):
             left.setdefault("class weights of the loss", []).append(name)
         elif name in ("queue", "queue_ptr") and family == "SoCo":
             left.setdefault("a queue left over from MoCo, which SoCo's loss does not have", []).append(name)
-        elif table and rename(name, table) is None:
+        elif ours := rename(name, table) if table else name:
+            kept[ours] = value
+        else:
             left.setdefault("other modules, not needed", []).append(name)
-    kept = {k: v for k, v in theirs.items() if not any(k in names for names in left.values())}
-    state = renamed(kept, table) if table else kept
     if family.startswith("detectron2 R"):
-        state = {k: _rows(k, v, family.endswith("(C4)"), back=False) for k, v in state.items()}
-    return Checkpoint(str(path), family, _whole_heads(state), left, content)
+        kept = {k: _rows(k, v, family.endswith("(C4)"), back=False) for k, v in kept.items()}
+    return Checkpoint(str(path), family, _whole_heads(kept), left, content)
 
 
 def _whole_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -521,7 +522,7 @@ def official(found: Checkpoint) -> dict[str, Any]:
         return {"model": {f"module.{k}": v for k, v in state.items()}}
     if family.startswith(("MoCo", "DUPR")):
         moco = "v2" if "encoder_q.image_heads.conv5.2.weight" in state else "v1"
-        theirs = renamed(state, MOCO[moco], back=True)
+        theirs = renamed_back(state, MOCO[moco])
         if len(theirs) < len(state) or "queue" not in theirs or any("_heads." in k for k in theirs):
             raise UserError(f"{found.path}: DUPR's code was never released; MoCo's has image contrast at conv5 alone (--alpha 0 0 0 1 "
                             "--beta 0 0 0 0). For its ResNet give --to torchvision or detectron2")
@@ -544,7 +545,7 @@ def official(found: Checkpoint) -> dict[str, Any]:
             raise UserError(f"{found.path}: its decoder layers have heads of their own (--with_box_refine), the released code has one for all")
         state = {k: v for k, v in state.items() if k not in heads and not k.startswith("transformer.decoder.bbox_embed.")} | one
     weights = torch.tensor([1, 1, found.config.get("eos_coef", 0.1)])
-    return {"meta": {}, "state_dict": renamed(state, SIAMESE_DETR, back=True) | {"pred_head.criterion.empty_weight": weights}}
+    return {"meta": {}, "state_dict": renamed_back(state, SIAMESE_DETR) | {"pred_head.criterion.empty_weight": weights}}
 
 
 def torchvision_state(found: Checkpoint, backbone_only: bool = False) -> dict[str, Tensor]:
@@ -566,10 +567,10 @@ def detectron2_arrays(found: Checkpoint, backbone_only: bool = False) -> dict[st
         kind = "one_stage" if found.rcnn in common.ONE_STAGE else "c4" if c4 else "fpn_2fc" if "roi_heads.box_head.fc6.weight" in state else "fpn"
         if found.rcnn == "fcos_fpn":
             state = {k: v for k, v in state.items() if k.startswith("backbone.")}
-        state = renamed({k: _rows(k, v, c4, back=True) for k, v in state.items()}, RCNN_DETECTRON2[kind], back=True)
+        state = renamed_back({k: _rows(k, v, c4, back=True) for k, v in state.items()}, RCNN_DETECTRON2[kind])
     else:
         own = {k: v for k, v in found.state.items() if k.startswith(("neck.", "head."))} if found.family.startswith("SoCo") else {}
-        state = renamed({f"encoder.{k}": v for k, v in found.resnet().items()} | ({} if backbone_only else own), SOCO_DETECTRON2, back=True)
+        state = renamed_back({f"encoder.{k}": v for k, v in found.resnet().items()} | ({} if backbone_only else own), SOCO_DETECTRON2)
     return {k: v.numpy() for k, v in state.items()}
 
 
@@ -581,7 +582,7 @@ def mmdetection_state(found: Checkpoint) -> dict[str, Tensor]:
     if not found.family.startswith("SoCo"):
         raise UserError(f"{found.path}: this is a {found.what} checkpoint; --to mmdetection is for SoCo. For a ResNet MMDetection reads "
                         "torchvision's names (Pretrained, checkpoint=PATH): give --to torchvision --backbone_only")
-    return renamed({k: v for k, v in found.state.items() if k.startswith(("encoder.", "neck.", "head."))}, SOCO_MMDETECTION, back=True)
+    return renamed_back({k: v for k, v in found.state.items() if k.startswith(("encoder.", "neck.", "head."))}, SOCO_MMDETECTION)
 
 
 PRETEXT = {r"^feature_embed\.": "DETReg's embedding head, not needed", r"^patch2query\.": "projection of query patches or regions, not needed",
@@ -600,7 +601,7 @@ def hugging_face(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dic
     for key in [k for k in state if ".in_proj_" in k]:                        # queries, keys and values have a projection each
         kind = key.rsplit("_", 1)[1]
         state |= {key.replace(f"in_proj_{kind}", f"{part}_proj.{kind}"): rows for part, rows in zip("qkv", state.pop(key).chunk(3))}
-    tensors = {k: v.clone() for k, v in renamed(state, HUGGING_FACE[family], back=True).items()}
+    tensors = {k: v.clone() for k, v in renamed_back(state, HUGGING_FACE[family]).items()}
     bias = next((v for k, v in state.items() if re.fullmatch(r"class_embed\.(0\.)?bias", k)), None)
     rows = 1 if bias is None else len(bias) - (family == "detr")
     names = {0: "object"} if bias is None else class_names(found, rows)
@@ -627,8 +628,8 @@ def hugging_face(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dic
                    "decoder_n_points": 4}
     size = {"shortest_edge": found.config.get("eval_size", 800), "longest_edge": found.config.get("max_size", 1333)}
     processor = {"image_processor_type": f"{name}ImageProcessor", "format": "coco_detection", "do_resize": True, "size": size,
-                 "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406],
-                 "image_std": [0.229, 0.224, 0.225], "do_pad": True}
+                 "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": IMAGENET_MEAN,
+                 "image_std": IMAGENET_STD, "do_pad": True}
     return config, processor, tensors
 
 
@@ -670,10 +671,9 @@ def left_out(found: Checkpoint, to: str, backbone_only: bool) -> list[str]:
                 or to == "hf" and any(re.search(pattern, k) for pattern in PRETEXT)]
     if found.rcnn and not backbone_only:
         return [k for k in found.state if not k.startswith("backbone.")] if (to, found.rcnn) == ("detectron2", "fcos_fpn") else []
-    prefix = next(p for p in RESNETS if p + "conv1.weight" in found.state)
-    kept = tuple(prefix + part for part in ("conv1", "bn1", "layer")) + (RES5 + "layer4.",)
-    kept += () if backbone_only or not found.family.startswith("SoCo") else ("neck.", "head.")
-    return [k for k in found.state if not k.startswith(kept)]
+    trunk = {id(v) for v in found.resnet().values()}
+    more = () if backbone_only or not found.family.startswith("SoCo") else ("neck.", "head.")
+    return [k for k, v in found.state.items() if id(v) not in trunk and not k.startswith(more)]
 
 
 def main(argv: list[str] | None = None) -> str:

@@ -992,11 +992,12 @@ def _end_workers() -> None:
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would call their end a failure
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:  # as loader processes are; a program's others are its own affair
+            process.kill()
 
 
 def _allow_open_files() -> None:
-    """Every tensor on its way from a loader process holds an open file, hundreds per batch: at the usual limit of 1024 a loader hangs."""
+    """Every tensor on its way from a loader process holds an open file, hundreds per batch: where they run out (seen at a limit of 128) it hangs."""
     try:
         import resource  # absent on Windows
     except ImportError:

@@ -31,6 +31,12 @@ from conftest import ROOT, small_config
 CATEGORIES = [{"id": 3, "name": "cell"}, {"id": 7, "name": "platelet"}, {"id": 9, "name": "cat"}]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same starts whatever ran before: models whose outputs differ enough for same_predictions()."""
+    torch.manual_seed(5)
+
+
 def stirred(model, seed=0):
     """Random weights and statistics under which queries, images and padding make a difference."""
     generator = torch.Generator().manual_seed(seed)
@@ -145,10 +151,7 @@ def test_hugging_face_sees_what_we_see(tmp_path):
     model = finetuned(tmp_path / "last.pt", detector="deformable_detr", eval_size=96, max_size=140)
     convert.main([str(tmp_path / "last.pt"), "--to", "hf", "--out", str(tmp_path / "hf")])
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
-    scene = data.open_images("synthetic", None, synthetic_images=1, synthetic_size=200)
-    image = scene.load(0) if hasattr(scene, "load") else scene[0]
-    image = image if isinstance(image, Image.Image) else image[0]
-    image = image.resize((300, 220))
+    image = data.open_images("synthetic", None, synthetic_images=1, synthetic_size=200).load(0).resize((300, 220))
     h, w = data.resized_hw((220, 300), 96, 140)
     ours = data.to_normalized_tensor(image.resize((w, h), Image.Resampling.BILINEAR))[None]
     theirs = processor(images=image, return_tensors="pt")
@@ -176,7 +179,7 @@ def test_hugging_face_of_a_pretraining(method, values, tmp_path, capsys):
     theirs = hugging_face(tmp_path / "hf")
     sigmoid = values["detector"] != "detr"
     rows = 2 if method == "detreg" or not sigmoid else 3
-    assert theirs.config.id2label == {0: "unused 0", 1: "object", 2: "unused 2"} | {} if rows == 3 else {0: "unused 0", 1: "object"}
+    assert theirs.config.id2label == {row: "object" if row == 1 else f"unused {row}" for row in range(rows)}
     found = convert.open_checkpoint(tmp_path / "last.pt")
     cfg = dataclasses.replace(finetune.Config(nheads=4), **convert.architecture(found.state, "FILE"))
     ours = common.build_detector(cfg, rows + (not sigmoid), focal=sigmoid).eval()
@@ -381,8 +384,8 @@ def test_a_foreign_detector_of_other_parts_gives_its_resnet(tmp_path, capsys):
 @pytest.mark.parametrize(("method", "values"), (("detreg", {}), ("detreg", dict(detector="detr")), ("updetr", dict(detector="detr", pre_norm=True)),
                                                 ("updetr", dict(detector="deformable_detr")), ("siamese_detr", dict(detector="detr")),
                                                 ("siamese_detr", dict(detector="conditional_detr")),
-                                                ("siamese_detr", dict(detector="deformable_detr")), ("siamese_detr",
-                                                dict(detector="deformable_detr_ss"))))
+                                                ("siamese_detr", dict(detector="deformable_detr")),
+                                                ("siamese_detr", dict(detector="deformable_detr_ss"))))
 def test_official_and_back(method, values, tmp_path):
     """Ours -> the released code's file -> ours: the same model, recognised as the same method."""
     model = pretrained(tmp_path / "last.pt", method, **values)
