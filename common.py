@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import inspect
 import json
 import math
@@ -38,6 +39,7 @@ from typing import Any, Callable, Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # read when torch is loaded: threads must not spin for long on cores the loader needs
 
 import numpy as np
+import scipy.sparse
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -56,6 +58,11 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_convert, generalized_box_iou, roi_align, sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from tqdm import tqdm
+
+try:
+    import deformops.registry                             # optional: see deformable_attention_for
+except ImportError:
+    deformops = None
 
 
 # ==== Command line =================================================================================================
@@ -855,7 +862,7 @@ class ConditionalTransformer(DETRTransformer):
 # ==== Deformable DETR ==============================================================================================
 
 def multi_scale_deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples (Deformable DETR, Eq. 3), without a compiled operator.
+    """Weighted sum of bilinear samples (Deformable DETR, Eq. 3), without a compiled operator: what the forms below must equal.
 
     value [B, S, M, D]; shapes (H_l, W_l) per level; locations [B, Q, M, L, P, 2] as (x, y), 0..1 spans a level's map, outside counts as zero;
     weights [B, Q, M, L, P]. Returns [B, Q, M * D]. Levels are accumulated one by one: the samples of all levels never exist together.
@@ -872,6 +879,78 @@ def multi_scale_deformable_attention(value: Tensor, shapes: list[tuple[int, int]
         output = output + (samples * weights[:, :, :, level]).sum(-1)         # [B*M, D, Q]
         start += H * W
     return output.view(B, M * D, Q).transpose(1, 2)
+
+
+def deformable_attention_on_cpu(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """The same by four times the speed and half the memory (benchmarks/attention.py): bilinear samples are four neighbours each, so a query's output
+    is a weighted sum of 4 L P rows of `value`, and all queries together are its product with a sparse matrix. No sample is ever written down."""
+    B, S, M, D = value.shape
+    Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
+    height, width = (torch.tensor(side).repeat_interleave(P) for side in zip(*shapes))                   # [L*P]
+    start = (torch.tensor([0] + [h * w for h, w in shapes[:-1]]).cumsum(0).repeat_interleave(P) * M).int()
+    first = (torch.arange(B)[:, None, None] * (S * M) + torch.arange(M)).expand(B, Q, M).reshape(-1, 1).int()
+
+    def neighbours(fraction: Tensor, side: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(cell, share of the sample), of the cell below a coordinate and of the one above; a cell outside has no share. [B*Q*M, L*P] each"""
+        place = fraction.reshape(-1, L * P) * side - 0.5
+        low = place.detach().floor()
+        cells, shares = (low, low + 1), (1 - (place - low), place - low)
+        inside = [cell.clamp(min=0).minimum(side - 1) for cell in cells]
+        return [(i.int(), share * (i == cell)) for i, cell, share in zip(inside, cells, shares)]
+
+    columns = neighbours(locations[..., 0], width.to(locations))
+    index, weight = [], []
+    for y, share_y in neighbours(locations[..., 1], height.to(locations)):
+        row, share = first + start + y * (width * M).int(), share_y * weights.reshape(-1, L * P)
+        for x, share_x in columns:
+            index.append(row + x * M)                                         # of value as [B*S*M, D]
+            weight.append(share * share_x)
+    return WeightedRows.apply(value.reshape(-1, D), torch.cat(index, 1), torch.cat(weight, 1)).view(B, Q, M * D)
+
+
+class WeightedRows(torch.autograd.Function):
+    """output[i] = sum over k of weight[i, k] * rows[index[i, k]]: rows [N, D], index int32 [n, K], weight [n, K] -> [n, D]. On CPU.
+
+    PyTorch's own backward of the same sum, embedding_bag's, sorts all indices and takes ten times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, index, weight)
+        return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        rows, index, weight = ctx.saved_tensors
+        (n, k), grad, index = index.shape, grad.contiguous(), index.flatten()
+        ends = torch.arange(0, n * k + 1, k, dtype=torch.int32)               # the matrix has k entries in every row
+        matrix = scipy.sparse.csr_array((weight.flatten().numpy(), index.numpy(), ends.numpy()), shape=(n, len(rows)))
+        pattern = torch.sparse_csr_tensor(ends, index, torch.zeros_like(weight).flatten(), matrix.shape, check_invariants=False)
+        products = torch.sparse.sampled_addmm(pattern, grad, rows.t(), beta=0.0)              # grad[i] . rows[index[i, k]] and no other pair
+        return torch.from_numpy(matrix.T @ grad.numpy()), None, products.values().view(n, k)
+
+
+@functools.cache
+def level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """[L, 2] (H_l, W_l) on the device. Copying it there waits for the device: once for every shape, not in every layer."""
+    return torch.tensor(shapes, device=device)
+
+
+def deformable_attention_by_deformops(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """The same by the Triton kernels of the package deformops."""
+    table = level_table(tuple(shapes), value.device)
+    return deformops.registry.msda(value, table, table.prod(1).cumsum(0) - table.prod(1), locations, weights)
+
+
+def deformable_attention_for(device: torch.device) -> Callable[..., Tensor]:
+    """The fastest form there is for a device. CUDA: the Triton kernels of the package deformops (MIT, Python >= 3.12) where it is installed; else, as
+    on all other devices, the first form, which --compile compiles. Nothing has to be built."""
+    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda"):
+        return multi_scale_deformable_attention
+    if device.type == "cpu":
+        return deformable_attention_on_cpu
+    return deformable_attention_by_deformops if deformops else multi_scale_deformable_attention
 
 
 class MSDeformAttn(nn.Module):
@@ -913,11 +992,12 @@ class MSDeformAttn(nn.Module):
             offsets = self.sampling_offsets(query.float()).view(B, Q, M, L, P, 2)
             weights = self.attention_weights(query.float()).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
             if reference_points.shape[-1] == 2:
-                size = torch.tensor([(w, h) for h, w in shapes], device=query.device, dtype=offsets.dtype)
+                size = level_table(tuple(shapes), query.device).flip(1).to(offsets)           # (W_l, H_l)
                 locations = reference_points[:, :, None, :, None] + offsets / size[:, None]
             else:                                                             # a box: offsets are measured in half its size
                 locations = reference_points[:, :, None, :, None, :2] + offsets / P * reference_points[:, :, None, :, None, 2:] * 0.5
-            sampled = multi_scale_deformable_attention(value.float().unflatten(-1, (M, -1)), shapes, locations, weights)
+            attend = deformable_attention_for(value.device)
+            sampled = attend(value.float().unflatten(-1, (M, -1)), shapes, locations, weights)
         return self.output_proj(sampled)
 
 
