@@ -30,6 +30,7 @@ import traceback
 import types
 import typing
 import urllib.error
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -55,10 +56,13 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, box_convert, generalized_box_iou, roi_align, sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from tqdm import tqdm
 
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")        # of dimensions of length 1, where strides mean nothing
 try:
     import deformops.registry                             # optional: see deformable_attention_for
 except ImportError:
@@ -264,18 +268,23 @@ def read_word() -> tuple[int, str] | None:
     return int(code), f"ended because of {text}"
 
 
-def wrap_model(model: nn.Module, device: torch.device, *, sync_bn: bool = True) -> nn.Module:
+def wrap_model(model: nn.Module, device: torch.device, *, sync_bn: bool = True, compiled: bool = False) -> nn.Module:
     """DistributedDataParallel at world size > 1, after turning trained BatchNorm into SyncBatchNorm where CUDA is (it raises on CPU).
 
     sync_bn False: BatchNorm keeps the statistics of each process. Buffers are never sent around: those that must agree are computed alike.
+    compiled: the layers of the transformer and the blocks of a ResNet whose norms learn, by torch.compile, once for all that are alike and for images
+    of any size.
     """
+    if world_size() > 1 and device.type == "cuda" and sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules() if compiled else ():
+        if isinstance(module, (DETREncoderLayer, ConditionalDecoderLayer, DeformableEncoderLayer, DeformableDecoderLayer, BasicBlock, Bottleneck)):
+            module.compile(dynamic=True)
     if world_size() == 1:
         return model
-    if device.type == "cuda" and sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = nn.parallel.DistributedDataParallel
     buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in inspect.signature(ddp).parameters)  # renamed in torch 2.15
-    return ddp(model, device_ids=[device] if device.type == "cuda" else None, **{buffers: False})
+    return ddp(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **{buffers: False})
 
 
 def gradient_sync(model: nn.Module, last_micro_batch: bool):
@@ -286,6 +295,17 @@ def gradient_sync(model: nn.Module, last_micro_batch: bool):
 def autocast(device: torch.device, amp: str):
     """bf16 needs no loss scaling; boxes, sampling locations, matching and losses stay fp32 inside (practice.md 3.3)."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
+@functools.cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """A few numbers on the device. Copying waits for all that it has to do: so once, not in every step."""
+    return torch.tensor(values, device=device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor made on the host, to the device, without waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -601,6 +621,7 @@ class Backbone(nn.Module):
         learning = ("layer4", "layer3", "layer2", "layer1", "conv1")[:trainable] + (("bn1",) if trainable == 5 else ())
         for name, parameter in self.body.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in learning)
+        self.body.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> Backbone:
         """A backbone of which nothing learns stays in evaluation mode: its BatchNorm statistics are constant too."""
@@ -611,13 +632,38 @@ class Backbone(nn.Module):
 
 
 def run_stages(stages: Iterable[tuple[str, nn.Module]], images: Tensor, layers: tuple[str, ...]) -> list[Tensor]:
-    """Run modules one after another; the outputs of those called `layers`."""
-    x, outputs = images, []
+    """Run a ResNet's children one after another; the outputs of those called `layers`. Channels last in memory: a quarter less time on CPU."""
+    x, outputs = images.contiguous(memory_format=torch.channels_last), []
     for name, stage in stages:
-        x = stage(x)
+        if name == "conv1":
+            stem = stage                                                      # waits for its norm
+        elif name == "bn1":
+            x = convolve(x, stem, stage)
+        else:
+            for block in stage if isinstance(stage, nn.Sequential) else [stage]:
+                frozen = isinstance(getattr(block, "bn1", None), FrozenBatchNorm2d)
+                x = residual_block(x, block) if frozen else block(x)
         if name in layers:
             outputs.append(x)
     return outputs
+
+
+def residual_block(x: Tensor, block: nn.Module) -> Tensor:
+    """torchvision's BasicBlock or Bottleneck with frozen norms: relu(x + f(x)), f of two or three convolutions; x too is convolved where its shape
+    changes."""
+    y, last = x, 3 if isinstance(block, Bottleneck) else 2
+    for i in range(1, last + 1):
+        y = convolve(y, getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
+        y = F.relu(y, inplace=True) if i < last else y
+    return F.relu(y + (convolve(x, *block.downsample) if block.downsample is not None else x), inplace=True)
+
+
+def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """norm(conv(x)). A frozen norm is a scale and a shift, and goes into the convolution's weights: two passes over the map fewer."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale, conv.stride, conv.padding)
 
 
 BACKBONE_URLS = {
@@ -881,6 +927,7 @@ def multi_scale_deformable_attention(value: Tensor, shapes: list[tuple[int, int]
     return output.view(B, M * D, Q).transpose(1, 2)
 
 
+@torch.compiler.disable                                  # its sparse products are not for the compiler
 def deformable_attention_on_cpu(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """The same by four times the speed and half the memory (benchmarks/attention.py): bilinear samples are four neighbours each, so a query's output
     is a weighted sum of 4 L P rows of `value`, and all queries together are its product with a sparse matrix. No sample is ever written down."""
@@ -923,34 +970,29 @@ class WeightedRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         rows, index, weight = ctx.saved_tensors
-        (n, k), grad, index = index.shape, grad.contiguous(), index.flatten()
+        (n, k), grad = index.shape, grad.contiguous()
         ends = torch.arange(0, n * k + 1, k, dtype=torch.int32)               # the matrix has k entries in every row
-        matrix = scipy.sparse.csr_array((weight.flatten().numpy(), index.numpy(), ends.numpy()), shape=(n, len(rows)))
-        pattern = torch.sparse_csr_tensor(ends, index, torch.zeros_like(weight).flatten(), matrix.shape, check_invariants=False)
-        products = torch.sparse.sampled_addmm(pattern, grad, rows.t(), beta=0.0)              # grad[i] . rows[index[i, k]] and no other pair
-        return torch.from_numpy(matrix.T @ grad.numpy()), None, products.values().view(n, k)
-
-
-@functools.cache
-def level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """[L, 2] (H_l, W_l) on the device. Copying it there waits for the device: once for every shape, not in every layer."""
-    return torch.tensor(shapes, device=device)
+        matrix = scipy.sparse.csr_array((weight.flatten().numpy(), index.flatten().numpy(), ends.numpy()), shape=(n, len(rows)))
+        if k > len(rows):                                                     # fewer rows than neighbours: sampled_addmm refuses such a matrix
+            products = (grad @ rows.t()).gather(1, index.long())
+        else:                                                                 # grad[i] . rows[index[i, k]] and no other pair
+            pattern = torch.sparse_csr_tensor(ends, index.flatten(), torch.zeros_like(weight).flatten(), matrix.shape, check_invariants=False)
+            products = torch.sparse.sampled_addmm(pattern, grad, rows.t(), beta=0.0).values().view(n, k)
+        return torch.from_numpy(matrix.T @ grad.numpy()), None, products
 
 
 def deformable_attention_by_deformops(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """The same by the Triton kernels of the package deformops."""
-    table = level_table(tuple(shapes), value.device)
+    table = constant(tuple(shapes), value.device)
     return deformops.registry.msda(value, table, table.prod(1).cumsum(0) - table.prod(1), locations, weights)
 
 
 def deformable_attention_for(device: torch.device) -> Callable[..., Tensor]:
     """The fastest form there is for a device. CUDA: the Triton kernels of the package deformops (MIT, Python >= 3.12) where it is installed; else, as
     on all other devices, the first form, which --compile compiles. Nothing has to be built."""
-    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda"):
-        return multi_scale_deformable_attention
     if device.type == "cpu":
         return deformable_attention_on_cpu
-    return deformable_attention_by_deformops if deformops else multi_scale_deformable_attention
+    return deformable_attention_by_deformops if deformops and device.type == "cuda" else multi_scale_deformable_attention
 
 
 class MSDeformAttn(nn.Module):
@@ -992,7 +1034,7 @@ class MSDeformAttn(nn.Module):
             offsets = self.sampling_offsets(query.float()).view(B, Q, M, L, P, 2)
             weights = self.attention_weights(query.float()).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
             if reference_points.shape[-1] == 2:
-                size = level_table(tuple(shapes), query.device).flip(1).to(offsets)           # (W_l, H_l)
+                size = constant(tuple(shapes), query.device).flip(1).to(offsets)           # (W_l, H_l)
                 locations = reference_points[:, :, None, :, None] + offsets / size[:, None]
             else:                                                             # a box: offsets are measured in half its size
                 locations = reference_points[:, :, None, :, None, :2] + offsets / P * reference_points[:, :, None, :, None, 2:] * 0.5
@@ -1535,25 +1577,28 @@ class HungarianMatcher:
             matrices.append(self.cost_class * class_cost + self.cost_bbox * l1 - self.cost_giou * giou)
         return matrices
 
-    def __call__(self, outputs: dict[str, Tensor], targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
-        """Per image (query indices ascending, target indices), int64 on the outputs' device; min(Q, n) pairs."""
-        costs = self.costs(outputs, targets)
-        flat = torch.cat([c.flatten() for c in costs]).cpu()                  # one transfer from the device
-        if not flat.isfinite().all():
+    def __call__(self, layers: list[dict[str, Tensor]], targets: list[dict]) -> list[list[tuple[Tensor, Tensor]]]:
+        """Per decoder layer, per image: (query indices ascending, target indices), int64 on the outputs' device; min(Q, n) pairs.
+
+        What a query costs does not depend on the others, so all layers' queries are compared side by side, and one transfer brings all costs of a
+        step from the device, one brings all pairs back.
+        """
+        costs = self.costs({k: torch.cat([layer[k] for layer in layers], 1) for k in ("pred_logits", "pred_boxes")}, targets)
+        costs = [cost.unflatten(0, (len(layers), len(cost) // len(layers))) for cost in costs]   # per image [layers, Q, n]
+        flat = torch.cat([c.flatten() for c in costs]).cpu()
+        if not np.isfinite(flat.numpy()).all():
             raise FloatingPointError("the matching cost is not finite: the model's outputs have become NaN or infinite")
-        device, pairs = costs[0].device, []
-        for cost in flat.split([c.numel() for c in costs]):
-            index = len(pairs)
-            query, target = linear_sum_assignment(cost.view(costs[index].shape).numpy())
-            pairs.append((torch.as_tensor(query, device=device), torch.as_tensor(target, device=device)))
-        return pairs
+        costs_on_cpu = [part.view(c.shape).numpy() for part, c in zip(flat.split([c.numel() for c in costs]), costs)]
+        solved = [indices for layer in range(len(layers)) for cost in costs_on_cpu for indices in linear_sum_assignment(cost[layer])]
+        moved = send(torch.from_numpy(np.concatenate(solved)), costs[0].device).split([len(indices) for indices in solved])
+        pairs = list(zip(moved[0::2], moved[1::2]))
+        return [pairs[i:i + len(targets)] for i in range(0, len(pairs), len(targets))]
 
 
-def normalizer(count: float, device: torch.device) -> float:
+def normalizer(count: float, device: torch.device) -> Tensor:
     """What a process divides its summed loss by, so that DDP's average of gradients is the gradient of one process on the whole batch:
-    the count over all processes (at least 1) / world size."""
-    total = all_reduce_sum(torch.tensor(float(count), device=device))
-    return max(total.item(), 1.0) / world_size()
+    the count over all processes (at least 1) / world size. A tensor [] that stays on the device: nobody waits for it."""
+    return all_reduce_sum(torch.full((), float(count), device=device)).clamp(min=1) / world_size()
 
 
 class SetCriterion(nn.Module):
@@ -1581,12 +1626,13 @@ class SetCriterion(nn.Module):
         independent of how a batch is split; the released codes take the mean of each process (class_weight None below)."""
         return sum(min(n, num_queries) + self.eos_coef * max(num_queries - n, 0) for n in counts)
 
-    def forward(self, outputs: dict[str, Any], targets: list[dict], num_boxes: float, class_weight: float | None = None
+    def forward(self, outputs: dict[str, Any], targets: list[dict], num_boxes: float | Tensor, class_weight: float | Tensor | None = None
                 ) -> tuple[dict[str, Tensor], list]:
-        pairs = self.matcher(outputs, targets)
+        layers = [outputs, *outputs.get("aux_outputs", [])]
+        pairs, *aux_pairs = self.matcher(layers, targets)                     # every layer is matched anew
         losses = self.losses(outputs, targets, pairs, num_boxes, class_weight)
-        for i, aux in enumerate(outputs.get("aux_outputs", [])):              # every layer is matched anew
-            layer_losses = self.losses(aux, targets, self.matcher(aux, targets), num_boxes, class_weight)
+        for i, (aux, matched) in enumerate(zip(layers[1:], aux_pairs)):
+            layer_losses = self.losses(aux, targets, matched, num_boxes, class_weight)
             losses |= {f"{k}_{i}": v for k, v in layer_losses.items() if k != "class_error"}
         return losses, pairs
 
@@ -1612,7 +1658,8 @@ class SetCriterion(nn.Module):
             right = (logits[index].argmax(-1) == labels).float()
             losses["class_error"] = 100 - 100 * right.mean() if len(labels) else logits.new_tensor(100.0)
             counted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1).float()
-            losses["cardinality_error"] = (counted - counted.new_tensor([len(t["labels"]) for t in targets])).abs().mean()
+            given = send(torch.tensor([float(len(t["labels"])) for t in targets]), logits.device)
+            losses["cardinality_error"] = (counted - given).abs().mean()
         return losses
 
     def class_loss(self, logits: Tensor, index: tuple[Tensor, Tensor], labels: Tensor, num_boxes: float, class_weight: float | None) -> Tensor:
@@ -1677,10 +1724,15 @@ def param_groups(model: nn.Module, lr: float, lr_backbone: float, lr_linear_proj
     return groups
 
 
+def can_fuse(model: nn.Module) -> bool:
+    """May one kernel update all parameters of a group? 9 ms rather than 47 ms of the DETReg demo's step on CPU."""
+    return next(model.parameters()).device.type in ("cpu", "cuda")
+
+
 def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW as released; one kernel updates all parameters of a group (fused): 9 ms rather than 47 ms of the demo's step on CPU."""
+    """AdamW as released."""
     groups = param_groups(model, cfg.lr, cfg.lr_backbone, cfg.lr_linear_proj_mult)
-    return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=next(model.parameters()).device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=can_fuse(model))
 
 
 def build_sgd(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
@@ -1695,7 +1747,7 @@ def build_sgd(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
             group["names"].append(name)
             group["params"].append(parameter)
     groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, cfg.lr, momentum=cfg.sgd_momentum, fused=next(model.parameters()).device.type in ("cpu", "cuda"))
+    return torch.optim.SGD(groups, cfg.lr, momentum=cfg.sgd_momentum, fused=can_fuse(model))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -1713,8 +1765,9 @@ def step_schedule(step: int, steps_per_epoch: int, drop_epochs: tuple[float, ...
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, momentum: float) -> None:
     """average = m average + (1 - m) model, of parameters only: the average's BatchNorm statistics are its own (MoCo; SoCo, released)."""
-    for a, p in zip(average.parameters(), model.parameters()):
-        a.mul_(momentum).add_(p, alpha=1 - momentum)
+    averages = list(average.parameters())
+    torch._foreach_mul_(averages, momentum)                                  # all at once: two kernels, not two per parameter
+    torch._foreach_add_(averages, list(model.parameters()), alpha=1 - momentum)
 
 
 def warmup_step_schedule(step: int, total_steps: int, warmup: int, drops: tuple[float, ...]) -> float:
@@ -1723,27 +1776,53 @@ def warmup_step_schedule(step: int, total_steps: int, warmup: int, drops: tuple[
     return start * 0.1 ** sum(step >= round(drop * total_steps) for drop in drops)
 
 
-def finite_gradient_norm(model: nn.Module, max_norm: float, loss: float, step: int, terms: dict[str, Tensor] | None = None) -> float:
-    """Clip the gradient to max_norm (0 = do not clip) and return its norm before; a non-finite loss or gradient stops the run, naming `terms`."""
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm or math.inf).item()
-    if not (math.isfinite(norm) and math.isfinite(loss)):
-        values = {"loss": loss, **{k: float(v) for k, v in (terms or {}).items()}, "gradient norm": norm}
-        raise FloatingPointError(f"step {step}: not finite: " + ", ".join(f"{k} {v}" for k, v in values.items() if not math.isfinite(v)))
-    return norm
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the gradient to max_norm (0 = do not clip); returns its norm before, [] on the device."""
+    return torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm or math.inf)
 
 
-@contextlib.contextmanager
-def keep_nonfinite(out: Path, step: int, batches: list[dict], name_of: Callable[[int], str]):
-    """Around a training step: an error for a number that is not finite also names the images (`name_of` their batch["index"]) and leaves the batch in
-    the output folder. The same command goes on from the last checkpoint and, as everything is seeded, arrives there again."""
-    try:
-        yield
-    except FloatingPointError as error:
-        files = [name_of(int(i)) for batch in batches for i in batch["index"]]
-        path = out / f"nonfinite-step{step}-rank{rank()}.pt"
+class FiniteWatch:
+    """Ends a run whose loss or gradient is not finite, naming the terms and the images (`name_of` their batch["index"]) and leaving the batch in the
+    output folder. The same command goes on from the last checkpoint and, as everything is seeded, arrives there again.
+
+    A step's numbers are looked at when the next has been started, so that nothing waits for the device: `settle` before anything is written.
+    """
+
+    def __init__(self, out: Path, name_of: Callable[[int], str]):
+        self.out, self.name_of = out, name_of
+        self.pending: tuple | None = None                                    # step, names, values, when they are copied, batches
+
+    @contextlib.contextmanager
+    def step(self, step: int, batches: list[dict]):
+        """Around a training step; give its terms, which hold `loss` and `grad_norm`, to the function that this yields."""
+        terms: dict[str, Tensor] = {}
+        try:
+            yield terms.update
+        except FloatingPointError as error:
+            self.settle()                                                    # an earlier step's fault comes first
+            self.fail(step, str(error), batches, error)
+        values, copied = torch.stack([value.detach().float() for value in terms.values()]), None
+        if values.is_cuda:
+            values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self.settle()
+        self.pending = (step, list(terms), values, copied, batches)
+
+    def settle(self) -> None:
+        """FloatingPointError if a number of the last step was not finite."""
+        if self.pending:
+            (step, names, values, copied, batches), self.pending = self.pending, None
+            if copied:
+                copied.synchronize()
+            if bad := [f"{name} {value}" for name, value in zip(names, values.tolist()) if not math.isfinite(value)]:
+                self.fail(step, "not finite: " + ", ".join(bad), batches)
+
+    def fail(self, step: int, reason: str, batches: list[dict], cause: Exception | None = None) -> None:
+        files = [self.name_of(int(i)) for batch in batches for i in batch["index"]]
+        path = self.out / f"nonfinite-step{step}-rank{rank()}.pt"
         with replacing(path) as file:
-            torch.save({"step": step, "error": str(error), "files": files, "batches": batches}, file)
-        reason = str(error).removeprefix(f"step {step}: ")
+            torch.save({"step": step, "error": reason, "files": files, "batches": batches}, file)
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         raise FloatingPointError(f"step {step}: {reason}; images of this process: {shown}; its batch is kept in {path}, and the last checkpoint is "
-                                 "untouched") from error
+                                 "untouched") from cause

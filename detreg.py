@@ -140,6 +140,7 @@ class Config:
     weight_decay: float = 1e-4  # on every parameter (released)
     clip_max_norm: float = 0.1  # gradient norm (released)
     amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling and losses stay fp32
+    compile: bool = False  # torch.compile the network (starts a minute later; for GPUs)
     # run
     seed: int = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -265,11 +266,11 @@ class RegionDescriptor(nn.Module):
 
     def __init__(self, backbone: common.Backbone):
         super().__init__()
-        self.body = copy.deepcopy(backbone.body[:6])                         # conv1, bn1, relu, maxpool, layer1, layer2
+        self.body = copy.deepcopy(backbone.body[:6])                         # conv1 to layer2
         self.dim = backbone.num_channels[-1] * 4 // 2 ** int(backbone.layers[-1][-1])                 # 512 for ResNet-50
 
     def forward(self, patches: Tensor) -> Tensor:
-        return self.body(patches).mean((2, 3))
+        return common.run_stages(self.body.named_children(), patches, ("layer2",))[-1].mean((2, 3))
 
 
 class SwAVDescriptor(nn.Module):
@@ -343,7 +344,7 @@ def detreg_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targ
 
 
 def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: common.SetCriterion, optimizer: torch.optim.Optimizer,
-               micro_batches: list[dict], step: int, device: torch.device) -> dict[str, Tensor]:
+               micro_batches: list[dict], device: torch.device) -> dict[str, Tensor]:
     """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and the gradient norm.
 
     Normalisers cover all processes and micro-batches, so the gradient is that of one process on the whole batch (tested).
@@ -369,7 +370,7 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
         for name, value in {"loss": loss, **losses}.items():
             share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
             terms[name] = terms.get(name, 0) + share * value.detach()
-    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step, terms), device=device)
+    terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
     optimizer.step()
     return terms
 
@@ -506,10 +507,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     optimizer = common.build_optimizer(cfg, model)
     start = common.restore(state, model, optimizer, cfg, target=descriptor) if state else 0
     identity["target"] = descriptor.state_dict()
-    wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
+    wrapped, criterion = common.wrap_model(model, device, compiled=cfg.compile), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
     log, skipped, fallbacks, seen = common.Log(out, start, device), data.SkipCount(len(source)), state.get("fallbacks", 0) if state else 0, 0
+    watch = common.FiniteWatch(out, source.key)
     common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
     for step in common.until_stopped(bar):
@@ -521,13 +523,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             skipped.add(batch["skipped"])
             fallbacks += batch["fallback"]
             seen += len(batch["targets"])
-        with common.keep_nonfinite(out, step, micro_batches, source.key):
-            terms = train_step(cfg, wrapped, descriptor, criterion, optimizer, micro_batches, step, device)
+        with watch.step(step, micro_batches) as look:
+            terms = train_step(cfg, wrapped, descriptor, criterion, optimizer, micro_batches, device)
+            look(terms)
         if step % cfg.log_every == 0 or step == total_steps - 1:
+            watch.settle()
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr, fallbacks=fallbacks)
             bar.set_postfix(loss=f"{line['loss']:.2f}", box=f"{line['loss_bbox']:.3f}", z=f"{line['loss_object_embedding']:.3f}")
             seen = 0
         if common.save_due(step + 1, total_steps, cfg.save_every):
+            watch.settle()
             common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity, fallbacks=fallbacks)
 
     if fallbacks:

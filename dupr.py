@@ -120,6 +120,7 @@ class Config:
     sgd_momentum: float = 0.9  # MoCo
     weight_decay: float = 1e-4  # on every parameter (MoCo)
     amp: Literal["off", "bf16"] = "off"  # autocast; RoIAlign and losses stay fp32
+    compile: bool = False  # torch.compile the network (starts a minute later; for GPUs)
     # run
     seed: int = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -342,7 +343,7 @@ def draw_positions(keys: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     drawn = {}
     for kind, key in keys.items():
         if key.dim() == 4:
-            drawn[kind] = torch.rand(len(key), key[0, 0].numel()).argsort(1)[:, :count].to(key.device)
+            drawn[kind] = common.send(torch.rand(len(key), key[0, 0].numel()).argsort(1)[:, :count], key.device)
     return drawn
 
 
@@ -404,23 +405,28 @@ def lr_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * epoch / cfg.epochs))
 
 
+def build_optimizer(cfg: Config, model: DUPR) -> torch.optim.Optimizer:
+    groups = [{"params": list(model.encoder_q.parameters()), "base_lr": cfg.lr}]
+    return torch.optim.SGD(groups, cfg.lr, momentum=cfg.sgd_momentum, weight_decay=cfg.weight_decay, fused=common.can_fuse(model))
+
+
 def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], step: int, device: torch.device
                ) -> dict[str, Tensor]:
     """One step in MoCo's order. Returns the unweighted loss terms, the total and the gradient norm."""
     module = getattr(model, "module", model)
     views, boxes, flips, valid = (batch[k].to(device, non_blocking=True) for k in ("views", "boxes", "flips", "valid"))
-    num_valid = common.normalizer(int(valid.sum()), device)
+    num_valid = common.normalizer(sum(batch["valid"].tolist()), device)
     module.update_key_encoder(cfg.ema_momentum)                              # before the keys are made
-    permutation = draw_permutation(cfg.seed, step, len(views) * common.world_size()).to(device)
+    permutation = common.send(draw_permutation(cfg.seed, step, len(views) * common.world_size()), device)
     with common.autocast(device, cfg.amp):
         queries, keys = model(views, boxes, flips, permutation)
     loss, terms = dupr_loss(cfg, queries, keys, module.queues, valid, num_valid)                              # against the queues as they were
     optimizer.zero_grad()
     loss.backward()
-    norm = common.finite_gradient_norm(model, 0, loss.item(), step, terms)
+    norm = common.clip_gradients(model, 0)
     module.enqueue(keys, draw_positions(keys, cfg.queued_patches))
     optimizer.step()
-    return {"loss": loss.detach(), **terms, "no_overlap": (~valid).float().mean(), "grad_norm": torch.tensor(norm, device=device)}
+    return {"loss": loss.detach(), **terms, "no_overlap": (~valid).float().mean(), "grad_norm": norm}
 
 
 # ==== 6. Probe ====
@@ -551,13 +557,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     train_set = TwoCropsDataset(cfg, source, indices)
     model = build_model(cfg).to(device)
-    optimizer = torch.optim.SGD([{"params": list(model.encoder_q.parameters()), "base_lr": cfg.lr}], cfg.lr, momentum=cfg.sgd_momentum,
-                                weight_decay=cfg.weight_decay)
+    optimizer = build_optimizer(cfg, model)
     start = common.restore(state, model, optimizer, cfg, sync_bn=False) if state else 0
-    wrapped = common.wrap_model(model, device, sync_bn=False)                # D11
+    wrapped = common.wrap_model(model, device, sync_bn=False, compiled=cfg.compile)                # D11
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
     log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(source)), 0
+    watch = common.FiniteWatch(out, source.key)
     common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
     for step in common.until_stopped(bar):
@@ -567,13 +573,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         batch = next(batches)
         skipped.add(batch["skipped"])
         seen += len(batch["index"])
-        with common.keep_nonfinite(out, step, [batch], source.key):
+        with watch.step(step, [batch]) as look:
             terms = train_step(cfg, wrapped, optimizer, batch, step, device)
+            look(terms)
         if step % cfg.log_every == 0 or step == total_steps - 1:
+            watch.settle()
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
             bar.set_postfix(loss=f"{line['loss']:.2f}", **{k.replace("_conv", ""): f"{v:.2f}" for k, v in line.items() if k.endswith("conv5")})
             seen = 0
         if common.save_due(step + 1, total_steps, cfg.save_every):
+            watch.settle()
             common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
 
     common.share_buffers(model)

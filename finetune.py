@@ -148,6 +148,7 @@ class Config:
     clip_max_norm: float = 0.1  # gradient norm, 0 = not clipped
     precise_bn: int = 200  # R-CNN family: batches from which BatchNorm's statistics are estimated before an evaluation, 0 = off
     amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling and losses stay fp32
+    compile: bool = False  # torch.compile the network (starts a minute later; for GPUs)
     # run
     seed: int = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -494,7 +495,7 @@ def lr_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
 
 
 def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | None, optimizer: torch.optim.Optimizer, micro_batches: list[dict],
-               step: int, device: torch.device) -> dict[str, Tensor]:
+               device: torch.device) -> dict[str, Tensor]:
     """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and the gradient norm."""
     if criterion:
         counts = [len(t["labels"]) for batch in micro_batches for t in batch["targets"]]
@@ -518,7 +519,7 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | N
         for name, value in {"loss": loss, **losses}.items():
             share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
             terms[name] = terms.get(name, 0) + share * value.detach()
-    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step, terms), device=device)
+    terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
     optimizer.step()
     return terms
 
@@ -667,10 +668,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = model.to(device)
     optimizer = build_optimizer(cfg, model)
     start = common.restore(run, model, optimizer, cfg) if run else 0
-    wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
+    wrapped, criterion = common.wrap_model(model, device, compiled=cfg.compile), build_criterion(cfg)
     sampler = data.StepSampler(len(train_set), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(LabelledDataset(cfg, train_set), sampler, num_workers=cfg.num_workers, collate=data.collate))
     log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(train_set)), 0
+    watch = common.FiniteWatch(out, lambda i: str(train_set.records[i].image))
     common.tell_plan(cfg, len(train_set), f"labelled images of {len(mapped)} categories", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="fine-tuning")
     for step in common.until_stopped(bar):
@@ -681,13 +683,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for batch in micro_batches:
             skipped.add(batch["skipped"])
             seen += len(batch["targets"])
-        with common.keep_nonfinite(out, step, micro_batches, lambda i: str(train_set.records[i].image)):
-            terms = train_step(cfg, wrapped, criterion, optimizer, micro_batches, step, device)
+        with watch.step(step, micro_batches) as look:
+            terms = train_step(cfg, wrapped, criterion, optimizer, micro_batches, device)
+            look(terms)
         if step % cfg.log_every == 0 or step == total_steps - 1:
+            watch.settle()
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
             bar.set_postfix({k.removeprefix("loss_"): f"{line[k]:.3f}" for k in list(terms)[:3]})
             seen = 0
         if common.save_due(step + 1, total_steps, cfg.save_every):
+            watch.settle()
             common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity, categories=train_set.categories)
         epoch, rest = divmod(step + 1, steps_per_epoch)
         if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step < total_steps - 1:

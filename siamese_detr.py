@@ -81,7 +81,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import box_convert, roi_align
 
 import data
 import evaluation
@@ -158,6 +158,7 @@ class Config:
     weight_decay: float = 1e-4  # on every parameter (released)
     clip_max_norm: float = 0.1  # gradient norm (released)
     amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling and losses stay fp32
+    compile: bool = False  # torch.compile the network (starts a minute later; for GPUs)
     # run
     seed: int = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -480,7 +481,8 @@ def make_targets(cfg: Config, boxes: Tensor, sizes: Tensor, features: Tensor | N
     """What each of the 2B images should contain: boxes [2B, n, 4] px of its own view, as cxcywh of its size [2B, 2]; features [2B, n, C], which
     belong to the view of the queries."""
     labels = torch.ones(boxes.shape[1], dtype=torch.int64, device=boxes.device)
-    targets = [{"labels": labels, "boxes": data.normalized_cxcywh(b, tuple(hw))} for b, hw in zip(boxes, sizes.tolist())]
+    boxes = box_convert(boxes, "xyxy", "cxcywh") / common.send(sizes.flip(1).repeat(1, 2), boxes.device)[:, None]
+    targets = [{"labels": labels, "boxes": b} for b in boxes]
     if features is None:
         return targets
     return [{**t, "features": f} for t, f in zip(targets, other_view(features) if cfg.multi_view else features)]
@@ -490,7 +492,7 @@ def make_targets(cfg: Config, boxes: Tensor, sizes: Tensor, features: Tensor | N
 
 
 def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None, criterion: common.SetCriterion, optimizer: torch.optim.Optimizer,
-               micro_batches: list[dict], step: int, device: torch.device) -> dict[str, Tensor]:
+               micro_batches: list[dict], device: torch.device) -> dict[str, Tensor]:
     """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and the gradient norm.
 
     Normalisers cover all processes and micro-batches, so the gradient is that of one process on the whole batch, but for L_g's BatchNorm (D14).
@@ -518,7 +520,7 @@ def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None,
         for name, value in {"loss": loss, **losses}.items():
             share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
             terms[name] = terms.get(name, 0) + share * value.detach()
-    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step, terms), device=device)
+    terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
     optimizer.step()
     return terms
 
@@ -631,10 +633,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start = common.restore(state, model, optimizer, cfg, target=target_backbone) if state else 0
     if target_backbone:
         identity["target"] = target_backbone.state_dict()
-    wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
+    wrapped, criterion = common.wrap_model(model, device, compiled=cfg.compile), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
     log, skipped, fallbacks, seen = common.Log(out, start, device), data.SkipCount(len(source)), state.get("fallbacks", 0) if state else 0, 0
+    watch = common.FiniteWatch(out, source.key)
     common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
     for step in common.until_stopped(bar):
@@ -646,13 +649,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             skipped.add(batch["skipped"])
             fallbacks += batch["fallback"]
             seen += len(batch["index"])
-        with common.keep_nonfinite(out, step, micro_batches, source.key):
-            terms = train_step(cfg, wrapped, target_backbone, criterion, optimizer, micro_batches, step, device)
+        with watch.step(step, micro_batches) as look:
+            terms = train_step(cfg, wrapped, target_backbone, criterion, optimizer, micro_batches, device)
+            look(terms)
         if step % cfg.log_every == 0 or step == total_steps - 1:
+            watch.settle()
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr, fallbacks=fallbacks)
             bar.set_postfix(loss=f"{line['loss']:.2f}", box=f"{line['loss_bbox']:.3f}", giou=f"{line['loss_giou']:.3f}")
             seen = 0
         if common.save_due(step + 1, total_steps, cfg.save_every):
+            watch.settle()
             common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity, fallbacks=fallbacks)
 
     if fallbacks:

@@ -144,6 +144,7 @@ class Config:
     trust: float = 0.001  # of LARS: length of a step, of the parameter's (released)
     weight_decay: float = 1e-5  # Sec. 4.1
     amp: Literal["off", "bf16"] = "off"  # autocast; RoIAlign and loss stay fp32
+    compile: bool = False  # torch.compile the network (starts a minute later; for GPUs)
     # run
     seed: int = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -483,7 +484,7 @@ class SoCo(nn.Module):
     def object_features(self, feature_map: Tensor, boxes: Tensor, target: bool) -> Tensor:
         """h = f^H(RoIAlign(f^I(V), b)), Eq. (1)-(3), of one level: boxes [B, K, 4] in 0..1 of the view -> [B * K, head_dim]."""
         height, width = feature_map.shape[-2:]
-        rois = list(boxes * boxes.new_tensor([width, height] * 2))           # by the map's size, not its stride: 3.5 cells are 4
+        rois = list(boxes * common.constant((width, height) * 2, boxes.device))         # by the map's size, not its stride: 3.5 cells are 4
         x = roi_align(feature_map.float(), rois, self.roi_size, 1.0, sampling_ratio=-1, aligned=True)
         if self.arch == "c4":
             return (self.encoder_k if target else self.encoder).layer4(x).mean((2, 3))
@@ -565,16 +566,21 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                update = p.grad + group["weight_decay"] * p
-                if p.dim() > 1:
-                    length, slope = p.norm(), update.norm()
-                    scale = group["trust"] * length / (slope + 1e-8)
-                    update = update * torch.where((length > 0) & (slope > 0), scale, 1.0)
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                p.sub_(state["momentum_buffer"].mul_(group["momentum"]).add_(update), alpha=group["lr"])
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+            if shaped := [i for i, p in enumerate(params) if p.dim() > 1]:
+                lengths, slopes = (torch.stack(torch._foreach_norm([tensors[i] for i in shaped])) for tensors in (params, updates))
+                scales = torch.where((lengths > 0) & (slopes > 0), group["trust"] * lengths / (slopes + 1e-8), 1.0)
+                torch._foreach_mul_([updates[i] for i in shaped], list(scales.unbind()))
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
 def lars_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -582,6 +588,12 @@ def lars_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     learned = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in learned if p.dim() <= 1], "weight_decay": 0.0},
             {"params": [p for p in learned if p.dim() > 1], "weight_decay": weight_decay}]
+
+
+def build_optimizer(cfg: Config, model: nn.Module) -> LARS:
+    """The rate is given for 256 images a step."""
+    base_lr = cfg.lr * cfg.batch_size / 256
+    return LARS([{**group, "base_lr": base_lr} for group in lars_groups(model, cfg.weight_decay)], base_lr, cfg.sgd_momentum, trust=cfg.trust)
 
 
 def lr_at(step: int, lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: float, lr_min: float = 1e-6) -> float:
@@ -603,7 +615,7 @@ def momentum_at(step: int, base: float, steps: int) -> float:
     return 1 - (1 - base) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
-def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], momentum: float, step: int,
+def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], momentum: float,
                device: torch.device) -> dict[str, Tensor]:
     """One step: target update, forward of both networks, loss, LARS. Returns the terms, the total and the gradient norm.
 
@@ -618,10 +630,10 @@ def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
     loss, terms = soco_loss(pairs, corres)
     optimizer.zero_grad()
     loss.backward()
-    norm = common.finite_gradient_norm(model, 0, loss.item(), step, terms)
+    norm = common.clip_gradients(model, 0)
     optimizer.step()
     matched = corres.sum((1, 2, 3)).mean() / len(views[1:])
-    return {"loss": loss.detach(), **terms, "pairs": matched, "grad_norm": torch.tensor(norm, device=device)}
+    return {"loss": loss.detach(), **terms, "pairs": matched, "grad_norm": norm}
 
 
 # ==== 6. Probe ====
@@ -762,13 +774,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     store = proposals.open_store(cfg, source, proposal_generator(cfg)) if cfg.proposal_method not in ("random", "whole") else None
     train_set = ObjectViewsDataset(cfg, source, indices, store)
     model = build_model(cfg).to(device)
-    base_lr = cfg.lr * cfg.batch_size / 256
-    optimizer = LARS([{**group, "base_lr": base_lr} for group in lars_groups(model, cfg.weight_decay)], base_lr, cfg.sgd_momentum, trust=cfg.trust)
+    optimizer = build_optimizer(cfg, model)
+    base_lr = optimizer.defaults["lr"]
     start = common.restore(state, model, optimizer, cfg) if state else 0
-    wrapped = common.wrap_model(model, device)
+    wrapped = common.wrap_model(model, device, compiled=cfg.compile)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
     log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(source)), 0
+    watch = common.FiniteWatch(out, source.key)
     common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     momentum_steps = ema_steps(len(indices), cfg.batch_size, cfg.epochs)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
@@ -780,13 +793,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         batch = next(batches)
         skipped.add(batch["skipped"])
         seen += len(batch["index"])
-        with common.keep_nonfinite(out, step, [batch], source.key):
-            terms = train_step(cfg, wrapped, optimizer, batch, momentum, step, device)
+        with watch.step(step, [batch]) as look:
+            terms = train_step(cfg, wrapped, optimizer, batch, momentum, device)
+            look(terms)
         if step % cfg.log_every == 0 or step == total_steps - 1:
+            watch.settle()
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr, momentum=momentum)
             bar.set_postfix(loss=f"{line['loss']:.2f}", pairs=f"{line['pairs']:.1f}")
             seen = 0
         if common.save_due(step + 1, total_steps, cfg.save_every):
+            watch.settle()
             common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
 
     common.share_buffers(model)

@@ -137,6 +137,7 @@ class Config:
     weight_decay: float = 1e-4  # on every parameter (Sec. 4)
     clip_max_norm: float = 0.1  # gradient norm (released)
     amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling and losses stay fp32
+    compile: bool = False  # torch.compile the network (starts a minute later; for GPUs)
     # run
     seed: int = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -216,9 +217,9 @@ class PatchDataset(torch.utils.data.Dataset):
 # ==== 3. Model ====
 
 
-def group_mask(num_queries: int, num_patches: int) -> Tensor:
+def group_mask(num_queries: int, num_patches: int, device: torch.device | str = "cpu") -> Tensor:
     """Eq. (3): [N, N] bool, True (minus infinity in the paper) where query i may not look at query j: they belong to different patches. D8."""
-    group = torch.arange(num_queries) // (num_queries // num_patches)
+    group = torch.arange(num_queries, device=device) // (num_queries // num_patches)
     return group[:, None] != group[None]
 
 
@@ -252,7 +253,7 @@ class UPDETR(common.Pretext):
             content = content * keep
         queries = self.detector.conditioned_queries(content, order)                                            # p + q, Sec. 3.1; D2
         n = content.shape[1]
-        blocked = group_mask(total, self.num_patches)[:n, :n].to(images.device) if self.attention_mask else None
+        blocked = group_mask(total, self.num_patches, images.device)[:n, :n] if self.attention_mask else None
         outputs = self.detector(images, mask, queries, blocked)
         if self.feature_align is not None:
             for layer in (outputs, *outputs["aux_outputs"]):
@@ -294,7 +295,7 @@ def updetr_loss(criterion: common.SetCriterion, outputs: dict, targets: list[dic
 
 
 def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None, criterion: common.SetCriterion, optimizer: torch.optim.Optimizer,
-               micro_batches: list[dict], step: int, device: torch.device) -> dict[str, Tensor]:
+               micro_batches: list[dict], device: torch.device) -> dict[str, Tensor]:
     """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and the gradient norm.
 
     Normalisers cover all processes and micro-batches, so the gradient is that of one process on the whole batch (tested).
@@ -320,7 +321,7 @@ def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None,
         for name, value in {"loss": loss, **losses}.items():
             share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
             terms[name] = terms.get(name, 0) + share * value.detach()
-    terms["grad_norm"] = torch.tensor(common.finite_gradient_norm(model, cfg.clip_max_norm, terms["loss"].item(), step, terms), device=device)
+    terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
     optimizer.step()
     return terms
 
@@ -401,10 +402,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start = common.restore(state, model, optimizer, cfg, target=target_backbone) if state else 0
     if target_backbone:
         identity["target"] = target_backbone.state_dict()
-    wrapped, criterion = common.wrap_model(model, device), build_criterion(cfg)
+    wrapped, criterion = common.wrap_model(model, device, compiled=cfg.compile), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=data.collate))
     log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(source)), 0
+    watch = common.FiniteWatch(out, source.key)
     common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
     for step in common.until_stopped(bar):
@@ -415,13 +417,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for batch in micro_batches:
             skipped.add(batch["skipped"])
             seen += len(batch["targets"])
-        with common.keep_nonfinite(out, step, micro_batches, source.key):
-            terms = train_step(cfg, wrapped, target_backbone, criterion, optimizer, micro_batches, step, device)
+        with watch.step(step, micro_batches) as look:
+            terms = train_step(cfg, wrapped, target_backbone, criterion, optimizer, micro_batches, device)
+            look(terms)
         if step % cfg.log_every == 0 or step == total_steps - 1:
+            watch.settle()
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
             bar.set_postfix(loss=f"{line['loss']:.2f}", box=f"{line['loss_bbox']:.3f}", giou=f"{line['loss_giou']:.3f}")
             seen = 0
         if common.save_due(step + 1, total_steps, cfg.save_every):
+            watch.settle()
             common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
 
     common.share_buffers(model)

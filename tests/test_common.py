@@ -432,7 +432,8 @@ def test_pretext_models_keep_the_released_names(name):
 def test_assignment_of_a_given_cost(cost, pairs):
     matcher = common.HungarianMatcher()
     matcher.costs = lambda outputs, targets: [torch.as_tensor(np.float32(cost)), torch.tensor([[2.0], [1.0]])]
-    (query, target), other = matcher({}, [])
+    outputs = {"pred_logits": torch.zeros(2, 1, 1), "pred_boxes": torch.zeros(2, 1, 4)}
+    (query, target), other = matcher([outputs], [{}, {}])[0]
     assert (query.tolist(), target.tolist()) == pairs and query.dtype == target.dtype == torch.int64
     assert [t.tolist() for t in other] == [[1], [0]]
 
@@ -440,7 +441,7 @@ def test_assignment_of_a_given_cost(cost, pairs):
 def test_assignment_refuses_nan():
     outputs = {"pred_logits": torch.full((1, 2, 1), torch.nan), "pred_boxes": torch.full((1, 2, 4), 0.5)}
     with pytest.raises(FloatingPointError, match="not finite"):
-        common.HungarianMatcher()(outputs, [{"labels": torch.tensor([0]), "boxes": torch.full((1, 4), 0.3)}])
+        common.HungarianMatcher()([outputs], [{"labels": torch.tensor([0]), "boxes": torch.full((1, 4), 0.3)}])
 
 
 def giou64(a, b):
@@ -646,12 +647,31 @@ def test_schedule_and_clipping():
     model = nn.Linear(1, 2, bias=False)
     for limit, after in ((0, [3, 4]), (10, [3, 4]), (0.5, [0.3, 0.4])):
         model.weight.grad = torch.tensor([[3.0], [4.0]])
-        assert common.finite_gradient_norm(model, limit, 1.0, 0) == pytest.approx(5)
+        assert common.clip_gradients(model, limit).item() == pytest.approx(5)
         np.testing.assert_allclose(model.weight.grad.flatten(), after, rtol=1e-5)
-    for gradient, loss in ((torch.inf, 1.0), (1.0, math.nan)):
-        model.weight.grad = torch.full((2, 1), gradient)
-        with pytest.raises(FloatingPointError, match="step 17"):
-            common.finite_gradient_norm(model, 0.1, loss, 17)
+
+
+def test_watch_looks_one_step_late(tmp_path):
+    """Nothing waits for a step's numbers before the next has been started; whatever came of that, the first bad step is named, with its batch."""
+    def run(*losses, fault=None):
+        watch = common.FiniteWatch(tmp_path, lambda i: f"image{i}")
+        for step, loss in enumerate(losses):
+            with watch.step(step, [{"index": [10 * step]}]) as look:
+                look({"loss": torch.tensor(loss), "grad_norm": torch.tensor(1.0)})
+        with watch.step(len(losses), [{"index": [99]}]) as look:
+            if fault:
+                raise FloatingPointError(fault)
+            look({"loss": torch.tensor(0.0), "grad_norm": torch.tensor(math.inf)})
+        return watch
+    with pytest.raises(FloatingPointError, match=r"^step 2: not finite: grad_norm inf; images of this process: image99; its batch .*step2-rank0"):
+        run(1.0, 2.0).settle()
+    assert torch.load(tmp_path / "nonfinite-step2-rank0.pt")["batches"] == [{"index": [99]}]
+    with pytest.raises(FloatingPointError, match=r"^step 1: not finite: loss nan; images of this process: image10"):
+        run(1.0, math.nan)                                                  # seen at the end of step 2
+    with pytest.raises(FloatingPointError, match=r"^step 1: not finite: loss nan"):
+        run(1.0, math.nan, fault="the matching cost is not finite")         # what step 2 says follows from step 1
+    with pytest.raises(FloatingPointError, match=r"^step 2: the matching cost is not finite; images of this process: image99"):
+        run(1.0, 2.0, fault="the matching cost is not finite")
 
 
 def test_step_seed(monkeypatch):

@@ -59,8 +59,8 @@ def test_detreg_loss_is_the_weighted_sum():
     assert (criterion.matcher.cost_class, criterion.matcher.cost_bbox, criterion.matcher.cost_giou) == (1.5, 4.0, 3.0)
 
     class Prescribed(common.HungarianMatcher):
-        def __call__(self, outputs, targets):
-            return pairs
+        def __call__(self, layers, targets):
+            return [pairs] * len(layers)
 
     criterion.matcher = Prescribed()
     for mean, count in (("global", 4.0), ("local", 3)):                   # global: what all processes say; local: the pairs that are here
@@ -275,7 +275,7 @@ def one_step(start=0, stop=4, accumulate=1, mean="global"):
     optimizer = common.build_optimizer(cfg, model)
     wrapped = common.wrap_model(model.train(), CPU)
     micro_batches = pieces(batch, start, stop, accumulate)
-    terms = detreg.train_step(cfg, wrapped, torch.nn.Identity(), detreg.build_criterion(cfg), optimizer, micro_batches, 0, CPU)
+    terms = detreg.train_step(cfg, wrapped, torch.nn.Identity(), detreg.build_criterion(cfg), optimizer, micro_batches, CPU)
     return {k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -326,13 +326,11 @@ def test_local_mean_under_accumulation():
     assert one_step(accumulate=2, mean="local")[0]["loss_object_embedding"] == pytest.approx(np.mean(halves), rel=1e-5)
 
 
-def test_a_step_stops_at_nan():
+def test_a_step_reports_nan():
     cfg, model, batch = step_case()
     torch.nn.init.constant_(model.feature_embed.layers[-1].weight, torch.nan)
-    before = model.detector.query_embed.weight.clone()
-    with pytest.raises(FloatingPointError, match="step 12"):
-        detreg.train_step(cfg, model, torch.nn.Identity(), detreg.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], 12, CPU)
-    assert torch.equal(model.detector.query_embed.weight, before)
+    terms = detreg.train_step(cfg, model, torch.nn.Identity(), detreg.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], CPU)
+    assert terms["loss"].isnan() and terms["grad_norm"].isnan() and terms["loss_bbox"].isfinite()          # for FiniteWatch
 
 
 # ==== Whole runs ===================================================================================================

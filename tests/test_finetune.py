@@ -304,7 +304,7 @@ def one_step(start=0, stop=4, accumulate=1, detector="deformable_detr"):
         torch.nn.init.normal_(bbox.layers[-1].weight, std=0.05)
     micro_batches = pieces(step_case(), start, stop, accumulate)
     wrapped = common.wrap_model(model.train(), CPU)
-    terms = finetune.train_step(cfg, wrapped, finetune.build_criterion(cfg), common.build_optimizer(cfg, model), micro_batches, 0, CPU)
+    terms = finetune.train_step(cfg, wrapped, finetune.build_criterion(cfg), common.build_optimizer(cfg, model), micro_batches, CPU)
     return {k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -339,7 +339,7 @@ def test_a_frozen_detector_learns_with_its_heads_only(detector, refine):
         outputs = [model(batch["images"][:k], batch["mask"][:k])["hs"][:1] for k in (2, 2, 4)]
     assert torch.equal(outputs[0], outputs[1])
     torch.testing.assert_close(outputs[0], outputs[2], atol=1e-5, rtol=1e-4)
-    finetune.train_step(cfg, model, finetune.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], 0, CPU)
+    finetune.train_step(cfg, model, finetune.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], CPU)
     after = model.state_dict()
     for name, value in after.items():
         head = name.startswith(("class_embed.", "bbox_embed.", "transformer.decoder.bbox_embed."))

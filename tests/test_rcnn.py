@@ -702,7 +702,7 @@ def test_accumulation_averages_micro_batches():
         for module in model.modules():                                                # losses, but with constant statistics
             module.training = not isinstance(module, nn.BatchNorm2d)
         torch.manual_seed(0)
-        finetune.train_step(cfg, model, None, torch.optim.SGD(model.parameters(), lr=0.0), batches, 0, CPU)
+        finetune.train_step(cfg, model, None, torch.optim.SGD(model.parameters(), lr=0.0), batches, CPU)
         return {k: p.grad.clone() for k, p in model.named_parameters()}
 
     both, cfg = gradient(config(accumulate=2), halves), config()

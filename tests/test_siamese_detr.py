@@ -513,7 +513,7 @@ def test_targets_of_a_step():
             else:                                                         # of the box, not of the jittered RoI (D13)
                 wanted = model.region_features(backbone(batch["images"]), batch["boxes"])
         spy = Spy.of(cfg)
-        siamese_detr.train_step(cfg, model, frozen, spy, common.build_optimizer(cfg, model), [batch], 0, CPU)
+        siamese_detr.train_step(cfg, model, frozen, spy, common.build_optimizer(cfg, model), [batch], CPU)
         for i, t in enumerate(spy.seen[0]):
             torch.testing.assert_close(t["features"], wanted[(i + 4) % 8], rtol=1e-4, atol=1e-5)
             assert not t["features"].requires_grad
@@ -599,7 +599,7 @@ def one_step(start=0, stop=4, accumulate=1, lambda_global=0.0, swap=False):
     if swap:
         batch = {k: siamese_detr.other_view(v) for k, v in batch.items()}
     optimizer, wrapped = common.build_optimizer(cfg, model), common.wrap_model(model, CPU)
-    terms = siamese_detr.train_step(cfg, wrapped, None, siamese_detr.build_criterion(cfg), optimizer, pieces(batch, start, stop, accumulate), 0, CPU)
+    terms = siamese_detr.train_step(cfg, wrapped, None, siamese_detr.build_criterion(cfg), optimizer, pieces(batch, start, stop, accumulate), CPU)
     return {k: v.item() for k, v in terms.items()}, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -645,7 +645,7 @@ def test_every_detector_learns_with_all_its_parameters(detector, values):
     values = {"lambda_global": 1.0, **values}
     cfg, model, batch = step_case(detector=detector, **values)
     optimizer, criterion = common.build_optimizer(cfg, model), siamese_detr.build_criterion(cfg)
-    terms = siamese_detr.train_step(cfg, model, None, criterion, optimizer, pieces(batch, 0, 2, 1), 0, CPU)
+    terms = siamese_detr.train_step(cfg, model, None, criterion, optimizer, pieces(batch, 0, 2, 1), CPU)
     assert ("loss_global" in terms) == (cfg.lambda_global > 0) and ("loss_feature_0" in terms) == (cfg.region_target != "none")
     assert all(v.isfinite() for v in terms.values())
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -657,7 +657,7 @@ def test_every_detector_learns_with_all_its_parameters(detector, values):
 def test_a_frozen_backbone_stays():
     cfg, model, batch = step_case(lr_backbone=0.0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    siamese_detr.train_step(cfg, model, None, siamese_detr.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], 0, CPU)
+    siamese_detr.train_step(cfg, model, None, siamese_detr.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], CPU)
     after = model.state_dict()
     assert all(p.grad is None and not p.requires_grad for p in model.detector.backbone.parameters())
     assert all(torch.equal(v, after[k]) for k, v in before.items() if k.startswith("backbone."))
@@ -668,7 +668,7 @@ def test_bf16_is_close_to_fp32():
     results = []
     for amp in ("off", "bf16"):
         cfg, model, batch = step_case(amp=amp, lambda_global=1.0)
-        terms = siamese_detr.train_step(cfg, model, None, siamese_detr.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], 0, CPU)
+        terms = siamese_detr.train_step(cfg, model, None, siamese_detr.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], CPU)
         results.append({k: v.item() for k, v in terms.items() if k.startswith("loss") and "global" not in k and k != "loss"})
         assert terms["loss_global"].isfinite()
     assert results[0] == pytest.approx(results[1], rel=0.05, abs=0.02) and results[0] != results[1]

@@ -416,7 +416,7 @@ def test_target_gets_no_gradient():
     model.register_forward_hook(lambda module, args, output: seen.append(output))
     for name, part in model.named_children():
         part.register_forward_hook(lambda module, args, output, name=name: parts.update({name: parts.get(name, 0) + 1}))
-    terms = soco.train_step(cfg, model, optimizer_of(cfg, model), batch, 0.99, 0, CPU)
+    terms = soco.train_step(cfg, model, optimizer_of(cfg, model), batch, 0.99, CPU)
     (pairs,) = seen
     assert len(pairs) == 2 and all(v.shape == (2, 16, 16) for pair in pairs for v in pair)
     assert all(v1.requires_grad and vj.requires_grad and not t1.requires_grad and not tj.requires_grad for v1, vj, t1, tj in pairs)
@@ -492,7 +492,7 @@ def test_target_moves_before_it_looks():
             p.add_(0.01 * torch.randn(p.shape))
     frozen, seen = copy.deepcopy(model), []
     model.register_forward_hook(lambda module, args, output: seen.append(output))
-    soco.train_step(cfg, model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0), batch, 0.5, 0, CPU)
+    soco.train_step(cfg, model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0), batch, 0.5, CPU)
     views, boxes1 = batch["views"], list(batch["boxes1"].unbind(1))
     with torch.no_grad():
         old = frozen.embed(views[0], boxes1, True)
@@ -582,7 +582,7 @@ def test_switches(command, views, levels):
                        **{k: v for k, v in vars(cfg).items() if k != "seed"})
     model, batch = soco.build_model(cfg).train(), soco.collate([dataset[0, i] for i in range(2)])
     assert len(batch["views"]) == views and batch["corres"].shape == (2, views - 1, levels * cfg.num_boxes, levels * cfg.num_boxes)
-    terms = soco.train_step(cfg, model, optimizer_of(cfg, model), batch, cfg.ema_momentum, 0, CPU)
+    terms = soco.train_step(cfg, model, optimizer_of(cfg, model), batch, cfg.ema_momentum, CPU)
     assert terms["loss"].isfinite() and abs(terms["loss"]) <= 4 * (views - 1) + 1e-4
     assert [name for name in terms if name.startswith("loss_")] == [f"loss_{k}" for j in range(2, views + 1) for k in (f"1{j}", f"{j}1")]
     heads = 2 * (views - 1) * levels                                      # one update of the statistics per level and box set (D7)
@@ -619,7 +619,7 @@ def one_step(start, stop, mode="eval", steps=1):
     wrapped, optimizer = common.wrap_model(model, CPU), optimizer_of(cfg, model)
     wrapped.train(mode == "train")
     for step in range(steps):
-        terms = soco.train_step(cfg, wrapped, optimizer, batch_of(cfg, stop - start, start, epoch=step), 0.9, step, CPU)
+        terms = soco.train_step(cfg, wrapped, optimizer, batch_of(cfg, stop - start, start, epoch=step), 0.9, CPU)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {k: v.item() for k, v in terms.items()}, gradients, {k: v for k, v in model.state_dict().items() if "_k." in k and "encoder" not in k}
 

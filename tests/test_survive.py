@@ -408,7 +408,7 @@ def one_step(method: str, argv: list[str], faults: list, output: Path, env: dict
     wrapped = common.wrap_model(model.train(), torch.device("cpu"))
     script, given = importlib.import_module(method), [torch.nn.Identity()] if method == "detreg" else []
     optimizer = common.build_optimizer(cfg, model)
-    terms = script.train_step(cfg, wrapped, *given, script.build_criterion(cfg), optimizer, [batch], 0, torch.device("cpu"))
+    terms = script.train_step(cfg, wrapped, *given, script.build_criterion(cfg), optimizer, [batch], torch.device("cpu"))
     torch.save(({k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), f"{output}.pt")
 
 

@@ -259,8 +259,8 @@ class Prescribed(common.HungarianMatcher):
         super().__init__(focal=False)
         self.pairs = [(torch.tensor(q), torch.tensor(t)) for q, t in pairs]
 
-    def __call__(self, outputs, targets):
-        return self.pairs
+    def __call__(self, layers, targets):
+        return [self.pairs] * len(layers)
 
 
 def test_loss_by_hand():
@@ -351,7 +351,7 @@ def one_step(start=0, stop=4, accumulate=1, detector="detr"):
     """updetr.train_step on images start..stop -> (terms, gradients)."""
     cfg, model, batch = step_case(accumulate=accumulate, detector=detector)
     optimizer, wrapped = common.build_optimizer(cfg, model), common.wrap_model(model, CPU)
-    terms = updetr.train_step(cfg, wrapped, None, updetr.build_criterion(cfg), optimizer, pieces(batch, start, stop, accumulate), 0, CPU)
+    terms = updetr.train_step(cfg, wrapped, None, updetr.build_criterion(cfg), optimizer, pieces(batch, start, stop, accumulate), CPU)
     return {k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -404,7 +404,7 @@ def test_targets_of_the_reconstruction():
     before = {k: v.clone() for k, v in target.state_dict().items()}
     for backbone, expected in ((None, now), (target, wanted)):
         spy = Spy.of(cfg)
-        updetr.train_step(cfg, model, backbone, spy, common.build_optimizer(cfg, model), [batch], 0, CPU)
+        updetr.train_step(cfg, model, backbone, spy, common.build_optimizer(cfg, model), [batch], CPU)
         for t, e in zip(spy.seen[0], expected, strict=True):
             torch.testing.assert_close(t["features"].detach(), e, rtol=1e-4, atol=1e-5)
             assert t["features"].requires_grad == (backbone is None)      # the current feature, with gradient (D10)
@@ -414,7 +414,7 @@ def test_targets_of_the_reconstruction():
 def test_a_frozen_backbone_stays():
     cfg, model, batch = step_case(lr_backbone=0.0, mask_ratio=0.1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    updetr.train_step(cfg, model, None, updetr.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], 0, CPU)
+    updetr.train_step(cfg, model, None, updetr.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], CPU)
     after = model.state_dict()
     assert all(p.grad is None and not p.requires_grad for p in model.detector.backbone.parameters())
     assert all(torch.equal(v, after[k]) for k, v in before.items() if k.startswith("backbone."))
@@ -425,7 +425,7 @@ def test_a_frozen_backbone_stays():
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_every_detector_learns_with_all_its_parameters(detector, reconstruction):
     cfg, model, batch = step_case(detector=detector, reconstruction=reconstruction, mask_ratio=0.1)
-    terms = updetr.train_step(cfg, model, None, updetr.build_criterion(cfg), common.build_optimizer(cfg, model), pieces(batch, 0, 2, 1), 0, CPU)
+    terms = updetr.train_step(cfg, model, None, updetr.build_criterion(cfg), common.build_optimizer(cfg, model), pieces(batch, 0, 2, 1), CPU)
     assert ("loss_feature_0" in terms) == reconstruction and all(v.isfinite() for v in terms.values())
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert not [n for n, p in learning.items() if p.grad is None] and all(p.grad.isfinite().all() for p in learning.values())
@@ -438,7 +438,7 @@ def test_bf16_is_close_to_fp32():
     results = []
     for amp in ("off", "bf16"):
         cfg, model, batch = step_case(amp=amp)
-        terms = updetr.train_step(cfg, model, None, updetr.build_criterion(cfg), common.build_optimizer(cfg, model), pieces(batch, 0, 2, 1), 0, CPU)
+        terms = updetr.train_step(cfg, model, None, updetr.build_criterion(cfg), common.build_optimizer(cfg, model), pieces(batch, 0, 2, 1), CPU)
         results.append({k: v.item() for k, v in terms.items() if k.startswith("loss")})
     assert results[0] == pytest.approx(results[1], rel=0.05, abs=0.02) and results[0] != results[1]
 

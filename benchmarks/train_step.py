@@ -1,0 +1,274 @@
+"""Where a training step's time goes, and what it takes against other code for the same work.
+
+  python benchmarks/train_step.py --method detreg [--device cpu|cuda] [--rounds N] [any flag of detreg.py]
+  python benchmarks/train_step.py --method deformable_detr      # the detector step against Hugging Face transformers (detr, conditional_detr alike)
+  python benchmarks/train_step.py --method faster_rcnn_fpn      # fine-tuning against torchvision's detector (mask_rcnn_fpn, retinanet_fpn, fcos_fpn)
+
+A method runs its default recipe with its own data set, loader and train_step, on a few ImageNet pictures (../shared/data) or drawn scenes as large.
+Its split is measured alone, as a run goes; then the ways below take the same batches in turn:
+  ours    as a run goes
+  plain   fp32, eager, attention by grid_sample, norms apart from their convolutions, one optimizer kernel per operation
+  bf16    ours with --amp bf16
+  compile ours with --compile (only where asked for: --ways ours plain compile)
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import measure  # first: it finds the project's files
+
+import common
+import data
+import proposals
+import torch
+from torch import nn
+
+LOSS = {"detreg": "detreg_loss", "updetr": "updetr_loss", "siamese_detr": "siamese_loss", "soco": "soco_loss", "dupr": "dupr_loss"}
+BATCH = {"detreg": 2, "updetr": 2, "siamese_detr": 2, "soco": 4, "dupr": 8}      # images; those of the released codes' CPU measurements
+RELEASED = {"detreg": 9.7, "updetr": 1.5, "siamese_detr": 2.1, "soco": 4.6}      # their seconds a step at that batch, 2 threads of such a machine
+TRANSFORMERS = ("detr", "conditional_detr", "deformable_detr")
+TORCHVISION = ("faster_rcnn_fpn", "mask_rcnn_fpn", "retinanet_fpn", "fcos_fpn")
+
+
+# ==== 1. A method's own step ====
+class Step:
+    """One way of running a method: its own network, optimizer and train_step. Calling it takes one step on the next of `batches`."""
+
+    def __init__(self, method: str, cfg: Any, device: torch.device):
+        self.script, self.cfg, self.device, self.number = importlib.import_module(method), cfg, device, 0
+        torch.manual_seed(cfg.seed)
+        self.model, *frozen = self.script.build_models(cfg) if hasattr(self.script, "build_models") else [self.script.build_model(cfg)]
+        self.model, frozen = self.model.to(device).train(), [f.to(device) if f is not None else None for f in frozen]
+        self.wrapped = common.wrap_model(self.model, device, compiled=cfg.compile)
+        build = getattr(self.script, "build_optimizer", common.build_optimizer)
+        self.optimizer = build(cfg, self.model)
+        criterion = [self.script.build_criterion(cfg)] if hasattr(self.script, "build_criterion") else []
+        self.before = (cfg, self.wrapped, *frozen, *criterion, self.optimizer)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        batch = [batch] if hasattr(self.script, "build_criterion") else batch
+        momentum = (self.cfg.ema_momentum,) if self.script.__name__ == "soco" else ()
+        self.number += 1
+        return self.script.train_step(*self.before, batch, *momentum, self.number, self.device)
+
+
+@contextlib.contextmanager
+def plain_forms():
+    """What a reader would write first: the reference attention, a norm after each convolution, no fused optimizer."""
+    with (mock.patch.object(common, "deformable_attention_for", lambda device: common.multi_scale_deformable_attention),
+          mock.patch.object(common, "convolve", lambda x, conv, norm: norm(conv(x))), mock.patch.object(common, "can_fuse", lambda model: False)):
+        yield
+
+
+def open_data(method: str, argv: list[str], folder: str, rounds: int) -> tuple[Any, Any, Any]:
+    """-> (the configuration, the data set, its collate). Proposals come from a store, as the README advises for more than a few epochs."""
+    script = importlib.import_module(method)
+    sample, flags = Path(__file__).resolve().parents[2] / "shared/data/imagenet_sample/train", []
+    if "--data" not in argv:
+        flags += ["--data", "synthetic", "--synthetic_size", "448", "--synthetic_images", "16"]
+        if sample.is_dir():
+            (Path(folder) / "images.txt").write_text("\n".join(map(str, sorted(sample.rglob("*.*"))[::12][:24])))
+            flags[:2] = ["--data", f"{folder}/images.txt"]
+    flags += ["--backbone_weights", "random", "--batch_size", str(BATCH[method]), "--out", folder, "--num_workers", "1"]
+    cfg = common.parse_config(script.Config, script.PRESETS, flags + argv, script=method, description="", by_data=script.recipe_of)
+    source = data.open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
+    indices, kind = list(range(len(source))), {"detreg": "RegionDataset", "updetr": "PatchDataset", "siamese_detr": "TwoViewDataset",
+                                               "soco": "ObjectViewsDataset", "dupr": "TwoCropsDataset"}[method]
+    import numpy as np
+    arguments = [cfg, source, np.array(indices)]
+    if hasattr(script, "proposal_generator"):
+        with contextlib.redirect_stdout(None):
+            arguments.append(proposals.build_store(f"{folder}/store", source, script.proposal_generator(cfg), workers=2, progress=False))
+    return cfg, getattr(script, kind)(*arguments), getattr(script, "collate", data.collate)
+
+
+def split(step: Step, batches: Any, steps: int) -> dict[str, list[float]]:
+    """Seconds of each part of every step: data wait, forward, matching + loss, backward, optimizer (with clipping and the check for NaN)."""
+    parts: dict[str, list[float]] = defaultdict(list)
+    last = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal last
+        measure.finish(step.device)
+        now = time.perf_counter()
+        parts[name].append(now - last)
+        last = now
+    loss, backward = getattr(step.script, LOSS[step.script.__name__]), torch.Tensor.backward
+
+    def timed_loss(*args: Any, **kwargs: Any) -> Any:
+        lap("forward")
+        value = loss(*args, **kwargs)
+        lap("matching + loss")
+        return value
+
+    def timed_backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        backward(self, *args, **kwargs)
+        lap("backward")
+    with mock.patch.object(step.script, loss.__name__, timed_loss), mock.patch.object(torch.Tensor, "backward", timed_backward):
+        for i in range(steps + 1):
+            batch = next(batches)
+            lap("data wait")
+            step(batch)
+            lap("optimizer")
+    return {name: seconds[1:] for name, seconds in parts.items()}
+
+
+def method_step(args: argparse.Namespace, argv: list[str]) -> None:
+    device = torch.device(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg, dataset, collate = open_data(args.method, argv, folder, args.rounds)
+        sampler = data.StepSampler(len(dataset), cfg.batch_size, 10**6, seed=cfg.seed)
+        batches = iter(data.make_loader(dataset, sampler, num_workers=cfg.num_workers, collate=collate))
+        steps = {}
+        for way in args.ways:
+            changed = {"bf16": {"amp": "bf16"}, "compile": {"compile": True}}.get(way, {})
+            with plain_forms() if way == "plain" else contextlib.nullcontext():
+                steps[way] = Step(args.method, type(cfg)(**{**vars(cfg), **changed}), device)
+        parts = split(steps["ours"], batches, args.rounds)
+        kept = [next(batches) for _ in range(4)]
+        del batches                                                       # its workers end: they would take a core from what is timed below
+        turn = {way: 0 for way in steps}
+
+        def run(way: str) -> None:
+            turn[way] += 1
+            with plain_forms() if way == "plain" else contextlib.nullcontext():
+                steps[way](kept[turn[way] % len(kept)])
+        seconds = measure.interleave({way: lambda way=way: run(way) for way in steps}, args.rounds, device)
+        memory = {way: measure.peak_mib(lambda way=way: run(way), device) for way in steps}
+    first = kept[0].get("images", kept[0].get("views"))
+    shape = tuple(first.shape) if isinstance(first, torch.Tensor) else tuple(first[0].shape)
+    total = sum(measure.median(values) for values in parts.values())
+    measure.report(f"{args.method}: one step, in a loop of its own", ["part", "seconds", "share"],
+                   [[name, measure.spread(values), f"{measure.median(values) / total:.0%}"] for name, values in parts.items()],
+                   measure.machine(device, batch_size=cfg.batch_size, images=str(shape)))
+    released = RELEASED.get(args.method) if device.type == "cpu" and cfg.batch_size == BATCH[args.method] else None
+    rows = [[way, measure.spread(seconds[way]), cfg.batch_size / measure.median(seconds[way]),
+             measure.spread(measure.ratios(seconds, "plain", way)) if "plain" in seconds else None, memory[way],
+             measure.median(seconds[way]) / released if released else None] for way in seconds]
+    columns = ["way", "seconds", "images/s", "plain / way", "peak MiB", "of the released step"]
+    measure.report(f"{args.method}: the same batches in turn", columns, rows, measure.machine(device, batch_size=cfg.batch_size, images=str(shape)))
+
+
+# ==== 2. The detector step against other libraries ====
+def boxes_of(batch: int, count: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"boxes": (torch.rand(count, 4, generator=generator) * 0.3 + 0.2).to(device),
+             "labels": torch.randint(0, 90, (count,), generator=generator).to(device)} for _ in range(batch)]
+
+
+def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device: torch.device, amp: str) -> dict[str, Any]:
+    """Forward, loss, backward, clip and AdamW of a detector with a frozen ResNet-50, 91 classes, dropout 0.1: ours, and theirs."""
+    import transformers
+    import finetune
+    flags = ["--data", "coco", "--detector", name, "--backbone_weights", "random", "--lr_backbone", "0", "--amp", amp]
+    cfg = common.parse_config(finetune.Config, finetune.PRESETS, flags, script="finetune", description="", by_data=finetune.recipe_of)
+    queries = cfg.num_queries
+    ours = common.build_detector(cfg, 91 + (name == "detr"), focal=name != "detr").to(device).train()
+    criterion, mask = finetune.build_criterion(cfg), torch.zeros_like(images[:, 0], dtype=torch.bool)
+    optimizer = common.build_optimizer(cfg, ours)
+    kind = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[name]
+    backbone = transformers.ResNetConfig(out_features=[f"stage{i}" for i in ((2, 3, 4) if name == "deformable_detr" else (4,))])
+    config = getattr(transformers, f"{kind}Config")(
+        backbone_config=backbone, num_queries=queries, num_labels=91, auxiliary_loss=True, dropout=cfg.dropout,
+        encoder_ffn_dim=cfg.dim_feedforward, decoder_ffn_dim=cfg.dim_feedforward)
+    theirs = getattr(transformers, f"{kind}ForObjectDetection")(config).to(device).train()
+    theirs_optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 1e-4)
+    labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
+
+    def our_step() -> None:
+        optimizer.zero_grad()
+        with common.autocast(device, amp):
+            outputs = ours(images, mask)
+        losses, _ = criterion(outputs, targets, float(sum(len(t["labels"]) for t in targets)))
+        criterion.total(losses).backward()
+        nn.utils.clip_grad_norm_(ours.parameters(), 0.1)
+        optimizer.step()
+
+    def their_step() -> None:
+        theirs_optimizer.zero_grad()
+        with common.autocast(device, amp):
+            loss = theirs(pixel_values=images, pixel_mask=(~mask).long(), labels=labels).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
+        theirs_optimizer.step()
+    learn = [sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6 for model in (ours, theirs)]
+    print(f"parameters that learn: ours {learn[0]:.2f} M, transformers' {learn[1]:.2f} M")
+    return {"ours": our_step, "transformers": their_step}
+
+
+def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: torch.device, amp: str) -> dict[str, Any]:
+    """Forward, loss, backward and SGD of a detector of the R-CNN family, ResNet-50, all BatchNorm learning."""
+    import torchvision
+
+    import finetune
+    cfg = common.parse_config(finetune.Config, finetune.PRESETS, ["--data", "coco", "--detector", name, "--backbone_weights", "random"],
+                              script="finetune", description="", by_data=finetune.recipe_of)
+    build = {"faster_rcnn_fpn": "fasterrcnn_resnet50_fpn", "mask_rcnn_fpn": "maskrcnn_resnet50_fpn", "retinanet_fpn": "retinanet_resnet50_fpn",
+             "fcos_fpn": "fcos_resnet50_fpn"}[name]
+    first = finetune.first_label(name)
+    height, width = images.shape[-2:]
+    theirs = getattr(torchvision.models.detection, build)(weights=None, weights_backbone=None, num_classes=91 + first, trainable_backbone_layers=5,
+                                                          min_size=min(height, width), max_size=max(height, width))
+    wanted = []
+    for t in targets:
+        centre, size = t["boxes"].split(2, 1)
+        boxes = torch.cat([centre - size / 2, centre + size / 2], 1) * t["boxes"].new_tensor([width, height] * 2)
+        wanted.append({"boxes": boxes, "labels": t["labels"] + first})
+        if name == "mask_rcnn_fpn":
+            wanted[-1]["masks"] = torch.ones(len(boxes), height, width, dtype=torch.uint8, device=device)
+    steps = {}
+    for way, model in (("ours", common.build_rcnn(cfg, 91)), ("torchvision", theirs)):
+        model = model.to(device).train()
+        optimizer = common.build_sgd(cfg, model) if way == "ours" else torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+
+        def step(model=model, optimizer=optimizer) -> None:
+            optimizer.zero_grad()
+            with common.autocast(device, amp):
+                losses = model(list(images), wanted)
+            sum(losses.values()).backward()
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0                                         # random labels: nothing may run away while it is timed
+            optimizer.step()
+        steps[way] = step
+    return steps
+
+
+def library_step(args: argparse.Namespace, argv: list[str]) -> None:
+    device = torch.device(args.device)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--size", type=int, nargs=2, default=(480, 600), metavar=("H", "W"))
+    parser.add_argument("--amp", choices=["off", "bf16"], default="off")
+    sizes = parser.parse_args(argv)
+    torch.manual_seed(0)
+    images, targets = torch.randn(sizes.batch_size, 3, *sizes.size, device=device), boxes_of(sizes.batch_size, 10, device)
+    steps = (detector_steps if args.method in TRANSFORMERS else rcnn_steps)(args.method, images, targets, device, sizes.amp)
+    seconds = measure.interleave(steps, args.rounds, device)
+    other = next(way for way in steps if way != "ours")
+    rows = [[way, measure.spread(seconds[way]), sizes.batch_size / measure.median(seconds[way]), measure.spread(measure.ratios(seconds, other, way)),
+             measure.peak_mib(steps[way], device)] for way in steps]
+    versions = {library: importlib.import_module(library).__version__ for library in (other,)}
+    measure.report(f"{args.method}: forward, loss, backward, optimizer", ["way", "seconds", "images/s", f"{other} / way", "peak MiB"], rows,
+                   measure.machine(device, batch_size=sizes.batch_size, size=str(tuple(sizes.size)), amp=sizes.amp, **versions))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--method", required=True, choices=[*LOSS, *TRANSFORMERS, *TORCHVISION])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=["ours", "plain", "bf16"], choices=["ours", "plain", "bf16", "compile"])
+    args, rest = parser.parse_known_args()
+    (method_step if args.method in LOSS else library_step)(args, rest)
+
+
+if __name__ == "__main__":
+    common.cli(main)

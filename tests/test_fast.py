@@ -1,0 +1,243 @@
+"""What makes a step fast without changing it: every quick form against its plain one, and what must not creep back (reads from the device,
+recompilation for every size, copies of queues and averages). No times: those are in benchmarks/."""
+import copy
+import functools
+import importlib
+
+import numpy as np
+import pytest
+import test_dupr
+import test_soco
+import torch
+import torch._dynamo.testing
+import torchvision
+from conftest import small_config
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+import detreg
+import dupr
+import soco
+
+CPU = torch.device("cpu")
+SHAPES = [(6, 5), (3, 7), (1, 2)]
+
+
+# ==== Deformable attention ====
+
+def attention_case(dtype, B=2, Q=9, M=4, D=8, P=3, shapes=SHAPES):
+    """Points inside, outside and far outside the maps, none on the border of a cell, where the gradient of its place jumps."""
+    g = torch.Generator().manual_seed(3)
+    size = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
+    place = torch.rand(B, Q, M, len(shapes), P, 2, generator=g, dtype=torch.float64) * (size + 6) - 3
+    place[0, 0, 0, 0, 0] = 1e4
+    locations = (place.floor() + (place % 1).clamp(0.05, 0.95) + 0.5) / size
+    weights = torch.rand(B, Q, M, len(shapes) * P, generator=g, dtype=torch.float64).softmax(-1).view(B, Q, M, len(shapes), P)
+    value = torch.randn(B, sum(h * w for h, w in shapes), M, D, generator=g, dtype=torch.float64)
+    return value.to(dtype), locations.to(dtype), weights.to(dtype), torch.randn(B, Q, M * D, generator=g, dtype=torch.float64).to(dtype)
+
+
+def attended(form, value, locations, weights, direction, shapes=SHAPES):
+    leaves = [t.clone().requires_grad_() for t in (value, locations, weights)]
+    output = form(leaves[0], shapes, *leaves[1:])
+    output.backward(direction)
+    return [output.detach(), *(t.grad for t in leaves)]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), ((torch.float64, 1e-12), (torch.float32, 1e-5)))
+def test_deformable_attention_on_cpu(dtype, limit):
+    """Output and all three gradients; float32 against the float64 of the readable form."""
+    exact = attended(common.multi_scale_deformable_attention, *attention_case(torch.float64))
+    found = attended(common.deformable_attention_on_cpu, *attention_case(dtype))
+    for a, b in zip(found, exact):
+        assert a.dtype == dtype and a.shape == b.shape and ((a - b).abs().max() / b.abs().max()).item() < limit
+    one = attention_case(dtype, B=1, Q=1, M=1, D=1, P=1, shapes=[(1, 1)])
+    forms = (common.deformable_attention_on_cpu, common.multi_scale_deformable_attention)
+    for a, b in zip(*(attended(form, *one, shapes=[(1, 1)]) for form in forms)):           # fewer rows than neighbours
+        torch.testing.assert_close(a, b, rtol=limit, atol=limit)
+
+
+def test_deformable_attention_without_a_gradient_of_the_places():
+    """A frozen value, or frozen weights, ask for a part of the gradients only."""
+    value, locations, weights, direction = attention_case(torch.float32)
+    full = attended(common.deformable_attention_on_cpu, value, locations, weights, direction)
+    for k in range(3):
+        leaves = [t.clone().requires_grad_(i == k) for i, t in enumerate((value, locations, weights))]
+        common.deformable_attention_on_cpu(leaves[0], SHAPES, *leaves[1:]).backward(direction)
+        assert [t.grad is not None for t in leaves] == [i == k for i in range(3)] and torch.equal(leaves[k].grad, full[1 + k])
+
+
+def test_deformable_attention_in_bf16(monkeypatch):
+    """Under autocast a module's output is within bf16's rounding of its float64 self, because places are never rounded to bf16."""
+    torch.manual_seed(0)
+    module = common.MSDeformAttn(32, len(SHAPES), 4, 3)
+    nn.init.normal_(module.sampling_offsets.weight, std=0.3)
+    nn.init.normal_(module.attention_weights.weight, std=0.3)
+    S = sum(h * w for h, w in SHAPES)
+    query, source, reference = torch.randn(2, 9, 32), torch.randn(2, S, 32), torch.rand(2, 9, len(SHAPES), 2)
+    d = {name: p.detach().double() for name, p in module.named_parameters()}
+    value, offsets, weights = (F.linear(x.double(), d[f"{name}.weight"], d[f"{name}.bias"]) for x, name in (
+        (source, "value_proj"), (query, "sampling_offsets"), (query, "attention_weights")))
+    size = torch.tensor([(w, h) for h, w in SHAPES], dtype=torch.float64)[:, None]
+    locations = reference.double()[:, :, None, :, None] + offsets.view(2, 9, 4, len(SHAPES), 3, 2) / size
+    weights = weights.view(2, 9, 4, -1).softmax(-1).view(2, 9, 4, len(SHAPES), 3)
+    exact = common.multi_scale_deformable_attention(value.view(2, S, 4, 8), SHAPES, locations, weights)
+    exact = F.linear(exact, d["output_proj.weight"], d["output_proj.bias"])
+    seen, form = [], common.deformable_attention_on_cpu
+
+    def spy(value, shapes, locations, weights):
+        seen.append((locations.dtype, weights.dtype))
+        return form(value, shapes, locations, weights)
+    monkeypatch.setattr(common, "deformable_attention_on_cpu", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(query, reference, source, SHAPES, None)
+    assert seen == [(torch.float32, torch.float32)]
+    assert 1e-4 < ((found - exact).abs().max() / exact.std()).item() < 0.03                       # rounded places: more than 0.1
+
+
+def test_form_of_a_device(monkeypatch):
+    """deformops is asked for on CUDA only, in its own order of arguments; without it CUDA and all other devices take the readable form."""
+    assert common.deformable_attention_for(CPU) is common.deformable_attention_on_cpu
+    for package in (None, object()):
+        monkeypatch.setattr(common, "deformops", package)
+        assert common.deformable_attention_for(torch.device("mps")) is common.multi_scale_deformable_attention
+        expected = common.deformable_attention_by_deformops if package else common.multi_scale_deformable_attention
+        assert common.deformable_attention_for(torch.device("cuda")) is expected
+
+    class Package:
+        class registry:
+            @staticmethod
+            def msda(value, shapes, starts, locations, weights):
+                assert starts.tolist() == [0, 30, 51] and shapes.tolist() == [list(s) for s in SHAPES] and not shapes.is_floating_point()
+                return common.multi_scale_deformable_attention(value, [tuple(s) for s in shapes.tolist()], locations, weights)
+    monkeypatch.setattr(common, "deformops", Package)
+    *inputs, _ = attention_case(torch.float32)
+    torch.testing.assert_close(common.deformable_attention_by_deformops(inputs[0], SHAPES, *inputs[1:]),
+                               common.multi_scale_deformable_attention(inputs[0], SHAPES, *inputs[1:]))
+
+
+# ==== Backbone ====
+
+@pytest.mark.parametrize("arch", ("resnet18", "resnet50"))
+@pytest.mark.parametrize("norm", ("frozen", "bn"))
+def test_backbone_is_torchvisions(arch, norm):
+    """Norms inside the convolutions and channels last: torchvision's own forward, its gradients and its running statistics."""
+    torch.manual_seed(1)
+    backbone = common.Backbone(arch, (1, 2, 3, 4), norm, trainable=5).train()
+    plain = getattr(torchvision.models, arch)(norm_layer=torchvision.ops.FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d).train()
+    for module in backbone.modules():
+        if isinstance(module, (torchvision.ops.FrozenBatchNorm2d, nn.BatchNorm2d)):
+            for name, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
+                getattr(module, name).data.uniform_(low, low + 1)
+    assert plain.load_state_dict(backbone.body.state_dict(), strict=False).missing_keys == ["fc.weight", "fc.bias"]
+    images, outputs = torch.randn(2, 3, 64, 96, dtype=torch.float64), []
+    backbone, plain = backbone.double(), plain.double()                   # norms of a few pixels amplify the rounding of float32
+    x = plain.maxpool(plain.relu(plain.bn1(plain.conv1(images))))
+    for layer in (plain.layer1, plain.layer2, plain.layer3, plain.layer4):
+        x = layer(x)
+        outputs.append(x)
+    found = backbone(images)
+    for a, b in zip(found, outputs):
+        assert (a - b).abs().max() < 1e-10 * b.abs().max()
+    for network in (found, outputs):
+        sum(x.square().mean() / x.detach().square().mean() for x in network).backward()
+    theirs = dict(plain.named_parameters())
+    for name, p in backbone.body.named_parameters():
+        assert (p.grad - theirs[name].grad).abs().max() < 1e-8 * theirs[name].grad.abs().max(), name
+    for name, value in backbone.body.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-10, atol=1e-10)
+
+
+# ==== A step reads nothing from the device ====
+
+class Reads(TorchDispatchMode):
+    """Counts operations whose result, or its shape, the host has to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[-1].split(".")[0]
+        mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2", "repeat_interleave") or mask:
+            if not (name == "repeat_interleave" and len(args) > 1):              # with a number of repeats the shape is known
+                self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def one_step(method):
+    """(the network, a training step of the method on a small case)"""
+    if method == "soco":
+        cfg = test_soco.config()
+        model, batch = soco.build_model(cfg).train(), test_soco.batch_of(cfg)
+        optimizer = soco.build_optimizer(cfg, model)
+        return model, lambda: soco.train_step(cfg, model, optimizer, batch, 0.9, CPU)
+    if method == "dupr":
+        cfg = test_dupr.config(**test_dupr.ALL_LEVELS)
+        model, batch = test_dupr.small_model(cfg), test_dupr.batch_case()
+        optimizer = dupr.build_optimizer(cfg, model)
+        return model, lambda: dupr.train_step(cfg, model, optimizer, batch, 0, CPU)
+    case, script = importlib.import_module(f"test_{method}"), importlib.import_module(method)
+    cfg, model, batch = case.step_case()
+    frozen, optimizer, criterion = nn.Identity() if method == "detreg" else None, common.build_optimizer(cfg, model), script.build_criterion(cfg)
+    return model, lambda: script.train_step(cfg, model.train(), frozen, criterion, optimizer, [batch], CPU)
+
+
+@pytest.mark.parametrize("method", ("detreg", "updetr", "siamese_detr", "soco", "dupr"))
+def test_a_step_waits_for_nothing(method, monkeypatch):
+    """But for the matching, whose costs travel once for all layers and images."""
+    model, step = one_step(method)
+    moved, solve = [], common.linear_sum_assignment
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.numel()) or self)
+    monkeypatch.setattr(common, "linear_sum_assignment", lambda cost: moved.append(cost.shape) or solve(cost))
+    step()                                                                # constants are made here
+    moved.clear()
+    reads = Reads()
+    with reads:
+        step()
+    assert reads.found == []
+    if method in ("soco", "dupr"):
+        assert moved == []
+    else:
+        assert isinstance(moved[0], int) and all(isinstance(m, tuple) for m in moved[1:])     # one transfer, then all that is solved
+        assert moved[0] == sum(int(np.prod(shape)) for shape in moved[1:]) and len(moved) > 4
+
+
+@pytest.mark.parametrize("method", ("soco", "dupr"))
+def test_averages_and_queues_stay_where_they_are(method):
+    """Averaged networks and queues are updated in place: no step copies them."""
+    model, step = one_step(method)
+    kept = {n: t for n, t in (*model.named_buffers(), *model.named_parameters()) if "queues" in n or "_k." in n}
+    before = {n: (t.data_ptr(), t.clone()) for n, t in kept.items()}
+    assert before
+    step()
+    after = dict((*model.named_buffers(), *model.named_parameters()))
+    assert all(after[n].data_ptr() == pointer for n, (pointer, _) in before.items())
+    changed = [n for n, (_, value) in before.items() if not torch.equal(after[n], value)]
+    assert any("queues" in n for n in changed) == (method == "dupr") and len(changed) > 3
+
+
+# ==== torch.compile ====
+
+def test_sizes_are_not_compiled_one_by_one(monkeypatch):
+    """--compile: the layers of a kind are compiled together, after a few sizes of images no other one is, and the results are those without."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = common.build_detector(small_config(detreg.Config, enc_layers=2, num_feature_levels=3), 3, focal=True).eval()
+    counter = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    compiled, counts = copy.deepcopy(plain), []
+    assert common.wrap_model(compiled, CPU, compiled=True) is compiled
+    for h, w in ((64, 64), (64, 96), (96, 64), (128, 96), (96, 160), (160, 64)):
+        images, mask = torch.randn(2, 3, h, w), torch.zeros(2, h, w, dtype=torch.bool)
+        mask[0, :, w - 20:] = True
+        with torch.no_grad():
+            found, expected = compiled(images, mask), plain(images, mask)
+        torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"], rtol=1e-4, atol=1e-5)
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts[3:] == counts[2:3] * 3, counts
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    torch._dynamo.reset()
