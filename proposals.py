@@ -68,14 +68,13 @@ def rects_to_boxes(rects: np.ndarray, image_hw: tuple[int, int], grid: int | Non
 
 # ==== 1. Selective search (DETReg, Sec. 4, SoCo Sec. 3.1) ====
 def _switch_to_quick(search: Any, image: np.ndarray) -> None:
-    """Ours (D6), 4 hierarchies: Lab alone, k 60 and 180 (smaller segments for the colour space and the k 300, 450 that are left out), no texture."""
+    """Ours (D6), 3 hierarchies: Lab alone; small segments (k 60, at least 60 px) stand in for the other colour space; no texture, no colour term."""
     cv = cv2.ximgproc.segmentation
     search.addImage(cv2.cvtColor(image, cv2.COLOR_BGR2Lab))
-    for k in (60, 180):  # half of the time goes into these segmentations, whatever is done with them
-        search.addGraphSegmentation(cv.createGraphSegmentation(0.8, k, 50))
-    colour, fill, size = (getattr(cv, f"createSelectiveSearchSegmentationStrategy{name}")() for name in ("Color", "Fill", "Size"))
-    search.addStrategy(cv.createSelectiveSearchSegmentationStrategyMultiple(colour, fill, size))
-    search.addStrategy(cv.createSelectiveSearchSegmentationStrategyMultiple(fill, size))
+    for k in (60, 150, 300):  # these segmentations take nearly all of its time
+        search.addGraphSegmentation(cv.createGraphSegmentation(0.8, k, 60))
+    search.addStrategy(cv.createSelectiveSearchSegmentationStrategyMultiple(cv.createSelectiveSearchSegmentationStrategyFill(),
+                                                                            cv.createSelectiveSearchSegmentationStrategySize()))
 
 
 def _search(image: np.ndarray, mode: str, before: Callable[[], Any]) -> np.ndarray:
@@ -245,7 +244,7 @@ def select(boxes: np.ndarray, policy: str, k: int, rng: np.random.Generator) -> 
 class Generator:
     """Image -> boxes, with every setting that the result depends on. For edge boxes `grid` is the short side of the copy that is searched."""
     method: str = "selective_search"  # selective_search | edge_boxes | random
-    mode: str = "fast"  # selective search: fast (12 hierarchies) | quality (100) | quick (4; D6)
+    mode: str = "fast"  # selective search: fast (12 hierarchies) | quality (100) | quick (3; D6)
     grid: int | None = 128  # None: original size
     rank: str = "opencv"  # opencv: the generator's own order | nms: rank_nms
     edge_model: str | None = None
@@ -561,7 +560,7 @@ def main(argv: list[str] | None = None) -> ProposalStore:
                         choices=["selective_search", "edge_boxes", "random"], help="what makes the boxes (random: 300 per image)")
     parser.add_argument("--workers", type=int, default=0, help="processes; one per CPU core is fastest, 0 works in this one")
     parser.add_argument("--mode", default="fast", choices=["fast", "quality", "quick"],
-                        help="selective search: quality takes 3 to 7 times as long, quick (not released) a quarter")
+                        help="selective search: quality takes 3 to 7 times as long, quick (not released) a third")
     parser.add_argument("--grid", type=int, help="search on a GRID x GRID copy (edge_boxes: short side GRID), 0 = original size; "
                         "default 128 for selective_search, else 0. With OpenCV's order and few boxes, 128 is not only faster but better")
     parser.add_argument("--rank", default="opencv", choices=["opencv", "nms"], help="nms: size filter, seeded shuffle, NMS 0.7; covers more per box")

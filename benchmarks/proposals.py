@@ -63,8 +63,9 @@ def recalls(settings: dict[str, Any], labelled: Any, images: int, seeds: int) ->
 
 def settings_table(args: argparse.Namespace, pictures: Any, labelled: dict[str, Any]) -> None:
     chosen = np.linspace(0, len(pictures) - 1, min(args.time_images, len(pictures))).astype(int)
+    shown = {name: settings for name, settings in SETTINGS.items() if args.only in name or name == RELEASED[0]}
     generators = {(name, order): proposals.Generator(**settings, rank="nms" if order == "nms" else "opencv")
-                  for name, settings in SETTINGS.items() for order in ("own", "nms") if (name, order) != ("random boxes", "nms")}
+                  for name, settings in shown.items() for order in ("own", "nms") if (name, order) != ("random boxes", "nms")}
     counts = {}
 
     def work(way: tuple[str, str]) -> None:
@@ -73,7 +74,7 @@ def settings_table(args: argparse.Namespace, pictures: Any, labelled: dict[str, 
     columns = ["setting", "order", "CPU ms/image", "images/s", "speed", "boxes", "ImageNet-1k core-hours"]
     columns += [f"{name} @{k}" for name in labelled for k in (30, 100, 1000)] + ["found on"]
     rows = []
-    for name, settings in SETTINGS.items():
+    for name, settings in shown.items():
         few = FEW if name in ("fast original size", "quick original size") else 10**9
         size = {data: min(len(s), args.images, 10**9 if data == "scenes" else few) for data, s in labelled.items()}
         found = {data: recalls(settings, s, size[data], args.seeds) for data, s in labelled.items()}
@@ -92,7 +93,7 @@ def settings_table(args: argparse.Namespace, pictures: Any, labelled: dict[str, 
 
 
 class Watched(proposals.Generator):
-    """Leaves behind, per process, the seconds it has run and the seconds it has waited for a core that others had (Linux)."""
+    """Leaves behind, per process, the seconds it has run and those it has waited for a core that others had (Linux)."""
     folder = ""
 
     def rects(self, image: np.ndarray, seed: int) -> np.ndarray:
@@ -103,12 +104,11 @@ class Watched(proposals.Generator):
 
 def scaling_table(args: argparse.Namespace, pictures: Any) -> None:
     """build_store with 0, 1, 2 workers, and two builds that know nothing of each other: what this machine can give at that moment. Where others
-    compute too, wall time says little: `wants a core` is how much of the wall time the processes ran or waited to be run, and not for work."""
-    generator, used, wanted = Watched(mode=args.store_mode), {}, {}
-
+    compute too, wall time says little. `wants a core`: the part of the wall time that a worker ran, or waited for a core and not for work. From it
+    and from what an image costs in CPU time follows the speed on cores that nobody else uses: processes x wants a core x cost alone / cost here."""
     def build(workers: int, out: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            proposals.build_store(out, pictures, generator, workers=workers, limit=args.store_images, progress=False)
+            proposals.build_store(out, pictures, Watched(mode=args.store_mode), workers=workers, limit=args.store_images, progress=False)
 
     def side_by_side(out: str) -> None:
         both = [multiprocessing.get_context("fork").Process(target=build, args=(0, f"{out}/{k}")) for k in range(2)]
@@ -122,28 +122,28 @@ def scaling_table(args: argparse.Namespace, pictures: Any) -> None:
             return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         with tempfile.TemporaryDirectory() as folder:
             Watched.folder, before, began = folder, cpu(), time.perf_counter()
-            ways[name][1](f"{folder}/store")
+            ways[name][2](f"{folder}/store")
             wall = time.perf_counter() - began
-            used.setdefault(name, []).append(cpu() - before)
+            used[name].append(cpu() - before)
             seen = [sum(map(int, file.read_text().split()[:2])) / 1e9 for file in Path(folder).iterdir() if file.is_file()]
-            wanted.setdefault(name, []).append(sum(seen) / max(len(seen), 1) / wall if name != "0 workers" else float("nan"))
+            wants[name].append(sum(seen) / len(seen) / wall)
 
-    ways = {"0 workers": (1, lambda out: build(0, out)), "1 worker": (1, lambda out: build(1, out)), "2 workers": (1, lambda out: build(2, out)),
-            "two builds side by side": (2, side_by_side)}  # how often the work is done, and how
+    ways = {"0 workers": (1, 1, lambda out: build(0, out)), "1 worker": (1, 1, lambda out: build(1, out)),
+            "2 workers": (2, 1, lambda out: build(2, out)), "two builds side by side": (2, 2, side_by_side)}  # processes, stores made, work
+    used, wants = {name: [] for name in ways}, {name: [] for name in ways}
     cv2.setNumThreads(0)  # before any fork
     seconds = measure.interleave({name: lambda name=name: watched(name) for name in ways}, args.rounds, CPU)
     rows = []
-    for name, (times, _) in ways.items():
-        cpu, alone = ([c / n for c in used[w][-args.rounds:]] for w, n in ((name, times), ("0 workers", 1)))
-        busy = [times * c / (2 * wall) for c, wall in zip(cpu, seconds[name])]
-        processes = 1 if name == "1 worker" else 2
-        free = [processes * want * a / c for want, a, c in zip(wanted[name][-args.rounds:], alone, cpu)]
-        against = [measure.spread([times * r for r in measure.ratios(seconds, base, name)]) for base in ("0 workers", "1 worker")]
-        rows.append([name, times * args.store_images / measure.median(seconds[name]), *against, measure.spread(busy),
-                     measure.median(cpu) / args.store_images * 1e3, *((None, None) if name == "0 workers" else
-                     (measure.spread(wanted[name][-args.rounds:]), measure.spread(free)))])
-    measure.report(f"build_store, {args.store_mode}", ["way", "images/s", "wall: against 0 workers", "against 1 worker", "CPU time / (2 x wall)",
-                   "CPU ms/image", "wants a core", "on free cores, against 0"], rows,
+    for name, (processes, stores, _) in ways.items():
+        cpu, want = used[name][-args.rounds:], wants[name][-args.rounds:]
+        wall = [[stores * r for r in measure.ratios(seconds, base, name)] for base in ("0 workers", "1 worker")]
+        busy = [c / (processes * s) for c, s in zip(cpu, seconds[name])]
+        free = [processes * w * a / (c / stores) for w, a, c in zip(want, used["0 workers"][-args.rounds:], cpu)]
+        rows.append([name, stores * args.store_images / measure.median(seconds[name]), *map(measure.spread, (*wall, busy)),
+                     measure.median(cpu) / stores / args.store_images * 1e3])
+        rows[-1] += [None, None] if name == "0 workers" else map(measure.spread, (want, free))
+    measure.report(f"build_store, {args.store_mode}", ["way", "images/s", "wall: speed / 0 workers", "/ 1 worker", "CPU time / (processes x wall)",
+                   "CPU ms/image", "wants a core", "on free cores / 0 workers"], rows,
                    measure.machine(CPU, rounds=args.rounds, images=args.store_images, source=pictures.name))
 
 
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--time_images", type=int, default=8)
     parser.add_argument("--store_images", type=int, default=96)
     parser.add_argument("--store_mode", default="fast", choices=["fast", "quality", "quick"])
+    parser.add_argument("--only", default="", help="settings whose name has this in it, beside the released one")
     parser.add_argument("--part", default="both", choices=["both", "settings", "scaling"])
     args = parser.parse_args()
     cv2.setNumThreads(0)
