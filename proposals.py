@@ -15,7 +15,8 @@ Deviations:
   D4  Edge boxes without the structured forest (its file may not be passed on): Lab gradients, and parameters measured for them.
   D5  Edge boxes' last resort is a centre box w/4..3w/4 (released: converted to xyxy twice). Boxes are clipped to the image; those found on a
       resized copy are rounded to pixels of the original (released: truncated); the retry's upscaling is bounded (released: 1 x 500 px explodes).
-  D6  Selective search, mode "quick": settings of our own.
+  D6  Mode "quick" is ours: on the 128 grid 3.1 times the images/s of fast; held-out recall@100 (IoU 0.5) .578 for .434 on BCCD, .977 for .976 on 600
+      synthetic scenes. It gives more small boxes: recall@30 .402 for .324, but .796 for .868 on the scenes (benchmarks/proposals.py).
 """
 from __future__ import annotations
 
