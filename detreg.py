@@ -93,7 +93,7 @@ class Config:
     strategy: Literal["topk", "randomk", "importance", "importance_released", "other_image"] = "topk"  # which proposals are targets (Sec. 4; Table 5)
     max_prop: int = 30  # M, proposals per image (Sec. 6)
     proposal_method: Literal["selective_search", "edge_boxes", "random"] = "selective_search"  # where boxes come from (Sec. 3)
-    proposal_mode: Literal["fast", "quality"] = "fast"  # selective search mode (Sec. 6)
+    proposal_mode: Literal["fast", "quality", "quick"] = "fast"  # selective search mode (Sec. 6)
     proposal_grid: int = 128  # side the image is squeezed to before selective search, 0 = original size (released)
     proposal_rank: Literal["opencv", "nms"] = "opencv"  # order of the boxes: OpenCV's, or size filter + seeded shuffle + NMS 0.7
     proposal_store: str | None = None  # folder filled by proposals.py; without one boxes are computed in the loader

@@ -102,7 +102,7 @@ class Config:
     preset: str | None = None  # paper or demo
     # proposals
     proposal_method: Literal["edge_boxes", "selective_search", "random"] = "edge_boxes"  # where regions come from (Sec. 4.1; Table 4)
-    proposal_mode: Literal["fast", "quality"] = "fast"  # selective search mode (released)
+    proposal_mode: Literal["fast", "quality", "quick"] = "fast"  # selective search mode (released)
     proposal_grid: int = 128  # side the image is squeezed to before selective search, 0 = original size (released)
     proposal_rank: Literal["opencv", "nms"] = "opencv"  # order of the boxes: OpenCV's, or size filter + seeded shuffle + NMS 0.7
     proposal_store: str | None = None  # folder filled by proposals.py; without one boxes are computed in the loader

@@ -98,7 +98,7 @@ class Config:
     preset: str | None = None  # paper or demo
     # proposals
     proposal_method: Literal["selective_search", "edge_boxes", "random", "whole"] = "selective_search"  # where boxes come from (Tables 4, 5 c)
-    proposal_mode: Literal["fast", "quality"] = "fast"  # selective search mode (D1)
+    proposal_mode: Literal["fast", "quality", "quick"] = "fast"  # selective search mode (D1)
     proposal_grid: int = 0  # side the image is squeezed to before selective search, 0 = original size (released)
     proposal_rank: Literal["opencv", "nms"] = "opencv"  # order of the boxes; plays no part, they are chosen at random
     proposal_store: str | None = None  # folder filled by proposals.py; without one boxes are computed in the loader, which is slow

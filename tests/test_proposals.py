@@ -140,6 +140,19 @@ def test_selective_search_order_is_seeded_and_set_is_not():
     assert first.dtype == np.float32 and (first <= [70, 53, 70, 53]).all() and (first >= 0).all()
 
 
+def test_quick_mode(tmp_path):
+    """D6, on one scene: its order is seeded and its set is not, all objects are found, with other boxes than fast; the header names it."""
+    image, truth, _ = D.SyntheticScenes(1, offset=4).scene(0)
+    first, again, other = (P.selective_search(np.asarray(image), mode="quick", seed=s) for s in (7, 7, 8))
+    assert np.array_equal(first, again) and not np.array_equal(first, other) and sorted(first.tolist()) == sorted(other.tolist())
+    assert 75 < len(first) < 95 and (first >= 0).all() and (first[:, 2:] > first[:, :2]).all() and (first <= 160).all()
+    assert len(truth) == 4 and all(iou(box, first).max() > 0.6 for box in truth)
+    fast = P.selective_search(np.asarray(image), seed=7).tolist()
+    assert 0 < sum(box in fast for box in first.tolist()) < 45  # both have the whole image and some regions
+    store = P.main(["--data", "synthetic", "--limit", "2", "--mode", "quick", "--out", str(tmp_path / "s")])
+    assert store.header["mode"] == "quick" and store.header["grid"] == 128 and "--mode quick" in P._command(store.header, store.path)
+
+
 def test_selective_search_without_a_seedable_c_library(monkeypatch):
     image = np.asarray(Pictures().load(3))
     ordinary = P.selective_search(image, seed=7)
