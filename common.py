@@ -621,7 +621,8 @@ class Backbone(nn.Module):
         learning = ("layer4", "layer3", "layer2", "layer1", "conv1")[:trainable] + (("bn1",) if trainable == 5 else ())
         for name, parameter in self.body.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in learning)
-        self.body.to(memory_format=torch.channels_last)
+        if norm == "frozen":
+            self.body.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> Backbone:
         """A backbone of which nothing learns stays in evaluation mode: its BatchNorm statistics are constant too."""
@@ -632,23 +633,30 @@ class Backbone(nn.Module):
 
 
 def run_stages(stages: Iterable[tuple[str, nn.Module]], images: Tensor, layers: tuple[str, ...]) -> list[Tensor]:
-    """Run a ResNet's children one after another; the outputs of those called `layers`. Channels last in memory: a quarter less time on CPU."""
-    x, outputs = images.contiguous(memory_format=torch.channels_last), []
-    for name, stage in stages:
+    """Run a ResNet's children one after another; the outputs of those called `layers`.
+
+    Channels last in memory, a quarter less time for frozen norms on CPU, but not for norms that learn: there the statistics of a map of 112 x 112
+    would be off by 1e-4 rather than 1e-6, for an eighth less time.
+    """
+    stages, outputs = dict(stages), []
+    frozen = isinstance(stages.get("bn1"), FrozenBatchNorm2d)
+    x = images.contiguous(memory_format=torch.channels_last) if frozen or images.is_cuda else images
+    for name, stage in stages.items():
         if name == "conv1":
             stem = stage                                                      # waits for its norm
         elif name == "bn1":
             x = convolve(x, stem, stage)
+        elif frozen and name.startswith("layer"):
+            for block in stage:
+                x = frozen_block(x, block)
         else:
-            for block in stage if isinstance(stage, nn.Sequential) else [stage]:
-                frozen = isinstance(getattr(block, "bn1", None), FrozenBatchNorm2d)
-                x = residual_block(x, block) if frozen else block(x)
+            x = stage(x)
         if name in layers:
             outputs.append(x)
     return outputs
 
 
-def residual_block(x: Tensor, block: nn.Module) -> Tensor:
+def frozen_block(x: Tensor, block: nn.Module) -> Tensor:
     """torchvision's BasicBlock or Bottleneck with frozen norms: relu(x + f(x)), f of two or three convolutions; x too is convolved where its shape
     changes."""
     y, last = x, 3 if isinstance(block, Bottleneck) else 2

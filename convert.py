@@ -601,7 +601,7 @@ def hugging_face(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dic
     for key in [k for k in state if ".in_proj_" in k]:                        # queries, keys and values have a projection each
         kind = key.rsplit("_", 1)[1]
         state |= {key.replace(f"in_proj_{kind}", f"{part}_proj.{kind}"): rows for part, rows in zip("qkv", state.pop(key).chunk(3))}
-    tensors = {k: v.clone() for k, v in renamed_back(state, HUGGING_FACE[family]).items()}
+    tensors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in renamed_back(state, HUGGING_FACE[family]).items()}
     bias = next((v for k, v in state.items() if re.fullmatch(r"class_embed\.(0\.)?bias", k)), None)
     rows = 1 if bias is None else len(bias) - (family == "detr")
     names = {0: "object"} if bias is None else class_names(found, rows)

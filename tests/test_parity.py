@@ -1026,8 +1026,9 @@ def compare_siamese(case, arrays, cfg, model, features, mask, crop_features, tol
     rule = case["tolerance"]["losses"]
     expected = {{"loss_enc_global_contra": "loss_global"}.get(name, name): value for name, value in case["losses"].items()}
     assert set(losses) == set(expected)
-    for name, value in expected.items():
-        close(losses[name], value, rule.get("atol", 1e-5), rule["rtol"], name)
+    for name, value in expected.items():                                # a cross-entropy moves by at most twice what its logits move by
+        moved = 2 * rounding.get("pred_logits", 0.0) if name.startswith("loss_ce") else 0.0
+        close(losses[name], value, rule.get("atol", 1e-5) + moved, rule["rtol"], name)
     close(total, case["total"], rule.get("atol", 1e-5), rule["rtol"])
     close(total, arrays["total"], rule.get("atol", 1e-5), rule["rtol"])
 

@@ -426,7 +426,7 @@ def test_process_without_a_box(start, tmp_path):
 
 @pytest.mark.parametrize(("method", "where", "named"), [
     ("detreg", "nan first", "the matching cost is not finite"), ("detreg", "nan last", "loss nan, loss_object_embedding nan"),
-    ("soco", "nan first", "loss nan, loss_12 nan, loss_21 nan, loss_13 nan, loss_31 nan, gradient norm nan")])
+    ("soco", "nan first", "loss nan, loss_12 nan, loss_21 nan, loss_13 nan, loss_31 nan, grad_norm nan")])
 def test_not_finite(start, tmp_path, method, where, named):
     out = tmp_path / "run"
     codes, (printed,) = start(method, out, (where, 4, 0))
@@ -445,7 +445,7 @@ def test_not_finite_on_one_of_two_processes(start, tmp_path):
     out = tmp_path / "run"
     codes, printed = start("updetr", out, ("nan last", 3, 1), world=2)
     assert codes == [3, 3] and "error (process 1): step 2: " in printed[1] and "loss_feature nan" in printed[1]
-    assert "error: step 2: not finite: gradient norm nan; images" in printed[0]      # its own loss is finite; the gradient is everyone's
+    assert "error: step 2: not finite: grad_norm nan; images" in printed[0]      # its own loss is finite; the gradient is everyone's
     files = [load(out, f"nonfinite-step2-rank{r}.pt")["files"] for r in (0, 1)]
     assert len(set(files[0] + files[1])) == 4 and load(out)["step"] == 2
 
