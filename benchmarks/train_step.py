@@ -27,6 +27,7 @@ import measure  # first: it finds the project's files
 
 import common
 import data
+import numpy as np
 import proposals
 import torch
 from torch import nn
@@ -55,9 +56,9 @@ class Step:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         batch = [batch] if hasattr(self.script, "build_criterion") else batch
-        momentum = (self.cfg.ema_momentum,) if self.script.__name__ == "soco" else ()
         self.number += 1
-        return self.script.train_step(*self.before, batch, *momentum, self.number, self.device)
+        more = {"soco": (0.99,), "dupr": (self.number,)}.get(self.script.__name__, ())         # target momentum; number of the step
+        return self.script.train_step(*self.before, batch, *more, self.device)
 
 
 @contextlib.contextmanager
@@ -80,10 +81,9 @@ def open_data(method: str, argv: list[str], folder: str, rounds: int) -> tuple[A
     flags += ["--backbone_weights", "random", "--batch_size", str(BATCH[method]), "--out", folder, "--num_workers", "1"]
     cfg = common.parse_config(script.Config, script.PRESETS, flags + argv, script=method, description="", by_data=script.recipe_of)
     source = data.open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
-    indices, kind = list(range(len(source))), {"detreg": "RegionDataset", "updetr": "PatchDataset", "siamese_detr": "TwoViewDataset",
-                                               "soco": "ObjectViewsDataset", "dupr": "TwoCropsDataset"}[method]
-    import numpy as np
-    arguments = [cfg, source, np.array(indices)]
+    kind = {"detreg": "RegionDataset", "updetr": "PatchDataset", "siamese_detr": "TwoViewDataset", "soco": "ObjectViewsDataset",
+            "dupr": "TwoCropsDataset"}[method]
+    arguments = [cfg, source, np.arange(len(source))]
     if hasattr(script, "proposal_generator"):
         with contextlib.redirect_stdout(None):
             arguments.append(proposals.build_store(f"{folder}/store", source, script.proposal_generator(cfg), workers=2, progress=False))
