@@ -94,23 +94,33 @@ def decode_image(path: str | Path, exif: bool = True) -> Image.Image:
 
 
 class ImageFiles:
-    """Image files below `root`: keys are relative posix paths, sorted and unique (absolute only for list entries outside `root`)."""
+    """Image files below `root`: keys are relative posix paths, sorted and unique (absolute only for list entries outside `root`).
+
+    They are kept as one row of bytes: a million strings would be copied into every loader process, for counting references writes to each."""
 
     def __init__(self, name: str, root: str | Path, keys: Sequence[str]):
-        self.name, self.root, self.keys = name, Path(root), sorted(set(keys))
+        self.name, self.root, keys = name, Path(root), sorted(set(keys))
+        self._text = torch.from_numpy(np.frombuffer("\n".join(keys).encode("utf-8", "surrogateescape"), np.uint8).copy())
+        sizes = np.fromiter((len(k.encode("utf-8", "surrogateescape")) + 1 for k in keys), np.int64, len(keys))
+        self._starts = torch.from_numpy(np.concatenate([[0], sizes.cumsum()]))
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self._starts) - 1
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key(i) for i in range(len(self))]
 
     def load(self, i: int) -> Image.Image:
-        return decode_image(self.root / self.keys[i])
+        return decode_image(self.root / self.key(i))
 
     def key(self, i: int) -> str:
-        return self.keys[i]
+        first, after = self._starts[i:i + 2].tolist()
+        return self._text[first:after - 1].numpy().tobytes().decode("utf-8", "surrogateescape")
 
     def fingerprint(self) -> str:
-        """sha256 over the keys: the same tree gives the same value under another name or root."""
-        return hashlib.sha256("\n".join(self.keys).encode("utf-8", "surrogateescape")).hexdigest()
+        """sha256 over the keys, joined by line ends: the same tree gives the same value under another name or root."""
+        return hashlib.sha256(self._text.numpy()).hexdigest()
 
 
 def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
@@ -167,13 +177,18 @@ def _open_imagenet(data: str, data_root: str | None, split: str) -> ImageFiles:
 
 def _open_list(path: Path) -> ImageFiles:
     """The user's own paths: they may be absolute or lead anywhere, to any of FORMATS. A file named twice counts once."""
-    keys = []
+    keys, folders = [], {}  # what a key begins with, of each folder named: pathlib would take longer than the disk for every line
     for number, line in enumerate(_read_lines(path, "the image list"), start=1):
         if (line := line.strip()) and not line.startswith("#"):
-            file = path.parent / Path(line).expanduser()
-            if not file.is_file():
-                raise UserError(f"{path}, line {number}: {file} does not exist. Paths are relative to the list's folder; correct or remove the line.")
-            keys.append(file.relative_to(path.parent).as_posix() if file.is_relative_to(path.parent) else file.as_posix())
+            folder, name = os.path.split(line)
+            if folder not in folders:
+                place = path.parent / Path(folder).expanduser()
+                place = (place.relative_to(path.parent) if place.is_relative_to(path.parent) else place).as_posix()
+                folders[folder] = "" if place == "." else place.rstrip("/") + "/"
+            keys.append(folders[folder] + name)
+            if not os.path.isfile(os.path.join(path.parent, keys[-1])):
+                raise UserError(f"{path}, line {number}: {path.parent / keys[-1]} does not exist. Paths are relative to the list's folder; correct "
+                                "or remove the line.")
     return ImageFiles(path.name, path.parent, keys)
 
 
@@ -803,9 +818,16 @@ def normalized_cxcywh(boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
     return box_convert(boxes_xyxy, "xyxy", "cxcywh") / boxes_xyxy.new_tensor([hw[1], hw[0], hw[1], hw[0]])
 
 
+_LEVELS = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+_LEVELS = TF.normalize(TF.to_dtype(_LEVELS, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD)).numpy()  # each channel's 256 values
+
+
 def to_normalized_tensor(image: Image.Image) -> Tensor:
-    """PIL RGB -> float32 [3, h, w], ImageNet mean and std."""
-    return TF.normalize(TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+    """PIL RGB -> float32 [3, h, w], ImageNet mean and std: torchvision's values, looked up."""
+    planes = np.empty((3, image.height, image.width), np.float32)
+    for plane, channel, levels in zip(planes, cv2.split(np.asarray(image)), _LEVELS):
+        cv2.LUT(channel, levels, dst=plane)
+    return torch.from_numpy(planes)
 
 
 @dataclass
@@ -822,7 +844,20 @@ class Photometric:
     p_solarize: float = 0.0
 
 
-_JITTER = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast, "saturation": TF.adjust_saturation, "hue": TF.adjust_hue}
+_TURN = (np.array([5, 3, 1]) + np.arange(256)[:, None] * 6 / 255) % 6
+_COLOUR = np.minimum(_TURN, 4 - _TURN).clip(0, 1).astype(np.float32)  # [256, 3]: the share of a hue's saturation that each of R, G, B lacks
+
+
+def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
+    """PIL RGB -> the same, its hue turned by `shift` of the circle in steps of 1/255: torchvision's values (Pillow's 8-bit HSV and back) in half the
+    time, as the way back is a table."""
+    hue, saturation, value = cv2.split(np.asarray(image.convert("HSV")))
+    colour, saturation, value = np.roll(_COLOUR, -int(shift * 255), axis=0), saturation.astype(np.float32) / 255, value.astype(np.float32)
+    channels = [(value * (1 - saturation * cv2.LUT(hue, c)) + np.float32(0.5)).astype(np.uint8) for c in np.ascontiguousarray(colour.T)]
+    return Image.fromarray(cv2.merge(channels))
+
+
+_JITTER = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast, "saturation": TF.adjust_saturation, "hue": adjust_hue}
 
 
 def draw_photometric(rng: np.random.Generator, spec: Photometric) -> dict:
