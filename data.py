@@ -143,9 +143,10 @@ def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
     return keys
 
 
-def _read_lines(path: Path, what: str) -> list[str]:
+def _read_lines(path: Path, what: str) -> Iterator[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        with open(path, encoding="utf-8-sig") as file:
+            yield from file
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} ({what}) cannot be read: {error}. Give an existing UTF-8 text file.") from error
 
@@ -175,20 +176,31 @@ def _open_imagenet(data: str, data_root: str | None, split: str) -> ImageFiles:
     return ImageFiles(data, root, find_images(root, classes))
 
 
+def _files_in(folder: Path) -> set[str]:
+    """Names of the files there; of none where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (OSError, ValueError):
+        return set()
+
+
 def _open_list(path: Path) -> ImageFiles:
     """The user's own paths: they may be absolute or lead anywhere, to any of FORMATS. A file named twice counts once."""
-    keys, folders = [], {}  # what a key begins with, of each folder named: pathlib would take longer than the disk for every line
+    keys, folders = [], {}  # of each folder named: what a key begins with, and its files. One look at a folder is cheaper than one at every file
     for number, line in enumerate(_read_lines(path, "the image list"), start=1):
         if (line := line.strip()) and not line.startswith("#"):
             folder, name = os.path.split(line)
             if folder not in folders:
                 place = path.parent / Path(folder).expanduser()
-                place = (place.relative_to(path.parent) if place.is_relative_to(path.parent) else place).as_posix()
-                folders[folder] = "" if place == "." else place.rstrip("/") + "/"
-            keys.append(folders[folder] + name)
-            if not os.path.isfile(os.path.join(path.parent, keys[-1])):
+                start = (place.relative_to(path.parent) if place.is_relative_to(path.parent) else place).as_posix()
+                folders[folder] = "" if start == "." else start.rstrip("/") + "/", _files_in(place)
+            start, files = folders[folder]
+            keys.append(start + name)
+            if name not in files and not os.path.isfile(path.parent / keys[-1]):
                 raise UserError(f"{path}, line {number}: {path.parent / keys[-1]} does not exist. Paths are relative to the list's folder; correct "
                                 "or remove the line.")
+    folders.clear()
     return ImageFiles(path.name, path.parent, keys)
 
 
