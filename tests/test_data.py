@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as TF
 
@@ -486,6 +486,23 @@ def test_hue_and_normalisation_are_torchvisions_to_the_bit():
         assert torch.equal(D.to_normalized_tensor(image), reference)
         for shift in rng.uniform(-0.5, 0.5, 6):
             assert np.array_equal(D.adjust_hue(image, shift), TF.adjust_hue(image, shift))
+
+
+@pytest.mark.parametrize("width, height, exact", [(140, 120, False), (400, 25, False), (99, 99, True), (1, 3, True)])
+def test_blur_is_pillows(width, height, exact):
+    for k, sigma in enumerate((0.31, 0.73, 1.38, 1.97, 6.1)):                # boxes of 1, 1, 1, 3 and 11 whole pixels
+        noise = Image.fromarray(np.random.default_rng(k).integers(0, 256, (height, width, 3), dtype=np.uint8))
+        off = np.abs(np.asarray(D.blur(noise, sigma), np.int16) - np.asarray(noise.filter(ImageFilter.GaussianBlur(sigma))))
+        assert off.max() <= (0 if exact else 1) and (off > 0).mean() < 1e-4
+
+
+@pytest.mark.parametrize("size, hw, share", [((400, 278), (480, 690), 0.01), ((400, 278), (224, 224), 0.05), ((1900, 300), (201, 603), 0.02),
+                                             ((400, 278), (199, 199), 0), ((160, 160), (112, 144), 0)])
+def test_resize_is_pillows(size, hw, share):
+    field = cv2.resize(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8), size, interpolation=cv2.INTER_CUBIC)
+    image = Image.fromarray(field)
+    off = np.abs(np.asarray(D.resize(image, hw), np.int16) - np.asarray(image.resize(hw[::-1], Image.Resampling.BILINEAR)))
+    assert off.shape == (*hw, 3) and off.max() <= (share > 0) and (off > 0).mean() <= share
 
 
 def test_photometric():
