@@ -882,7 +882,7 @@ def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
 def blur(image: Image.Image, sigma: float) -> Image.Image:
     """Pillow's GaussianBlur(sigma) of PIL RGB, from 100 x 100 px on in a quarter of the time: three times a box along each axis, each time rounded to
     8 bits. A box is 2 l + 1 pixels and a share of one more at each end, such that three have the variance of the Gaussian. To the bit for nearly all
-    sigmas. Some make ties in the rounding: over U(0.1, 2) one grey level in 1 of 10,000 values; 1.0 itself up to three. The demos stay with Pillow."""
+    sigmas. Some make ties in the rounding: over U(0.1, 2) one grey level in 1 of 10,000 values; 1.0 itself up to 3. The demos stay with Pillow."""
     if image.width * image.height < 100 * 100:
         return image.filter(ImageFilter.GaussianBlur(sigma))
     variance = sigma ** 2 / 3
