@@ -1,7 +1,7 @@
 """Images/s per core of every method's data set, against the same pipeline in torchvision's v1 transforms on PIL images, as in the released codes;
 then how long a list of ImageNet's length takes to open, and what its loader processes hold for themselves.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py                       # both tables, about 10 minutes
+    OMP_NUM_THREADS=1 python benchmarks/loader.py                       # both tables, 3 minutes
     python benchmarks/loader.py --methods soco dupr --images FOLDER --rounds 9 --list 0
 
 CPU time of one thread, draws anew in every round, files in the page cache. Proposals are read from a store (ours) or from memory (baseline, where the
@@ -160,37 +160,27 @@ def labels_file(folder: Path, source: data.ImageFiles) -> Path:
 
 
 def ways_of(method: str, source: data.ImageFiles, work: Path) -> dict[str, Callable]:
-    """-> {way: (position, round) -> a sample}, ours first. Proposals are computed here."""
-    cfg, everything = globals()[method].Config(), np.arange(len(source))
-    paths = [source.root / source.key(i) for i in everything]
-    store = None
-    if method in ("detreg", "siamese_detr", "soco"):
-        store = proposals.build_store(work / method, source, globals()[method].proposal_generator(cfg), progress=False)
-
-    def found(i: int, image: Image.Image) -> np.ndarray:
-        return in_memory[i]
-    if store:
-        in_memory = [store.boxes(i, Image.open(p).size[::-1]) for i, p in enumerate(paths)]
-    if method == "detreg":
-        ours = detreg.RegionDataset(cfg, source, everything, store)
-        return {"ours": lambda i, e: ours[e, i], "baseline": lambda i, e: detreg_baseline(paths[i], cfg, functools.partial(found, i)),
-                "baseline, online search": lambda i, e: detreg_baseline(paths[i], cfg, online_search)}
-    if method == "updetr":
-        ours = updetr.PatchDataset(cfg, source, everything)
-        return {"ours": lambda i, e: ours[e, i], "baseline": lambda i, e: updetr_baseline(paths[i], cfg)}
-    if method == "siamese_detr":
-        ours = siamese_detr.TwoViewDataset(cfg, source, everything, store)
-        return {"ours": lambda i, e: ours[e, i], "baseline": lambda i, e: siamese_baseline(paths[i], cfg, functools.partial(found, i))}
-    if method == "soco":
-        ours = soco.ObjectViewsDataset(cfg, source, everything, store)
-        in_memory = [np.rint(np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], 1)).astype(np.int64) for b in in_memory]
-        return {"ours": lambda i, e: ours[e, i], "baseline": lambda i, e: soco_baseline(paths[i], cfg, functools.partial(found, i))}
-    if method == "dupr":
-        ours = dupr.TwoCropsDataset(cfg, source, everything)
-        return {"ours": lambda i, e: ours[e, i], "baseline": lambda i, e: dupr_baseline(paths[i], cfg)}
-    labelled = data.open_detection(str(labels_file(work, source)), str(source.root), "train")
-    ours, boxes = finetune.LabelledDataset(cfg, labelled), [torch.from_numpy(r.boxes) for r in labelled.records]
-    return {"ours": lambda i, e: ours[e, i], "baseline": lambda i, e: detr_transform(Image.open(paths[i]).convert("RGB"), boxes[i], cfg)}
+    """-> {way: (position, epoch) -> a sample}, ours first. Proposals are computed here."""
+    script, everything, paths = globals()[method], np.arange(len(source)), [source.root / key for key in source.keys]
+    cfg = script.Config()
+    if method in ("updetr", "dupr"):
+        ours, baseline = {"updetr": (updetr.PatchDataset, updetr_baseline), "dupr": (dupr.TwoCropsDataset, dupr_baseline)}[method]
+        ours = ours(cfg, source, everything)
+        return {"ours": lambda i, epoch: ours[epoch, i], "baseline": lambda i, epoch: baseline(paths[i], cfg)}
+    if method == "finetune":
+        labelled = data.open_detection(str(labels_file(work, source)), str(source.root), "train")
+        ours, boxes = finetune.LabelledDataset(cfg, labelled), [torch.from_numpy(record.boxes) for record in labelled.records]
+        return {"ours": lambda i, epoch: ours[epoch, i],
+                "baseline": lambda i, epoch: detr_transform(Image.open(paths[i]).convert("RGB"), boxes[i], cfg)}
+    store = proposals.build_store(work / method, source, script.proposal_generator(cfg), progress=False)
+    found = [store.boxes(i, Image.open(path).size[::-1]) for i, path in enumerate(paths)]
+    if method == "soco":                                                      # its file holds x, y, w, h in whole pixels
+        found = [np.rint(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)).astype(np.int64) for boxes in found]
+    ours, baseline = {"detreg": (detreg.RegionDataset, detreg_baseline), "siamese_detr": (siamese_detr.TwoViewDataset, siamese_baseline),
+                      "soco": (soco.ObjectViewsDataset, soco_baseline)}[method]
+    ours = ours(cfg, source, everything, store)
+    ways = {"ours": lambda i, epoch: ours[epoch, i], "baseline": lambda i, epoch: baseline(paths[i], cfg, lambda image: found[i])}
+    return ways | ({"baseline, online search": lambda i, epoch: baseline(paths[i], cfg, online_search)} if method == "detreg" else {})
 
 
 def speed(args, source: data.ImageFiles, work: Path) -> None:
