@@ -160,7 +160,7 @@ def draw_view(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, 
 
 def apply_view(image: Image.Image, draw: dict[str, Any], size: int) -> Tensor:
     """Crop, resize to size x size, colours, flip: MoCo v2's order. [3, size, size]"""
-    view = image.crop(draw["crop"]).resize((size, size), Image.Resampling.BILINEAR)
+    view = data.resize(image.crop(draw["crop"]), (size, size))
     view = data.apply_photometric(view, draw["colours"])
     return data.to_normalized_tensor(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw["flip"] else view)
 

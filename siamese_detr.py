@@ -334,7 +334,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
         normal = torch.from_numpy(rng.standard_normal((3, cfg.num_regions, 4)))
         order = rng.permutation(len(usable[0])) if cfg.region_choice == "random" else None
         boxes = choose_regions(usable, views, hw, cfg.num_regions, normal[0], order)                          # b1, b2
-        pictures = [image.crop(tuple(round(v) for v in view.tolist())).resize(hw[::-1], Image.Resampling.BILINEAR) for view in views[:2]]
+        pictures = [data.resize(image.crop(tuple(round(v) for v in view.tolist())), hw) for view in views[:2]]
         jitter = cfg.box_jitter if self.augment else 0.0
         rois = torch.stack([clip_boxes(jitter_boxes(b, z, jitter), torch.tensor([0.0, 0.0, hw[1], hw[0]])) for b, z in zip(boxes, normal[1:])])
         # crops first, then the colours of the view: a region is never recoloured twice (D11)

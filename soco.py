@@ -367,7 +367,7 @@ class ObjectViewsDataset(torch.utils.data.Dataset):
 
     def apply_view(self, rng: np.random.Generator, image: Image.Image, crop: tuple[int, ...], side: int, flip: bool, pipeline: int) -> Tensor:
         """Crop, squash to side x side, flip, colours. [3, side, side]"""
-        view = image.crop(crop).resize((side, side), Image.Resampling.BILINEAR)
+        view = data.resize(image.crop(crop), (side, side))
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view
         return data.to_normalized_tensor(data.apply_photometric(view, data.draw_photometric(rng, self.photometric[pipeline])))
 

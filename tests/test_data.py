@@ -1,4 +1,5 @@
 """data.py: values by hand, trees built on the spot; real images where ../shared/data exists."""
+import hashlib
 import io
 import json
 import os
@@ -9,8 +10,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.ops import box_iou
+from torchvision.transforms.v2 import functional as TF
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -91,6 +93,19 @@ def test_folder(tmp_path):
     assert images.fingerprint() == D.ImageFiles("other", "/nowhere", images.keys[::-1]).fingerprint() != D.ImageFiles("t", ".", ["a"]).fingerprint()
 
 
+def test_keys_are_one_row_of_bytes():
+    names = ["z", "ä/1.jpg", "a\nb.jpg", "\udce4.jpg", "\ue000.jpg", "a.jpg", "z"]  # a line end, a byte that is no UTF-8, one character above it
+    images = D.ImageFiles("t", "/r", names)
+    assert images.keys == sorted(set(names)) and [images.key(i) for i in (0, 5)] == [images.keys[0], images.keys[5]] and len(images) == 6
+    joined = "\n".join(sorted(set(names))).encode("utf-8", "surrogateescape")
+    assert images.fingerprint() == hashlib.sha256(joined).hexdigest()
+    assert len(D.ImageFiles("t", "/r", [])) == 0 and D.ImageFiles("t", "/r", []).fingerprint() == hashlib.sha256(b"").hexdigest()
+    with pytest.raises((IndexError, ValueError)):
+        images.key(6)
+    copied = [v for v in vars(images).values() if not isinstance(v, (str, Path, torch.Tensor))]  # tensors are shared, by fork as by pickling
+    assert not copied
+
+
 @pytest.mark.parametrize("name", ["nothing", "empty", "x.json", "no.txt"])
 def test_folder_errors(tmp_path, name):
     (tmp_path / "empty").mkdir()
@@ -104,6 +119,8 @@ def test_list(tmp_path):
     images = D.open_images(str(tmp_path / "l" / "list.txt"), None)
     assert images.keys == sorted(["im/a.jpg", outside.as_posix()]) and all(images.load(i).size == (20, 10) for i in range(2))
     assert images.root == inside.parents[1]
+    (tmp_path / "l" / "list.txt").write_text(f"./im//a.jpg\nim/./a.jpg\n../b.jpg\n  im/a.jpg \n{inside}\n")
+    assert D.open_images(str(tmp_path / "l" / "list.txt"), None).keys == ["../b.jpg", "im/a.jpg"]
     (tmp_path / "l" / "list.txt").write_text("im/a.jpg\n\nim/gone.jpg\n")
     with pytest.raises(UserError, match=r"list.txt, line 3: .*gone.jpg"):
         D.open_images(str(tmp_path / "l" / "list.txt"), None)
@@ -458,6 +475,34 @@ def test_to_normalized_tensor():
     tensor = D.to_normalized_tensor(Image.new("RGB", (3, 2), (0, 255, 51)))
     assert tensor.shape == (3, 2, 3) and tensor.dtype == torch.float32
     assert torch.allclose(tensor[:, 0, 0], torch.tensor([-0.485 / 0.229, (1 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]))
+
+
+def test_hue_and_normalisation_are_torchvisions_to_the_bit():
+    rng = np.random.default_rng(0)
+    every = np.stack(np.meshgrid(*[np.arange(0, 256, 5, dtype=np.uint8)] * 3), -1).reshape(52, -1, 3)  # with grey, black, white and pure colours
+    for array in (every, *rng.integers(0, 256, (5, 9, 70, 3), dtype=np.uint8)):
+        image = Image.fromarray(array)
+        reference = TF.normalize(TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True), list(D.IMAGENET_MEAN), list(D.IMAGENET_STD))
+        assert torch.equal(D.to_normalized_tensor(image), reference)
+        for shift in rng.uniform(-0.5, 0.5, 6):
+            assert np.array_equal(D.adjust_hue(image, shift), TF.adjust_hue(image, shift))
+
+
+@pytest.mark.parametrize("width, height, exact", [(140, 120, False), (400, 25, False), (99, 99, True), (1, 3, True)])
+def test_blur_is_pillows(width, height, exact):
+    for k, sigma in enumerate((0.31, 0.73, 1.38, 1.97, 6.1)):                # boxes of 1, 1, 1, 3 and 11 whole pixels
+        noise = Image.fromarray(np.random.default_rng(k).integers(0, 256, (height, width, 3), dtype=np.uint8))
+        off = np.abs(np.asarray(D.blur(noise, sigma), np.int16) - np.asarray(noise.filter(ImageFilter.GaussianBlur(sigma))))
+        assert off.max() <= (0 if exact else 1) and (off > 0).mean() < 1e-4
+
+
+@pytest.mark.parametrize("size, hw, share", [((400, 278), (480, 690), 0.01), ((400, 278), (224, 224), 0.05), ((1900, 300), (201, 603), 0.02),
+                                             ((400, 278), (199, 199), 0), ((160, 160), (112, 144), 0)])
+def test_resize_is_pillows(size, hw, share):
+    field = cv2.resize(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8), size, interpolation=cv2.INTER_CUBIC)
+    image = Image.fromarray(field)
+    off = np.abs(np.asarray(D.resize(image, hw), np.int16) - np.asarray(image.resize(hw[::-1], Image.Resampling.BILINEAR)))
+    assert off.shape == (*hw, 3) and off.max() <= (share > 0) and (off > 0).mean() <= share
 
 
 def test_photometric():
