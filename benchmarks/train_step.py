@@ -1,6 +1,6 @@
 """Where a training step's time goes, and what it takes against other code for the same work.
 
-  python benchmarks/train_step.py --method detreg [--device cpu|cuda] [--rounds N] [any flag of detreg.py]
+  python benchmarks/train_step.py --method detreg [--device cpu|cuda] [--rounds N] [--pixels H W] [any flag of detreg.py]
   python benchmarks/train_step.py --method deformable_detr      # the detector step against Hugging Face transformers (detr, conditional_detr alike)
   python benchmarks/train_step.py --method faster_rcnn_fpn      # fine-tuning against torchvision's detector (mask_rcnn_fpn, retinanet_fpn, fcos_fpn)
 
@@ -90,6 +90,18 @@ def open_data(method: str, argv: list[str], folder: str, rounds: int) -> tuple[A
     return cfg, getattr(script, kind)(*arguments), getattr(script, "collate", data.collate)
 
 
+def resized(batch: dict[str, Any], hw: list[int] | None) -> dict[str, Any]:
+    """The same batch with images of exactly this size, as a measurement of other code has them; without padding."""
+    if hw is None:
+        return batch
+    old = batch["images"].shape[-2:]
+    scale = torch.tensor([hw[1] / old[1], hw[0] / old[0]] * 2)
+    images = torch.nn.functional.interpolate(batch["images"], size=hw, mode="bilinear")
+    moved = {key: batch[key] * scale for key in ("boxes", "rois") if key in batch}             # Siamese DETR's are pixels
+    sizes = {"sizes": torch.tensor([hw] * len(images))} if "sizes" in batch else {}
+    return {**batch, **moved, **sizes, "images": images, "mask": torch.zeros(len(images), *hw, dtype=torch.bool)}
+
+
 def split(step: Step, batches: Any, steps: int) -> dict[str, list[float]]:
     """Seconds of each part of every step: data wait, forward, matching + loss, backward, optimizer (with clipping and the check for NaN)."""
     parts: dict[str, list[float]] = defaultdict(list)
@@ -126,7 +138,8 @@ def method_step(args: argparse.Namespace, argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cfg, dataset, collate = open_data(args.method, argv, folder, args.rounds)
         sampler = data.StepSampler(len(dataset), cfg.batch_size, 10**6, seed=cfg.seed)
-        batches = iter(data.make_loader(dataset, sampler, num_workers=cfg.num_workers, collate=collate))
+        loader = iter(data.make_loader(dataset, sampler, num_workers=cfg.num_workers, collate=collate))
+        batches = (resized(batch, args.pixels) for batch in loader)
         steps = {}
         for way in args.ways:
             changed = {"bf16": {"amp": "bf16"}, "compile": {"compile": True}}.get(way, {})
@@ -134,7 +147,7 @@ def method_step(args: argparse.Namespace, argv: list[str]) -> None:
                 steps[way] = Step(args.method, type(cfg)(**{**vars(cfg), **changed}), device)
         parts = split(steps["ours"], batches, args.rounds)
         kept = [next(batches) for _ in range(4)]
-        del batches                                                       # its workers end: they would take a core from what is timed below
+        del batches, loader                                               # its workers end: they would take a core from what is timed below
         turn = {way: 0 for way in steps}
 
         def run(way: str) -> None:
@@ -265,6 +278,7 @@ def main() -> None:
     parser.add_argument("--method", required=True, choices=[*LOSS, *TRANSFORMERS, *TORCHVISION])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pixels", type=int, nargs=2, metavar=("H", "W"), help="of the DETR family's images; default: as the data set draws them")
     parser.add_argument("--ways", nargs="+", default=["ours", "plain", "bf16"], choices=["ours", "plain", "bf16", "compile"])
     args, rest = parser.parse_known_args()
     (method_step if args.method in LOSS else library_step)(args, rest)

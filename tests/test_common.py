@@ -972,7 +972,7 @@ def test_deformable_attention_is_the_same_on_cuda():
 def test_what_becomes_sync_batchnorm(monkeypatch):
     """SyncBatchNorm raises on CPU process groups, so only the conversion is looked at: on CUDA every trained BatchNorm, but for DUPR's."""
     monkeypatch.setattr(common, "world_size", lambda: 2)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, device_ids=None, broadcast_buffers=True: model)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, device_ids=None, broadcast_buffers=True, **_: model)
     for device, sync_bn, synced in (("cuda", True, True), ("cuda", False, False), ("cpu", True, False)):
         backbone = common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5)
         names = list(backbone.state_dict())

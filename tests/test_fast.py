@@ -150,6 +150,23 @@ def test_backbone_is_torchvisions(arch, norm):
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-10, atol=1e-10)
 
 
+def test_dropout():
+    """Kept elements are scaled, as many are dropped as p says, gradients fall on the kept, and the draws are those of torch's generator."""
+    x = torch.full((1000, 1001), 2.0, requires_grad=True)
+    dropout = common.Dropout(0.1)
+    torch.manual_seed(0)
+    y = dropout(x)
+    dropped = y == 0
+    assert abs(dropped.float().mean().item() - 0.1) < 1e-3 and torch.equal(y[~dropped].unique(), torch.tensor([2.0]) * (1 / 0.9))
+    assert abs(torch.corrcoef(torch.stack([dropped[:, :-1].flatten(), dropped[:, 1:].flatten()]).float())[0, 1]) < 5e-3
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.where(dropped, 0.0, 1 / 0.9))
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
+    assert dropout(x.bfloat16()).dtype == torch.bfloat16 and dropout(x[:, :3].t()).shape == (3, 1000)
+    assert dropout.eval()(x) is x and torch.equal(common.Dropout(1.0)(x), torch.zeros_like(x))
+
+
 # ==== A step reads nothing from the device ====
 
 class Reads(TorchDispatchMode):
