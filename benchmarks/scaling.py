@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     args, flags = parser.parse_known_args()
-    flags += ["--max_steps", str(args.steps), "--epochs", "100000", "--num_workers", "1"]
+    flags += ["--max_steps", str(args.steps), "--epochs", "100000", "--num_workers", "1", "--synthetic_images", "128"]
     batch, most = BATCH[args.method], max(args.processes)
     found: dict[str, list[float]] = {}
     for number in range(args.rounds):

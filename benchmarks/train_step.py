@@ -190,7 +190,8 @@ def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device:
     kind = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[name]
     backbone = transformers.ResNetConfig(out_features=[f"stage{i}" for i in ((2, 3, 4) if name == "deformable_detr" else (4,))])
     config = getattr(transformers, f"{kind}Config")(
-        backbone_config=backbone, num_queries=queries, num_labels=91, auxiliary_loss=True, dropout=cfg.dropout,
+        backbone_config=backbone, num_queries=queries, num_labels=91, auxiliary_loss=True,
+        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), cfg.dropout),
         encoder_ffn_dim=cfg.dim_feedforward, decoder_ffn_dim=cfg.dim_feedforward)
     theirs = getattr(transformers, f"{kind}ForObjectDetection")(config).to(device).train()
     theirs_optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 1e-4)
