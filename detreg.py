@@ -140,7 +140,7 @@ class Config:
     weight_decay: float = 1e-4  # on every parameter (released)
     clip_max_norm: float = 0.1  # gradient norm (released)
     amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling and losses stay fp32
-    compile: bool = False  # torch.compile the network (starts a minute later; for GPUs)
+    compile: bool = False  # torch.compile the layers (slow to start; meant for GPUs)
     # run
     seed: int = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps

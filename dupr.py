@@ -120,7 +120,7 @@ class Config:
     sgd_momentum: float = 0.9  # MoCo
     weight_decay: float = 1e-4  # on every parameter (MoCo)
     amp: Literal["off", "bf16"] = "off"  # autocast; RoIAlign and losses stay fp32
-    compile: bool = False  # torch.compile the network (starts a minute later; for GPUs)
+    compile: bool = False  # torch.compile the layers (slow to start; meant for GPUs)
     # run
     seed: int = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps

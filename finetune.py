@@ -148,7 +148,7 @@ class Config:
     clip_max_norm: float = 0.1  # gradient norm, 0 = not clipped
     precise_bn: int = 200  # R-CNN family: batches from which BatchNorm's statistics are estimated before an evaluation, 0 = off
     amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling and losses stay fp32
-    compile: bool = False  # torch.compile the network (starts a minute later; for GPUs)
+    compile: bool = False  # torch.compile the layers (slow to start; meant for GPUs)
     # run
     seed: int = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps

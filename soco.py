@@ -144,7 +144,7 @@ class Config:
     trust: float = 0.001  # of LARS: length of a step, of the parameter's (released)
     weight_decay: float = 1e-5  # Sec. 4.1
     amp: Literal["off", "bf16"] = "off"  # autocast; RoIAlign and loss stay fp32
-    compile: bool = False  # torch.compile the network (starts a minute later; for GPUs)
+    compile: bool = False  # torch.compile the layers (slow to start; meant for GPUs)
     # run
     seed: int = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps

@@ -9,6 +9,7 @@ this machine gives N processes that say nothing to each other, the most that any
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -24,7 +25,7 @@ import torch
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH = {"detreg": 8, "updetr": 32, "siamese_detr": 8, "soco": 16, "dupr": 16}            # per process, of the demo preset
+METHODS = ("detreg", "updetr", "siamese_detr", "soco", "dupr")
 
 
 def start(method: str, flags: list[str], processes: int, out: Path) -> subprocess.Popen:
@@ -43,13 +44,13 @@ def images_per_s(run: subprocess.Popen, out: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--method", default="detreg", choices=list(BATCH))
+    parser.add_argument("--method", default="detreg", choices=METHODS)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     args, flags = parser.parse_known_args()
     flags += ["--max_steps", str(args.steps), "--epochs", "100000", "--num_workers", "1", "--synthetic_images", "128"]
-    batch, most = BATCH[args.method], max(args.processes)
+    batch, most = importlib.import_module(args.method).PRESETS["demo"]["batch_size"], max(args.processes)
     found: dict[str, list[float]] = {}
     for number in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:

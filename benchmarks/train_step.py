@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 LOSS = {"detreg": "detreg_loss", "updetr": "updetr_loss", "siamese_detr": "siamese_loss", "soco": "soco_loss", "dupr": "dupr_loss"}
-BATCH = {"detreg": 2, "updetr": 2, "siamese_detr": 2, "soco": 4, "dupr": 8}      # images; those of the released codes' CPU measurements
+BATCH = {"detreg": 2, "updetr": 2, "siamese_detr": 2, "soco": 4, "dupr": 8}      # images; but for DUPR those of RELEASED
 RELEASED = {"detreg": 9.7, "updetr": 1.5, "siamese_detr": 2.1, "soco": 4.6}      # their seconds a step at that batch, 2 threads of such a machine
 TRANSFORMERS = ("detr", "conditional_detr", "deformable_detr")
 TORCHVISION = ("faster_rcnn_fpn", "mask_rcnn_fpn", "retinanet_fpn", "fcos_fpn")
@@ -69,7 +69,7 @@ def plain_forms():
         yield
 
 
-def open_data(method: str, argv: list[str], folder: str, rounds: int) -> tuple[Any, Any, Any]:
+def open_data(method: str, argv: list[str], folder: str) -> tuple[Any, Any, Any]:
     """-> (the configuration, the data set, its collate). Proposals come from a store, as the README advises for more than a few epochs."""
     script = importlib.import_module(method)
     sample, flags = Path(__file__).resolve().parents[2] / "shared/data/imagenet_sample/train", []
@@ -136,7 +136,7 @@ def split(step: Step, batches: Any, steps: int) -> dict[str, list[float]]:
 def method_step(args: argparse.Namespace, argv: list[str]) -> None:
     device = torch.device(args.device)
     with tempfile.TemporaryDirectory() as folder:
-        cfg, dataset, collate = open_data(args.method, argv, folder, args.rounds)
+        cfg, dataset, collate = open_data(args.method, argv, folder)
         sampler = data.StepSampler(len(dataset), cfg.batch_size, 10**6, seed=cfg.seed)
         loader = iter(data.make_loader(dataset, sampler, num_workers=cfg.num_workers, collate=collate))
         batches = (resized(batch, args.pixels) for batch in loader)

@@ -511,9 +511,7 @@ def small_model(cfg):
     return dupr.DUPR(dupr.Encoder(body, {"layer3": ("conv4", 12, 16), "layer4": ("conv5", 16, 32)}, *per_level, 16), cfg.queue_size, 16)
 
 
-def sgd(cfg, model):
-    return torch.optim.SGD([{"params": list(model.encoder_q.parameters()), "base_lr": cfg.lr}], cfg.lr, momentum=cfg.sgd_momentum,
-                           weight_decay=cfg.weight_decay)
+sgd = dupr.build_optimizer
 
 
 def snapshot(module):
