@@ -393,12 +393,16 @@ class Log:
         line = {"step": step, **values, **dict(zip(terms, stacked.tolist())), "images_per_s": images * world_size() / (now - self.last),
                 "memory_gib": peak_memory_gib(self.device), "seconds": now - self.start}
         self.last = now
+        self.append(line)
+        return line
+
+    def append(self, line: dict[str, float]) -> None:
+        """One line with its "step", on rank 0."""
         if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())                                      # before the checkpoint that this line belongs to
-        return line
 
 
 def peak_memory_gib(device: torch.device) -> float:

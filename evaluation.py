@@ -353,21 +353,21 @@ def metrics_table(rows: dict[str, dict], columns: list[str], title: str = "") ->
     return "\n".join([title, *lines] if title else lines)
 
 
-def _plain(obj):
+def plain(obj):
     """JSON's own types: arrays and numpy scalars become lists and numbers, nan and infinities null."""
     if isinstance(obj, dict):
-        return {str(k): _plain(v) for k, v in obj.items()}
+        return {str(k): plain(v) for k, v in obj.items()}
     if isinstance(obj, (list, tuple)):
-        return [_plain(v) for v in obj]
+        return [plain(v) for v in obj]
     if isinstance(obj, (np.ndarray, np.generic, torch.Tensor)):
-        return _plain(obj.tolist())
+        return plain(obj.tolist())
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
 
 def write_json(path, obj) -> None:
     """Write `obj` at `path`, all or nothing: a reader never sees half a file. nan becomes null; missing folders are made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(path), (json.dumps(_plain(obj), indent=1, default=str, allow_nan=False) + "\n").encode())
+    write_atomic(Path(path), (json.dumps(plain(obj), indent=1, default=str, allow_nan=False) + "\n").encode())
 
 
 # ==== 5. Pictures ====

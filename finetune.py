@@ -700,7 +700,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             moving = precise_bn(cfg, model, train_set, device)
             metrics = evaluate(cfg, model, mapped, test_set, device, write=False)
             model.load_state_dict(moving, strict=False)                      # a resumed run has not seen this evaluation
-            common.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, float)))
+            metrics = {k: v for k, v in metrics.items() if isinstance(v, float) and v == v}
+            log.append({"step": step, "epoch": epoch, **metrics})
+            common.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
     common.share_buffers(model)
     if precise_bn(cfg, model, train_set, device):                            # what was evaluated is what is saved (released)
         common.save_checkpoint(out / "last.pt", model, optimizer, total_steps, cfg, **identity, categories=train_set.categories)

@@ -567,14 +567,15 @@ def main(argv: list[str] | None = None) -> ProposalStore:
     parser.add_argument("--rank", default="opencv", choices=["opencv", "nms"], help="nms: size filter, seeded shuffle, NMS 0.7; covers more per box")
     parser.add_argument("--edge_model", "--edge-model", help="OpenCV's structured forest model.yml.gz; without it edges are found without a model")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--synthetic_images", type=int, default=800, help="with --data synthetic: size of the pool, which --seed draws")
     parser.add_argument("--limit", type=int, help="only the first LIMIT images, to measure the speed; such a store fits no whole data set")
     parser.add_argument("--out", help="folder (default proposals/<data>-<method>-<grid>)")
     args = parser.parse_args(argv)
-    for name, low, high in (("workers", 0, 1024), ("grid", 0, 65535), ("limit", 1, math.inf)):
+    for name, low, high in (("workers", 0, 1024), ("grid", 0, 65535), ("synthetic_images", 1, math.inf), ("limit", 1, math.inf)):
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise UserError(f"--{name} {value}: must lie in {low}..{high}.")
     from data import open_images
-    source = open_images(args.data, args.data_root)
+    source = open_images(args.data, args.data_root, synthetic_images=args.synthetic_images, seed=args.seed)
     grid = (128 if args.method == "selective_search" else 0) if args.grid is None else args.grid
     generator = Generator(args.method, args.mode, grid or None, args.rank, args.edge_model, args.seed)
     print("boxes: " + ", ".join(f"{k} {v}" for k, v in generator.header().items() if v is not None), flush=True)
