@@ -273,7 +273,7 @@ class LabelledDataset(torch.utils.data.Dataset):
 def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tuple[convert.Checkpoint, dict[str, Any]]:
     """(the file, the model flags it was made with) of --init_from. detector: the wanted one; an R-CNN also takes a mere backbone.
 
-    UP-DETR's single-query variant (F6) has 3 queries: without keep_queries the flags say as many as its detector usually has.
+    UP-DETR's single-query variant (F6) has 3 queries: without keep_queries nothing is said of their number, and --num_queries is free.
     """
     found = convert.open_checkpoint(path)
     if found.rcnn:
@@ -285,7 +285,7 @@ def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tupl
         arch["nheads"] = found.config["nheads"]
     single = found.config.get("num_patches", 1 if arch["num_queries"] == 3 and found.method == "updetr" else None) == 1
     if "patch2query.weight" in found.state and single and not keep_queries:
-        arch["num_queries"] = 300 if arch["detector"].startswith("deformable") else 100
+        del arch["num_queries"]
     return found, arch
 
 

@@ -125,6 +125,7 @@ class Config:
     arch: Literal["fpn", "c4"] = "fpn"  # which detector it is made for (Sec. 3.3)
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # Sec. 4.1
     backbone_weights: str = "random"  # start: random, imagenet, moco_v2, swav or a file
+    zero_init_residual: bool = True  # the last BatchNorm of every block starts at 0 (released; D14)
     fpn: bool = True  # off: boxes are read from C5 (Table 4)
     box_head: bool = True  # off: the mean of the RoI instead of the head (Table 4)
     fpn_channels: int = 256  # width of the pyramid and of the head's convolutions (Sec. 3.3)
@@ -516,7 +517,7 @@ class SoCo(nn.Module):
 
 
 def init_resnet(body: nn.Module) -> None:
-    """Released: convolutions N(0, 2 / (k * k * out)), which is torchvision's, and the last BatchNorm of every block starts at 0."""
+    """Released: the last BatchNorm of every block starts at 0; convolutions are N(0, 2 / (k * k * out)), which is torchvision's."""
     for layer in (m for name, m in body.named_children() if name.startswith("layer")):
         for block in layer:
             nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
@@ -526,7 +527,8 @@ def build_model(cfg: Config) -> SoCo:
     """Weights follow from the seed and --backbone_weights."""
     torch.manual_seed(cfg.seed)
     backbone = common.Backbone(cfg.backbone, (1, 2, 3, 4), "bn", trainable=5)
-    init_resnet(backbone.body)
+    if cfg.zero_init_residual:
+        init_resnet(backbone.body)
     common.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.backbone)
     return SoCo(backbone, arch=cfg.arch, fpn=cfg.fpn, head=cfg.box_head, fpn_channels=cfg.fpn_channels, head_dim=cfg.head_dim, mlp_dim=cfg.mlp_dim,
                 embedding_dim=cfg.embedding_dim, roi_size=cfg.roi_size)

@@ -12,11 +12,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import claims as C  # noqa: E402
 
-TINY = "--max_steps 2 --synthetic_images 8 --synthetic_test_images 4 --epochs 2 --eval_every 1 --scales 64 --max_size 64 --eval_size 64 --enc_layers 1"
+TINY = ("--max_steps 2 --synthetic_images 8 --synthetic_test_images 4 --epochs 2 --eval_every 1 --scales 64 --max_size 64 --eval_size 64 "
+        "--enc_layers 1")
 
 
 def result(run: C.Run, **metrics) -> dict:
-    return {"key": run.key, "script": run.script, "argv": [], "metrics": metrics, "curve": [], "seconds": 1.0, "device": "cpu", "torch": "t", "commit": "c"}
+    return {"key": run.key, "script": run.script, "argv": [], "metrics": metrics, "curve": [], "seconds": 1.0, "device": "cpu", "torch": "t",
+            "commit": "c"}
 
 
 def claim_of(a: str, b: str, **more) -> C.Claim:
@@ -70,7 +72,8 @@ def test_key_follows_flags_and_inputs():
 
 def test_values_of_a_run():
     found = {"metrics": {"AP": 0.6, "pretrained": {"AR10": 0.3}},
-             "curve": [{"step": 0, "loss": 9.0}, {"step": 1, "AP": 0.1}, {"step": 2, "AP": 0.2}, *({"step": 3 + i, "loss": float(i)} for i in range(9))]}
+             "curve": [{"step": 0, "loss": 9.0}, {"step": 1, "AP": 0.1}, {"step": 2, "AP": 0.2}]
+             + [{"step": 3 + i, "loss": float(i)} for i in range(9)]}
     assert C.value(found, "AP") == 0.6 and C.value(found, "pretrained/AR10") == 0.3
     assert C.value(found, "mean AP") == pytest.approx(0.3)
     assert C.value(found, "last loss") == pytest.approx(7.5)             # the last 2 of 10
@@ -100,8 +103,8 @@ def test_every_claim_of_the_issue_is_there():
 
 def test_arms_of_a_claim_share_budget_and_schedule():
     """Fine-tunings of both arms differ only in what they start from (and in the flags that give a scratch detector the same architecture)."""
-    budget = ("--epochs", "--iterations", "--batch_size", "--lr", "--lr_backbone", "--lr_drop", "--eval_every", "--synthetic_images", "--labels_percent",
-              "--data", "--seed", "--scales", "--eval_size", "--max_size")
+    budget = ("--epochs", "--batch_size", "--lr", "--lr_backbone", "--lr_drop", "--eval_every", "--synthetic_images", "--labels_percent", "--data",
+              "--seed", "--scales", "--eval_size", "--max_size")
     for claim in C.CLAIMS:
         for data in claim.data:
             runs = [arm.run(data, 3) for arm in (claim.a, claim.b)]
@@ -113,7 +116,8 @@ def test_arms_of_a_claim_share_budget_and_schedule():
 def test_runs_are_kept_and_continued(tmp_path, monkeypatch, capsys):
     """Two arms with one pretraining between them: what is written, and that a second call runs nothing."""
     def pretrained(data: str, seed: int) -> C.Run:
-        start = C.run("detreg", seed, "--data {scenes} --max_steps 1 --probe_images 0 --cache_proposals false --batch_size 2 --max_prop 2 --enc_layers 1")
+        start = C.run("detreg", seed, "--data {scenes} --max_steps 1 --probe_images 0 --cache_proposals false --batch_size 2 --max_prop 2",
+                      "--enc_layers 1")
         return C.run("finetune", seed, "--data", data, TINY, "--init_from", start)
     claim = C.Claim("tiny", "1. a beats b", "Table 0: 2 / 1", C.Arm("pretrained", pretrained, "mean AP"),
                     C.Arm("scratch", lambda data, seed: C.run("finetune", seed, "--data", data, TINY), "mean AP"), data=("synthetic",))
