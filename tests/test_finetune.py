@@ -239,10 +239,13 @@ def test_pretrained_checkpoints(method, detector, tmp_path, capsys):
 def test_queries_of_a_single_query_checkpoint_are_made_anew(detector, tmp_path, capsys):
     state, _ = save_pretrained(tmp_path / "last.pt", "updetr", detector, num_patches=1, num_queries=3)
     capsys.readouterr()
-    cfg, model, _ = load(tmp_path / "last.pt", CATEGORIES)
-    assert cfg.num_queries == 100 and model.query_embed.weight.shape == (100, 64) and 0.9 < model.query_embed.weight.std() < 1.1
+    cfg, model, _ = load(tmp_path / "last.pt", CATEGORIES, num_queries=100)                   # what recipe_of says of these detectors
+    assert cfg.num_queries == finetune.recipe_of(vars(cfg))["num_queries"] == 100
+    assert model.query_embed.weight.shape == (100, 64) and 0.9 < model.query_embed.weight.std() < 1.1
     assert "queries of a single-query checkpoint, made anew for 100 queries: query_embed.weight\n" in capsys.readouterr().out
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if not k.startswith(("class_embed", "query_embed")))
+    cfg, model, _ = load(tmp_path / "last.pt", CATEGORIES, num_queries=7)              # nothing in the file speaks against another number
+    assert cfg.num_queries == 7 and model.query_embed.weight.shape == (7, 64)
 
 
 def test_checkpoint_of_another_detector(fails, tmp_path):

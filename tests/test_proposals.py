@@ -153,6 +153,15 @@ def test_quick_mode(tmp_path):
     assert store.header["mode"] == "quick" and store.header["grid"] == 128 and "--mode quick" in P._command(store.header, store.path)
 
 
+def test_store_of_the_synthetic_pool_of_a_script(tmp_path):
+    """The same --seed and --synthetic_images as in a script's command name the same scenes."""
+    store = P.main(["--data", "synthetic", "--synthetic_images", "2", "--seed", "3", "--mode", "quick", "--out", str(tmp_path / "s")])
+    pool = D.open_images("synthetic", None, synthetic_images=2, seed=3)
+    assert len(P.ProposalStore.open(store.path, pool)) == 2
+    with pytest.raises(P.UserError, match="another list of files"):
+        P.ProposalStore.open(store.path, D.open_images("synthetic", None, synthetic_images=2, seed=4))
+
+
 def test_selective_search_without_a_seedable_c_library(monkeypatch):
     image = np.asarray(Pictures().load(3))
     ordinary = P.selective_search(image, seed=7)

@@ -856,3 +856,13 @@ def test_stores_and_runs_of_others_are_refused(fails, straight, tmp_path):
     assert "ema_momentum: 0.99 -> 0.98" in line and "--allow_config_change" in line
     assert "holds a run of soco.py; give updetr.py another --out" in fails(__import__("updetr").main, flags(
         {"data": "synthetic", "synthetic_images": 4, "batch_size": 2, "backbone_weights": "random", "arch": "resnet18", "out": straight[0]}))
+
+
+@pytest.mark.parametrize("zero", (True, False))
+def test_start_of_residual_branches(zero):
+    """D14: with zero_init_residual every block begins as its shortcut; without it as torchvision's."""
+    model = soco.build_model(parse("--backbone", "resnet18", "--zero_init_residual", str(zero).lower()))
+    block = model.encoder.layer2[1].train()
+    x = torch.rand(2, 128, 6, 6)
+    assert torch.equal(block(x), x) == zero
+    assert all((b.bn2.weight == (0 if zero else 1)).all() for layer in (model.encoder.layer1, model.encoder.layer4) for b in layer)
