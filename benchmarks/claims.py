@@ -370,9 +370,10 @@ def claims() -> list[Claim]:
         Claim("detreg-ar10", "3. After pretraining, class-agnostic AR@10 beats selective search's own ranking",
               "Table 6, COCO R@10: DETReg 3.6, selective search 1.5",
               pretext("DETReg", detreg, "pretrained/AR10"), pretext("selective search", detreg, "selective_search/AR10"), data=BOTH,
-              note="""The scenes are made of what selective search looks for, regions of one texture: its AR@10 is 0.3 there, 0.015 on COCO. Tried: its order
-              as OpenCV gives it or without near-duplicates (--proposal_rank), 300 and 400 steps, a backbone that learns too (AR@10 0.18 rather than 0.11
-              after 300 steps of 8 images). A detector that has localised for two minutes does not place its ten best boxes as tightly."""),
+              note="""The scenes are made of what selective search looks for, regions of one texture: its AR@10 is 0.3 there, 0.015 on COCO. Tried:
+              its order as OpenCV gives it or without near-duplicates (--proposal_rank), 300 and 400 steps, a backbone that learns too (AR@10 0.18
+              rather than 0.11 after 300 steps of 8 images). A detector that has localised for two minutes does not place its ten best boxes as
+              tightly."""),
         Claim("updetr-scratch", "4. UP-DETR beats from scratch", "Table 1, VOC, 150 epochs: 56.1 / 49.9; 300: 57.2 / 54.1",
               after("UP-DETR", updetr, detr), from_scratch(), data=BOTH),
         Claim("updetr-speed", "4. UP-DETR converges faster: AP, mean over the evaluations of the run", "Fig. 1 (curves)",
@@ -615,7 +616,7 @@ def main(argv: list[str] | None = None) -> list[Comparison]:
     if not args.report:
         prepare(args, have)
         run_all([r for claim, data, seeds in planned if data in have for r in runs_of(claim, data, seeds)], results, args)
-    return report(args, results)
+    return report(args, read_results(args.results))                          # another call may have added to the file
 
 
 def seeds_of(claim: Claim, args: argparse.Namespace) -> range:
