@@ -275,7 +275,7 @@ def analyse(figure, out, **values):
     with Image.open(out) as sheet:
         assert sheet.format == "PNG" and min(sheet.size) > 200 and len(sheet.convert("RGB").getcolors(1 << 20)) > 20
     written = json.loads(out.with_suffix(".json").read_text())
-    assert written == evaluation._plain(result) and written["figure"] == figure
+    assert written == evaluation.plain(result) and written["figure"] == figure
     return result
 
 
