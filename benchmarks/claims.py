@@ -234,9 +234,8 @@ UPDETR = {SYNTHETIC: f"{SEARCH} --patch_colours true --num_patches 10 --epochs 2
           BCCD: f"{SEARCH} --patch_colours true --num_patches 10 --epochs 6 --lr_drop 5"}
 SIAMESE = {SYNTHETIC: f"{SEARCH} --num_regions 10 --epochs 2 --lr_drop 1.7",
            BCCD: f"{SEARCH} --num_regions 10 --epochs 6 --lr_drop 5"}
-# 90 to 100 steps: with 225 steps of views of 96 px, however trained, SoCo fine-tuned worse than scratch (BCCD, AP .10 to .155 / .183).
 BOXES = "--ema_momentum 0.99 --probe_images 0"
-SOCO = {SYNTHETIC: f"{BOXES} --epochs 2 --warmup_epochs 0.2", BCCD: f"{BOXES} --epochs 5 --warmup_epochs 0.5"}
+SOCO = {SYNTHETIC: f"{BOXES} --epochs 2 --warmup_epochs 0.2", BCCD: f"{BOXES} --epochs 5 --warmup_epochs 0.5"}  # why so few: note of soco-scratch
 DUPR = {SYNTHETIC: "--batch_size 16 --epochs 20 --probe_images 0", BCCD: "--batch_size 16 --epochs 10 --probe_images 0"}
 UNFROZEN = 6e-4
 FIGURES = "--images 100 --size 128"
@@ -378,17 +377,17 @@ def claims() -> list[Claim]:
               tightly."""),
         Claim("updetr-scratch", "4. UP-DETR beats from scratch", "Table 1, VOC, 150 epochs: 56.1 / 49.9; 300: 57.2 / 54.1",
               after("UP-DETR", updetr, detr), from_scratch(), data=BOTH,
-              note="""Nothing here learns to look for a patch within minutes. After 1200 steps rather than 400 (seed 100) the most confident box per
-              patch overlaps it by IoU 0.274, as much as where another image's patch is asked for (0.270) or another image is asked (0.274): the
-              answer is one box for any question, and the longer that is taught, the worse (AP after fine-tuning 0.0004). Deformable attention
-              compares no queries with keys. DETR with stride 8 and --aligned_start does begin to look in 500 steps (0.243, other patch 0.217, other
-              image 0.211), but finds no object in 600 steps of fine-tuning, pretrained (AP 0.0002) or not (0.0006)."""),
+              note="""Deformable DETR does not learn to look for a patch within minutes. After 1200 steps rather than 400 (seed 100) the most
+              confident box per patch overlaps it by IoU 0.274, as much as where another image's patch is asked for (0.270) or another image is
+              asked (0.274): the answer is one box for any question, and after more of it the fine-tuned AP was 0.0004. Deformable attention
+              compares no queries with keys. DETR with stride 8 and --aligned_start does begin to look in 500 steps (0.243, other patch 0.217,
+              other image 0.211), but finds no object in 600 steps of fine-tuning, pretrained (AP 0.0002) or not (0.0006)."""),
         Claim("updetr-speed", "4. UP-DETR converges faster: AP, mean over the evaluations of the run", "Fig. 1 (curves)",
               after("UP-DETR", updetr, detr, path="mean AP"), from_scratch("mean AP"), data=BOTH),
         Claim("siamese-scratch", "5. Siamese DETR beats from scratch", "Table 2, VOC, Conditional DETR: 58.1 / 49.9",
               after("Siamese DETR", siamese, detr), from_scratch(), data=BOTH,
-              note="""As with UP-DETR: Deformable attention compares no queries with keys, and in these minutes the question is hardly heard
-              (README, row "wrong image" of the demo). Tried: Conditional DETR on BCCD (AP 0.003 to 0.006, pretrained or not); the paper's weights
+              note="""Most likely as with UP-DETR, but its search was not probed in this setting. README's demo, on DETR, finds a region hardly
+              better than in the wrong image. Tried: Conditional DETR on BCCD (AP 0.003 to 0.006, pretrained or not); the paper's weights
               of the losses (3, 10), with which boxes diverge at this rate of learning."""),
         Claim("siamese-views", "5. Multi-view + R-C + G is no worse than single-view R-O", "Table 3: 58.1 / 56.9",
               after("multi-view R-C G", siamese, detr), after("single-view R-O", siamese, detr, SINGLE_VIEW), margin=0.1),
@@ -409,8 +408,8 @@ def claims() -> list[Claim]:
               analysis("DUPR", "iou-similarity", "dupr", "difference"), analysis("beta = 0", "iou-similarity", "image", "difference")),
         Claim("dupr-c4", "8. The same for Faster R-CNN C4", "Table 2b, VOC: 58.5 / 57.6",
               after("DUPR", dupr, c4), after("beta = 0", dupr, c4, IMAGE_ONLY), data=(BCCD,),
-              note="""C4 runs res5 on every RoI, a second a step here; 112 steps end at AP 0.01 to 0.05, and seeds differ by as much. DUPR's 180 steps
-              may be too few as well: on scenes its patches are better than those of image contrast after 1000, not after 250."""),
+              note="""C4 runs res5 on every RoI, a second a step here; 112 steps end at AP 0.005 to 0.05, and seeds differ by as much. DUPR's
+              180 steps may be too few as well: on scenes its patches are better than those of image contrast after 1000, not after 250."""),
         # reported
         Claim("detreg-embedding", "Object embedding loss: lambda_e 1 / 0", "DETReg Table 5, class error: 8.81 / 9.50",
               after("lambda_e 1", detreg, detr), after("lambda_e 0", detreg, detr, "--lambda_e 0"), judged=False),
