@@ -431,8 +431,8 @@ def claims() -> list[Claim]:
     for i, ((name, more, ap), (old, less, before_ap)) in enumerate(zip(steps[1:], steps), 1):
         found.append(Claim(f"soco-ablation-{i}", f"SoCo, Table 4 step by step: {name} / without", f"SoCo Table 4: {ap} / {before_ap}",
                            after(name, soco, fpn, more), after(old, soco, fpn, less), judged=False, data=(BCCD,)))
-    next(c for c in found if c.name == "soco-ablation-1").note = """90 steps are enough for the whole image alone, not for what is added. That FPN and
-              head start from SoCo's is not what costs: on seeds 100 and 101 all of SoCo gave AP 0.145 and 0.055, its backbone alone 0.090 and 0.072."""
+    next(c for c in found if c.name == "soco-ablation-1").note = """90 steps are enough for the whole image alone, not for what is added. That FPN
+              and head start from SoCo is not the cost: on seeds 100 and 101 all of SoCo gave AP 0.145 and 0.055, its backbone alone 0.090, 0.072."""
     for k, ap in ((1, 41.6), (8, 41.6), (16, 41.2)):
         found.append(Claim(f"soco-boxes-{k}", f"SoCo: K = 4 / {k} boxes", f"SoCo Table 5c: 42.3 / {ap}",
                            after("K = 4", soco, fpn), after(f"K = {k}", soco, fpn, f"--num_boxes {k}"), judged=False, data=(BCCD,)))
