@@ -249,10 +249,10 @@ TUNE_C4 = {BCCD: f"--detector faster_rcnn_c4 {LARGER} --rois_per_image 8 --propo
 INTRODUCTION = """
 Not the papers' numbers: their claims, at a scale of minutes. Synthetic: 800 unlabelled scenes of 160 px; 40 labelled ones (R-CNN family: 200) and
 100 to test on, drawn anew for each seed. BCCD: microscope images of blood cells; 292 unlabelled, 29 of them labelled (10 %), 72 to test on; the R-CNN
-family, which learns little from scenes in such a time, is mostly asked there. ResNet-18, short side 64 to 112 px, a hundred to a few hundred steps of
+family, which learns little from scenes in such a time, is mostly asked there. ResNet-18, short side 64 to 112 px, a hundred to a thousand steps of
 4 to 16 images. The DETR family's frozen backbone is DUPR's, trained once per data set on the same unlabelled images; a detector "from scratch" starts
 from it too. Arms of a claim have the same budget and schedule. Differences are paired by seed; intervals are 95 % t-intervals. Settings were chosen
-on seeds 100 and 101 with other scenes; BCCD has but one test split.
+on seeds 100 and 101 with other scenes; BCCD has but one test split. DUPR's were lengthened after a first result, which their notes give.
 """
 
 
