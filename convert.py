@@ -10,22 +10,27 @@ counts. The same table renames in both directions.
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
 import io
 import json
 import pickle
+import os
 import re
+import sys
 import typing
+import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import common
+import rcnn
+import run
 from common import UserError
 from data import IMAGENET_MEAN, IMAGENET_STD
 
@@ -171,56 +176,6 @@ VOC_NAMES = dict(enumerate("aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair
 # ==== 2. Reading ====
 
 
-# How numpy rebuilds what was pickled.
-_ARRAY, _BUFFER, _SCALAR = np.zeros(1).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0], np.float64(0).__reduce__()[0]
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads plain containers and numpy arrays, as detectron2's files are made of; whatever else a pickle asks for is an error and is not run."""
-
-    ALLOWED = {"multiarray._reconstruct": _ARRAY, "numeric._frombuffer": _BUFFER, "multiarray.scalar": _SCALAR, "numpy.ndarray": np.ndarray,
-               "numpy.dtype": np.dtype, "_codecs.encode": lambda text, _: text.encode("latin1"), "collections.OrderedDict": collections.OrderedDict}
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = self.ALLOWED.get(f"{re.sub('^numpy[.]_?core[.]', '', module)}.{name}")
-        if found is None:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not allowed")
-        return found if isinstance(found, type) else lambda *args: found(*args)      # a pickle can set attributes of what it names: of this one only
-
-
-# Harmless containers that released files hold beside their tensors: argparse.Namespace (DETR family, SoCo), numpy's numbers.
-ALLOWED = [argparse.Namespace, np.dtype, *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"},
-           *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a PyTorch file or of a detectron2 pickle, read without running code from it.
-
-    UserError: no such file; empty, cut or something else; a pickle that would run code; no dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file" + (" (it is a folder)" if path.is_dir() else ""))
-    if not path.stat().st_size:
-        raise UserError(f"{path}: the file is empty")
-    try:
-        with open(path, "rb") as file:
-            content = ArrayUnpickler(file, encoding="latin1").load() if file.read(1) == b"\x80" and not file.seek(0) else None
-        if not isinstance(content, dict):                                     # old PyTorch files start with a pickled number
-            with torch.serialization.safe_globals(ALLOWED):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                                # damaged bytes can make a reader raise anything
-        reason = (str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be read ({error.strerror or reason})") from error
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path}: refused, because loading it would run code ({code[1]}); a file of tensors (state_dict) needs none") from error
-        raise UserError(f"{path}: not a readable PyTorch checkpoint: cut, damaged or something else ({reason[:120]})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dict of tensors")
-    return content
-
-
 def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file, out of the wrappers in use ({"model"}, {"state_dict"} or none) and without DistributedDataParallel's `module.`"""
     for wrapper in ("model", "state_dict"):
@@ -282,7 +237,7 @@ class Checkpoint:
     def rcnn(self) -> str | None:
         """Which detector of the R-CNN family our finetune.py made of it."""
         detector = self.config.get("detector") if self.content.get("script") == "finetune" else None
-        return detector if detector in typing.get_args(common.RCNN_DETECTORS) else None
+        return detector if detector in typing.get_args(rcnn.RCNN_DETECTORS) else None
 
     @property
     def method(self) -> str | None:
@@ -322,7 +277,7 @@ class Checkpoint:
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read a file and recognise it by its content. UserError: see read_checkpoint; a file of no family in KNOWN."""
-    content = read_checkpoint(path)
+    content = run.read_checkpoint(path)
     theirs = state_of(content, path)
     family, table = next(((family, table) for family, marks, table in KNOWN if all(m in theirs for m in marks.split())), (None, None))
     if family is None:
@@ -424,12 +379,69 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
 
 # ==== 3. Into our models ====
 
+def load_matching(model: nn.Module, state: dict[str, Tensor], *, drop: dict[str, str], source: str) -> None:
+    """Strict loading with named exceptions: `drop` maps a regular expression on names to the reason they are left out.
+
+    Prints every dropped, missing and unexpected tensor group; anything missing or unexpected that no rule of `drop` covers, and any shape
+    that differs, is a UserError.
+    """
+    own = model.state_dict()
+    reason = {k: why for k in own.keys() | state.keys() for pattern, why in drop.items() if re.search(pattern, k)}
+    kept = {k: v for k, v in state.items() if k not in reason}
+    missing, unexpected = sorted(own.keys() - kept.keys() - reason.keys()), sorted(kept.keys() - own.keys())
+    shapes = [f"{k} {tuple(kept[k].shape)} -> {tuple(own[k].shape)}" for k in sorted(kept.keys() & own.keys()) if kept[k].shape != own[k].shape]
+    if missing or unexpected or shapes:
+        def some(names: list[str]) -> str:
+            return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        parts = [f"{what}: {some(names)}" for what, names in
+                 (("missing there", missing), ("unknown here", unexpected), ("other shapes (file -> model)", shapes)) if names]
+        raise UserError(f"{source} is a checkpoint of another architecture. {'; '.join(parts)}. Give the flags it was trained with")
+    model.load_state_dict(own | kept)
+    for why, names in ((why, sorted(k for k in reason if reason[k] == why)) for why in dict.fromkeys(reason.values())):
+        run.say(f"  {why}: {', '.join(names)}")
+    run.say(f"loaded {len(kept)} tensors from {source}" + (f"; {len(reason)} named above are left out or new" if reason else ""))
+
+
+BACKBONE_URLS = {
+    "swav": "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
+    "moco_v2": "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+}
+
+
+def backbone_file(weights: str, arch: str) -> Path:
+    """The file behind `--backbone_weights swav|imagenet|moco_v2|FILE`: PyTorch's hub cache is looked into first, then it is downloaded.
+
+    A download that fails is a UserError that says what to fetch, from where, and where to put it.
+    """
+    if weights not in BACKBONE_URLS and weights != "imagenet":
+        return Path(weights)
+    if weights in BACKBONE_URLS and arch != "resnet50":
+        raise UserError(f"--backbone_weights {weights} exists for resnet50 only, not for {arch}; use imagenet, random or a file")
+    url = BACKBONE_URLS.get(weights) or torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        except (urllib.error.URLError, OSError) as error:
+            raise UserError(f"--backbone_weights {weights}: the download failed ({error}). Fetch {url} and put it at {path}, "
+                            "or give a file with --backbone_weights FILE, or start from --backbone_weights random") from error
+    common.barrier()
+    return path
+
+
+def load_backbone_weights(body: nn.Module, weights: str, arch: str) -> None:
+    """Fill a ResNet body from `--backbone_weights swav|imagenet|moco_v2|random|FILE`."""
+    if weights != "random":
+        load_backbone(body, backbone_file(weights, arch))
+
+
 COUNTERS = {r"num_batches_tracked$": "counters that only momentum-free BatchNorm reads"}
 
 
 def tell_left(left: dict[str, list[str]]) -> None:
     for why, names in left.items():
-        common.say(f"  {why}: {', '.join(sorted({n.split('.')[0] for n in names}))} ({len(names)} tensors)")
+        run.say(f"  {why}: {', '.join(sorted({n.split('.')[0] for n in names}))} ({len(names)} tensors)")
 
 
 def load_backbone(body: nn.Module, path: str | Path) -> None:
@@ -438,7 +450,7 @@ def load_backbone(body: nn.Module, path: str | Path) -> None:
     tensors = found.resnet()
     stages = tuple(f"{child}." for child, _ in body.named_children())
     drop = {rf"^(?!{'|'.join(stages)})": "a later stage that is not used"} if not all(k.startswith(stages) for k in tensors) else {}
-    common.load_matching(body, tensors, drop=drop | COUNTERS, source=f"{path} ({found.what})")
+    load_matching(body, tensors, drop=drop | COUNTERS, source=f"{path} ({found.what})")
 
 
 # What of a foreign checkpoint the R-CNN family has no use for; the first that fits counts.
@@ -461,13 +473,13 @@ CLASS_LAYERS = r"^roi_heads\.box_predictor\.|\.mask_fcn_logits\.|^head\.classifi
 
 
 def rcnn_state(found: Checkpoint, detector: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """(its tensors under the names of common.build_rcnn(), {reason: names of what stays out}) of a checkpoint with a ResNet.
+    """(its tensors under the names of rcnn.build_rcnn(), {reason: names of what stays out}) of a checkpoint with a ResNet.
 
     SoCo also has the pyramid and the 4conv1fc box head. RetinaNet and FCOS start at C3: SoCo's level i is their i - 1.
     """
     trunk, c4 = found.resnet(), detector.endswith("_c4")
     tensors = {(RES5 if c4 and k.startswith("layer4.") else "backbone.body.") + k: v for k, v in trunk.items()}
-    table = SOCO_RCNN[int(detector in common.ONE_STAGE)] if found.family.startswith("SoCo") and not c4 else ()
+    table = SOCO_RCNN[int(detector in rcnn.ONE_STAGE)] if found.family.startswith("SoCo") and not c4 else ()
     used, left = {id(v) for v in trunk.values()}, {why: list(names) for why, names in found.left.items()}
     for key, value in found.state.items():
         if id(value) in used:
@@ -480,7 +492,7 @@ def rcnn_state(found: Checkpoint, detector: str) -> tuple[dict[str, Tensor], dic
 
 
 def load_rcnn(model: nn.Module, found: Checkpoint, detector: str, box_head: str) -> None:
-    """Fill a detector of common.build_rcnn() from a foreign checkpoint; strict but for whole parts that it lacks, and prints what is new or left.
+    """Fill a detector of rcnn.build_rcnn() from a foreign checkpoint; strict but for whole parts that it lacks, and prints what is new or left.
 
     From a detector of torchvision or detectron2 all but the class layers is taken where it is of this very architecture, else its ResNet.
     """
@@ -496,7 +508,7 @@ def load_rcnn(model: nn.Module, found: Checkpoint, detector: str, box_head: str)
     tell_left(left)
     drop = {CLASS_LAYERS: "class layers, made anew"} if there == wanted else {}
     drop |= {rf"^{re.escape(start)}": why for start, why in NEW_IN_RCNN.items() if not any(k.startswith(start) for k in tensors)}
-    common.load_matching(model, tensors, drop=drop | COUNTERS, source=f"{found.path} ({found.what})")
+    load_matching(model, tensors, drop=drop | COUNTERS, source=f"{found.path} ({found.what})")
 
 
 # ==== 4. For other tools ====
@@ -564,7 +576,7 @@ def detectron2_arrays(found: Checkpoint, backbone_only: bool = False) -> dict[st
     of SoCo (FPN) pyramid and box head, under the short names that its and MoCo's converters write and detectron2 completes."""
     if found.rcnn and not backbone_only:
         state, c4 = found.state, found.rcnn.endswith("_c4")
-        kind = "one_stage" if found.rcnn in common.ONE_STAGE else "c4" if c4 else "fpn_2fc" if "roi_heads.box_head.fc6.weight" in state else "fpn"
+        kind = "one_stage" if found.rcnn in rcnn.ONE_STAGE else "c4" if c4 else "fpn_2fc" if "roi_heads.box_head.fc6.weight" in state else "fpn"
         if found.rcnn == "fcos_fpn":
             state = {k: v for k, v in state.items() if k.startswith("backbone.")}
         state = renamed_back({k: _rows(k, v, c4, back=True) for k, v in state.items()}, RCNN_DETECTRON2[kind])
@@ -646,7 +658,7 @@ def write_hugging_face(found: Checkpoint, out: Path) -> str:
     out.mkdir(parents=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-        common.write_atomic(out / name, (json.dumps(content, indent=2) + "\n").encode())
+        run.write_atomic(out / name, (json.dumps(content, indent=2) + "\n").encode())
     return config["architectures"][0]
 
 
@@ -661,7 +673,7 @@ def write_file(found: Checkpoint, to: str, out: Path, backbone_only: bool) -> No
     out.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     pickle.dump(content, buffer, protocol=4) if to == "detectron2" else torch.save(content, buffer)
-    common.write_atomic(out, buffer.getvalue())
+    run.write_atomic(out, buffer.getvalue())
 
 
 def left_out(found: Checkpoint, to: str, backbone_only: bool) -> list[str]:
@@ -687,7 +699,7 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--backbone_only", "--backbone-only", action="store_true", help="torchvision, detectron2: the ResNet alone")
     args = parser.parse_args(argv)
     found = open_checkpoint(args.checkpoint)
-    common.say(f"{found.path}: {found.what}; {len(found.state)} tensors")
+    run.say(f"{found.path}: {found.what}; {len(found.state)} tensors")
     tell_left(found.left)
     if not args.to:
         return found.what
@@ -703,14 +715,14 @@ def main(argv: list[str] | None = None) -> str:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
     tell_left({"no place for them there": names} if (names := left_out(found, args.to, args.backbone_only)) else {})
-    common.say(f"wrote {out}" + (f": {loader}.from_pretrained({str(out)!r})" if loader else ""))
+    run.say(f"wrote {out}" + (f": {loader}.from_pretrained({str(out)!r})" if loader else ""))
     if loader and found.method in ("updetr", "siamese_detr") and not loader.startswith(("Detr", "Table")):
-        common.say("its class head was trained with softmax over 3 rows, of which row 1 is an object; the transformers class applies a sigmoid")
+        run.say("its class head was trained with softmax over 3 rows, of which row 1 is an object; the transformers class applies a sigmoid")
     if found.rcnn and not args.backbone_only and found.content.get("categories"):
-        first = int(args.to == "torchvision" and found.rcnn not in common.ONE_STAGE)
-        common.say("labels: " + ", ".join(f"{i} {c['name']}" for i, c in enumerate(found.content["categories"], first)))
+        first = int(args.to == "torchvision" and found.rcnn not in rcnn.ONE_STAGE)
+        run.say("labels: " + ", ".join(f"{i} {c['name']}" for i, c in enumerate(found.content["categories"], first)))
     return found.what
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

@@ -72,9 +72,12 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
+import convert
 import data
 import evaluation
 import proposals
+import run
+from annotations import open_detection
 from common import UserError
 
 # ==== 1. Hyperparameters ====
@@ -299,13 +302,12 @@ def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
     focal = cfg.detector != "detr"                                           # each detector keeps its own classification (D12)
     model = DETReg(common.build_detector(cfg, cfg.num_classes if focal else cfg.num_classes + 1, focal=focal))
     backbone = model.detector.backbone[0]
-    common.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.arch)
+    convert.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.arch)
     if cfg.embedding_target == "swav_head":
-        import convert
         descriptor = SwAVDescriptor()
-        path = common.backbone_file(cfg.backbone_weights, "resnet50")
-        state = convert.state_of(convert.read_checkpoint(path), path)
-        common.load_matching(descriptor, state, source=str(path),
+        path = convert.backbone_file(cfg.backbone_weights, "resnet50")
+        state = convert.state_of(run.read_checkpoint(path), path)
+        convert.load_matching(descriptor, state, source=str(path),
                              drop={r"^prototypes\.": "not part of the descriptor", r"num_batches_tracked$": "a counter nothing reads"})
     else:
         descriptor = RegionDescriptor(backbone)
@@ -388,7 +390,7 @@ class HeldOut:
             try:
                 image = source.load(i)
             except data.UnreadableImage as error:
-                common.say(f"warning: left out of the probe: {error}")
+                run.say(f"warning: left out of the probe: {error}")
                 continue
             self.image_ids.append(i)
             boxes = generator(image, proposals.image_seed(cfg.seed, source.key(i)))[:cfg.max_prop]
@@ -411,11 +413,11 @@ class HeldOut:
 def open_probe(cfg: Config, source, held_out: np.ndarray):
     """The labelled set of --probe_data, unseen synthetic scenes with their true boxes, or the held-out images; None when there is no probe."""
     if cfg.probe_data:
-        return data.open_detection(cfg.probe_data, cfg.data_root, "test", seed=cfg.seed)
+        return open_detection(cfg.probe_data, cfg.data_root, "test", seed=cfg.seed)
     if not cfg.probe_images:
         return None
     if cfg.data == "synthetic":
-        return data.open_detection("synthetic", None, "test", synthetic_images=cfg.probe_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
+        return open_detection("synthetic", None, "test", synthetic_images=cfg.probe_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
     return HeldOut(cfg, source, held_out)
 
 
@@ -443,7 +445,7 @@ def probe(cfg: Config, model: nn.Module, train_set: RegionDataset, probe_set, de
         pool.append((boxes[:, 2:] - boxes[:, :2]) / np.float32([image.width, image.height]))
     pool = np.concatenate(pool)
     searched, drawn = [], []
-    for i in common.progress(evaluation.rank_slice(count), desc="selective search"):
+    for i in run.progress(evaluation.rank_slice(count), desc="selective search"):
         image, target = probe_set.load(i)
         boxes = proposals.selective_search(np.asarray(image), seed=proposals.image_seed(cfg.seed, "probe", i))[:100]
         searched += evaluation.boxes_as_detections(boxes, target["image_id"])
@@ -481,7 +483,7 @@ def draw_predictions(path: Path, probe_set, train_set: RegionDataset, detections
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = common.parse_config(Config, PRESETS, argv, script="detreg", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+    cfg = run.parse_config(Config, PRESETS, argv, script="detreg", description=__doc__.split("\n\n")[0], by_data=recipe_of)
     if cfg.num_classes < 2:
         raise UserError(f"--num_classes {cfg.num_classes}: at least 2 rows are needed, the object is row 1 (D3)")
     if cfg.probe_images == 1:
@@ -492,12 +494,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     indices, held_out = data.hold_out(source, cfg.probe_images if cfg.data != "synthetic" and not cfg.probe_data else 0, cfg.seed, cfg.data)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
-    identity = common.identity("detreg", len(source), source.fingerprint())
-    state = common.open_run(cfg, **identity)
+    identity = run.identity("detreg", len(source), source.fingerprint())
+    state = run.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
-    if metrics := common.finished(out, state, total_steps):
-        common.say(summary(metrics))
+    if metrics := run.finished(out, state, total_steps):
+        run.say(summary(metrics))
         return metrics
 
     store = proposals.open_store(cfg, source, proposal_generator(cfg))
@@ -505,17 +507,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model, descriptor = build_models(cfg)
     model, descriptor = model.to(device), descriptor.to(device)
     optimizer = common.build_optimizer(cfg, model)
-    start = common.restore(state, model, optimizer, cfg, target=descriptor) if state else 0
+    start = run.restore(state, model, optimizer, cfg, target=descriptor) if state else 0
     identity["target"] = descriptor.state_dict()
     wrapped, criterion = common.wrap_model(model, device, compiled=cfg.compile), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
-    log, skipped, fallbacks, seen = common.Log(out, start, device), data.SkipCount(len(source)), state.get("fallbacks", 0) if state else 0, 0
-    watch = common.FiniteWatch(out, source.key)
-    common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
-    bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
-    for step in common.until_stopped(bar):
-        common.seed_step(cfg.seed, step)
+    log, skipped, fallbacks, seen = run.Log(out, start, device), data.SkipCount(len(source)), state.get("fallbacks", 0) if state else 0, 0
+    watch = run.FiniteWatch(out, source.key)
+    run.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
+    bar = run.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
+    for step in run.until_stopped(bar):
+        run.seed_step(cfg.seed, step)
         wrapped.train()
         lr = common.set_lr(optimizer, common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,)))
         micro_batches = [next(batches) for _ in range(cfg.accumulate)]
@@ -531,12 +533,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr, fallbacks=fallbacks)
             bar.set_postfix(loss=f"{line['loss']:.2f}", box=f"{line['loss_bbox']:.3f}", z=f"{line['loss_object_embedding']:.3f}")
             seen = 0
-        if common.save_due(step + 1, total_steps, cfg.save_every):
+        if run.save_due(step + 1, total_steps, cfg.save_every):
             watch.settle()
-            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity, fallbacks=fallbacks)
+            run.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity, fallbacks=fallbacks)
 
     if fallbacks:
-        common.say(f"{fallbacks} samples had no image with two proposals after ten draws and were given the full box (D9)")
+        run.say(f"{fallbacks} samples had no image with two proposals after ten draws and were given the full box (D9)")
     common.share_buffers(model)
     metrics = {"steps": total_steps}
     probe_set = open_probe(cfg, source, held_out)
@@ -544,7 +546,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metrics |= probe(cfg, model, train_set, probe_set, device)
     if common.rank() == 0:
         evaluation.write_json(out / "metrics.json", metrics)
-        common.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if probe_set else ""))
+        run.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if probe_set else ""))
     skipped.tell()
     common.barrier()
     return metrics
@@ -556,4 +558,4 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

@@ -76,8 +76,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
+import convert
 import data
 import evaluation
+import run
 from common import UserError
 
 # ==== 1. Hyperparameters ====
@@ -339,7 +341,7 @@ def draw_permutation(seed: int, step: int, n: int) -> Tensor:
 
 
 def draw_positions(keys: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """`count` distinct patches of each image and level, uniformly, by torch's generator (common.seed_step)."""
+    """`count` distinct patches of each image and level, uniformly, by torch's generator (run.seed_step)."""
     drawn = {}
     for kind, key in keys.items():
         if key.dim() == 4:
@@ -352,7 +354,7 @@ def build_model(cfg: Config) -> DUPR:
     torch.manual_seed(cfg.seed)
     last = max(i for i in range(4) if cfg.alpha[i] or cfg.beta[i])           # stages behind the last loss would learn nothing
     backbone = common.Backbone(cfg.arch, tuple(range(1, last + 2)), "bn", trainable=5)
-    common.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.arch)
+    convert.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.arch)
     levels = {f"layer{i + 1}": (LEVELS[i], backbone.num_channels[i], 4 * 2 ** i) for i in range(last + 1)}
     per_level = (dict(zip(LEVELS, values)) for values in (cfg.alpha, cfg.beta, cfg.roi_sizes))
     return DUPR(Encoder(backbone.body, levels, *per_level, cfg.embedding_dim), cfg.queue_size, cfg.embedding_dim)
@@ -540,34 +542,34 @@ def check(cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = common.parse_config(Config, PRESETS, argv, script="dupr", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+    cfg = run.parse_config(Config, PRESETS, argv, script="dupr", description=__doc__.split("\n\n")[0], by_data=recipe_of)
     device = common.setup_distributed(cfg.device)
     check(cfg)
     out = Path(cfg.out)
     source, indices, probe_source, held_out = data.open_pretraining(cfg)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
-    identity = common.identity("dupr", len(source), source.fingerprint())
-    state = common.open_run(cfg, **identity)
+    identity = run.identity("dupr", len(source), source.fingerprint())
+    state = run.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
-    if metrics := common.finished(out, state, total_steps):
-        common.say(summary(metrics))
+    if metrics := run.finished(out, state, total_steps):
+        run.say(summary(metrics))
         return metrics
 
     train_set = TwoCropsDataset(cfg, source, indices)
     model = build_model(cfg).to(device)
     optimizer = build_optimizer(cfg, model)
-    start = common.restore(state, model, optimizer, cfg, sync_bn=False) if state else 0
+    start = run.restore(state, model, optimizer, cfg, sync_bn=False) if state else 0
     wrapped = common.wrap_model(model, device, sync_bn=False, compiled=cfg.compile)                # D11
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
-    log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(source)), 0
-    watch = common.FiniteWatch(out, source.key)
-    common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
-    bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
-    for step in common.until_stopped(bar):
-        common.seed_step(cfg.seed, step)
+    log, skipped, seen = run.Log(out, start, device), data.SkipCount(len(source)), 0
+    watch = run.FiniteWatch(out, source.key)
+    run.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
+    bar = run.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
+    for step in run.until_stopped(bar):
+        run.seed_step(cfg.seed, step)
         wrapped.train()
         lr = common.set_lr(optimizer, lr_factor(cfg, step, steps_per_epoch))
         batch = next(batches)
@@ -581,9 +583,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
             bar.set_postfix(loss=f"{line['loss']:.2f}", **{k.replace("_conv", ""): f"{v:.2f}" for k, v in line.items() if k.endswith("conv5")})
             seen = 0
-        if common.save_due(step + 1, total_steps, cfg.save_every):
+        if run.save_due(step + 1, total_steps, cfg.save_every):
             watch.settle()
-            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
+            run.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
 
     common.share_buffers(model)
     metrics = {"steps": total_steps}
@@ -592,7 +594,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if common.rank() == 0:
         evaluation.write_json(out / "metrics.json", metrics)
         drawn = ", predictions.png" if len(held_out) and any(cfg.beta) else ""
-        common.say(f"{summary(metrics)}\nwrote {out}/last.pt, log.jsonl, metrics.json{drawn}")
+        run.say(f"{summary(metrics)}\nwrote {out}/last.pt, log.jsonl, metrics.json{drawn}")
     skipped.tell()
     common.barrier()
     return metrics
@@ -604,4 +606,4 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

@@ -27,7 +27,8 @@ from pycocotools.mask import iou
 from torchvision.ops import box_convert
 
 import data
-from common import UserError, boxes_to_pixels, printable, progress, rank, say, world_size, write_atomic
+from common import UserError, boxes_to_pixels, rank, world_size
+from run import printable, progress, say, write_atomic
 
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#9a6bff")

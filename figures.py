@@ -55,7 +55,9 @@ import convert
 import data
 import dupr
 import evaluation
+import run
 import updetr
+from annotations import DetectionSet, open_detection
 from common import UserError
 
 PLAIN = {"order": [], "gray": False, "blur": None, "solarize": False}        # colours as they are
@@ -83,7 +85,7 @@ def load_updetr(path: str, num_patches: int) -> tuple[updetr.UPDETR, int]:
         raise UserError(f"--num_patches {num_patches}: {path} has {cfg.num_queries} queries, which do not divide into so many groups")
     model = updetr.UPDETR(common.build_detector(cfg, 3, focal=False), num_patches, config.get("attention_mask", True),
                           "feature_align.layers.0.weight" in state)
-    common.load_matching(model, state, drop={}, source=path)
+    convert.load_matching(model, state, drop={}, source=path)
     return model.eval(), config.get("patch_size", 128)
 
 
@@ -133,14 +135,14 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
     scores, found = find(model, patch_size, image, origin, boxes, args.size)
     for text, score, box in zip(args.patches, scores.tolist(), found.tolist()):
         place = ", ".join(f"{v:.0f}" for v in box)
-        common.say(f"patch {text}: confidence {score:.3f} at {place}" + ("" if score > args.threshold else " (not drawn)"))
+        run.say(f"patch {text}: confidence {score:.3f} at {place}" + ("" if score > args.threshold else " (not drawn)"))
     sure = scores > args.threshold
     shown = torch.where(sure[:, None], found, float("nan"))                  # colours stay those of the patches
     names = [str(i + 1) for i in range(len(boxes))]
     columns = {"query patches": [(torch.tensor(boxes), names, origin)],
                f"found (confidence > {args.threshold:g})": [(shown, [f"{n}: {s:.2f}" for n, s in zip(names, scores.tolist())])]}
     evaluation.draw_boxes_figure(args.out, [image], columns, max_boxes=len(boxes))
-    common.say(f"wrote {args.out}: {int(sure.sum())} of {len(boxes)} patches found with confidence > {args.threshold:g}")
+    run.say(f"wrote {args.out}: {int(sure.sum())} of {len(boxes)} patches found with confidence > {args.threshold:g}")
     return {"scores": scores, "boxes": found}
 
 
@@ -152,8 +154,8 @@ def open_backbones(args: argparse.Namespace, stage: str) -> dict[str, common.Bac
     layer = STAGES[stage][0]
     for text in args.checkpoint:
         name, weights = (None, text) if Path(text).is_file() else re.fullmatch("(?s)(?:([^=/]+)=)?(.*)", text).groups()
-        path = common.backbone_file(weights, args.arch or "resnet50")
-        known = weights in ("random", "imagenet", *common.BACKBONE_URLS)
+        path = convert.backbone_file(weights, args.arch or "resnet50")
+        known = weights in ("random", "imagenet", *convert.BACKBONE_URLS)
         name = name or (weights if known else path.resolve().parent.name if path.stem == "last" else Path(path.name.removesuffix(".tar")).stem)
         if name in found:
             raise UserError(f"--checkpoint {text}: another one is called {name} too; give it a name with NAME={weights}")
@@ -172,7 +174,7 @@ def open_backbones(args: argparse.Namespace, stage: str) -> dict[str, common.Bac
         if arch:                                                             # later stages and the counters of batches play no part
             used = {child for child, _ in backbone.body.named_children()}
             state = {k: v for k, v in state.items() if k.split(".")[0] in used and not k.endswith("num_batches_tracked")}
-            common.load_matching(backbone.body, state, drop={}, source=source)
+            convert.load_matching(backbone.body, state, drop={}, source=source)
         backbones[name] = backbone.eval().to(args.device)
     return backbones
 
@@ -205,7 +207,7 @@ def match(f1: Tensor, f2: Tensor) -> Tensor:
 def sample(source: Any, candidates: Sequence[int], count: int, args: argparse.Namespace) -> Iterator[tuple[int, Any]]:
     """(index, what source.load gives) of up to `count` of the `candidates`, in an order drawn from the seed; unusable files are left out."""
     skipped, order = data.SkipCount(len(source)), np.random.default_rng(args.seed).permutation(candidates).tolist()
-    bar = common.progress(None, total=min(count, len(order)), desc=args.figure)
+    bar = run.progress(None, total=min(count, len(order)), desc=args.figure)
     for index in order:
         try:
             loaded = source.load(index)
@@ -231,9 +233,9 @@ def open_source(args: argparse.Namespace, least: int) -> Any:
     return source
 
 
-def open_objects(args: argparse.Namespace) -> tuple[data.DetectionSet, list[int]]:
+def open_objects(args: argparse.Namespace) -> tuple[DetectionSet, list[int]]:
     """A labelled set, and which of its images show an object; crowds, and what is marked as difficult, are none."""
-    labelled = data.open_detection(args.data, args.data_root, args.split, synthetic_images=args.images, seed=args.seed)
+    labelled = open_detection(args.data, args.data_root, args.split, synthetic_images=args.images, seed=args.seed)
     usable = [i for i, r in enumerate(labelled.records) if min(r.hw) >= MIN_SIDE and not (r.crowd | r.difficult).all()]
     if not usable:
         raise UserError(f"--data {args.data}: none of the {len(labelled)} images of its {args.split} split has a box to look at; give another set")
@@ -244,7 +246,7 @@ def finish(args: argparse.Namespace, result: dict[str, Any], rows: dict[str, dic
     """Write the numbers beside the picture, print `rows`; returns what the json holds."""
     result = {"figure": args.figure, "data": args.data, "split": args.split, "seed": args.seed, "size": args.size, **result}
     evaluation.write_json(args.out.with_suffix(".json"), result)
-    common.say(evaluation.metrics_table(rows, list(next(iter(rows.values()))), title) + f"\nwrote {args.out}, {args.out.with_suffix('.json')}")
+    run.say(evaluation.metrics_table(rows, list(next(iter(rows.values()))), title) + f"\nwrote {args.out}, {args.out.with_suffix('.json')}")
     return result
 
 
@@ -598,4 +600,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

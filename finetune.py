@@ -67,15 +67,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 import convert
 import data
 import evaluation
+import rcnn
+import run
+from annotations import DetectionSet, open_detection
 from common import UserError
 
 # ==== 1. Hyperparameters ====
@@ -105,7 +105,7 @@ class Config:
     crop_range: tuple[int, ...] = (384, 600)  # smallest and largest side of the crop
     eval_size: int = 800  # short side in evaluation, pixels
     # model (read off --init_from when given)
-    detector: Literal[common.DETECTORS, common.RCNN_DETECTORS] = "deformable_detr"  # which one
+    detector: Literal[common.DETECTORS, rcnn.RCNN_DETECTORS] = "deformable_detr"  # which one
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file; only without --init_from (released: swav)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen; R-CNN family: bn)
@@ -184,15 +184,15 @@ DETR_ONLY = {"freeze_detector", "class_agnostic", "stride", "num_feature_levels"
 
 
 def is_rcnn(detector: str) -> bool:
-    return detector in typing.get_args(common.RCNN_DETECTORS)
+    return detector in typing.get_args(rcnn.RCNN_DETECTORS)
 
 
 def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
     """What follows from the detector, the data set and the share of its labels (module docstring)."""
-    rcnn = is_rcnn(values["detector"])
-    recipe = rcnn_recipe(values) if rcnn else detr_recipe(values)
+    of_rcnn = is_rcnn(values["detector"])
+    recipe = rcnn_recipe(values) if of_rcnn else detr_recipe(values)
     if values["preset"] == "demo":
-        recipe |= DEMO["c4" if values["detector"].endswith("_c4") else "rcnn" if rcnn else "detr"]
+        recipe |= DEMO["c4" if values["detector"].endswith("_c4") else "rcnn" if of_rcnn else "detr"]
     if values["eval_only"] or values["class_agnostic"]:
         recipe |= {"out": f"out/finetune-{values['preset'] or Path(values['data']).stem}-eval"}
     return recipe
@@ -200,7 +200,7 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 
 def rcnn_recipe(values: dict[str, Any]) -> dict[str, Any]:
     name, share, times = values["data"], values["labels_percent"], int(values["schedule"][0])
-    one_stage, soco = values["detector"] in common.ONE_STAGE, values["protocol"] == "soco"
+    one_stage, soco = values["detector"] in rcnn.ONE_STAGE, values["protocol"] == "soco"
     recipe = {"lr": 0.01 if one_stage else 0.02, "batch_size": 16, "clip_max_norm": 0.0, "crop_scales": (), "backbone_norm": "bn",
               "box_head": "4conv1fc" if soco else "2fc"}
     if name == "coco" and soco and one_stage:                                # mmdetection's defaults
@@ -244,7 +244,7 @@ class LabelledDataset(torch.utils.data.Dataset):
 
     A mask detector's targets also have "masks" uint8 [n, h, w]; an object that resizing leaves without a pixel is left out (detectron2)."""
 
-    def __init__(self, cfg: Config, labelled: data.DetectionSet):
+    def __init__(self, cfg: Config, labelled: DetectionSet):
         self.cfg, self.labelled = cfg, labelled
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
@@ -337,7 +337,7 @@ def build_model(cfg: Config, init: convert.Checkpoint | None, categories: list[d
     softmax = cfg.detector == "detr"                                         # one more row: "no object"
     if init is None:
         model = common.build_detector(cfg, len(categories) + softmax, focal=not softmax)
-        common.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
+        convert.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
         return model, list(range(len(categories)))
     state = init.state
     head = next((k for k in ("class_embed.weight", "class_embed.0.weight") if k in state), None)
@@ -363,12 +363,12 @@ def build_model(cfg: Config, init: convert.Checkpoint | None, categories: list[d
         order = [mapped.index(i) for i in range(len(categories))] + [rows] * softmax
         state = {k: v[order] if k.startswith("class_embed.") else v for k, v in state.items()}
         mapped, rows = list(range(len(categories))), len(categories)
-        common.say(f"the class head's rows were put in the order of the {rows} categories of {cfg.data}")
+        run.say(f"the class head's rows were put in the order of the {rows} categories of {cfg.data}")
     # where nothing is trained any more, positions stay those of the pretraining (Siamese DETR, D9)
     offset = init.config.get("position_offset", 0.0) if cfg.class_agnostic and init.method == "siamese_detr" else None
     model = common.build_detector(cfg, rows + softmax, focal=not softmax, position_offset=offset)
     convert.tell_left(init.left)
-    common.load_matching(model, state, drop=drop, source=f"{init.path} ({init.what})")
+    convert.load_matching(model, state, drop=drop, source=f"{init.path} ({init.what})")
     return model, mapped
 
 
@@ -376,11 +376,11 @@ def build_rcnn_model(cfg: Config, init: convert.Checkpoint | None, categories: l
     """build_model() of the R-CNN family. A checkpoint is our fine-tuned one, which must load but for its class head, or any with a ResNet in it."""
     mapped = list(range(len(categories)))
     if init is None:
-        model = common.build_rcnn(cfg, len(categories))
-        common.load_backbone_weights(common.rcnn_trunk(model), cfg.backbone_weights, cfg.arch)
+        model = rcnn.build_rcnn(cfg, len(categories))
+        convert.load_backbone_weights(rcnn.rcnn_trunk(model), cfg.backbone_weights, cfg.arch)
         return model, mapped
     if not init.rcnn:
-        model = common.build_rcnn(cfg, len(categories))
+        model = rcnn.build_rcnn(cfg, len(categories))
         convert.load_rcnn(model, init, cfg.detector, cfg.box_head)
         return model, mapped
     theirs, drop = init.content["categories"], {}
@@ -392,55 +392,12 @@ def build_rcnn_model(cfg: Config, init: convert.Checkpoint | None, categories: l
         mapped = found
     elif found != mapped:
         drop[convert.CLASS_LAYERS] = f"class head, made anew for {len(categories)} other categories or another order of them"
-    model = common.build_rcnn(cfg, len(mapped))
-    common.load_matching(model, init.state, drop=drop, source=f"{init.path} ({init.what})")
+    model = rcnn.build_rcnn(cfg, len(mapped))
+    convert.load_matching(model, init.state, drop=drop, source=f"{init.path} ({init.what})")
     return model, mapped
 
 
 # The only place where the conventions of torchvision's detectors are known: xyxy pixels of the network's input, and where labels start.
-
-
-def first_label(detector: str) -> int:
-    return 0 if detector in common.ONE_STAGE else 1                          # Faster and Mask R-CNN: 0 is background
-
-
-def input_images(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
-    """The images of data.collate, [3, h, w], without their padding."""
-    sizes = zip((~batch["mask"]).any(2).sum(1).tolist(), (~batch["mask"]).any(1).sum(1).tolist())
-    return [image[:, :h, :w] for image, (h, w) in zip(batch["images"].to(device, non_blocking=True), sizes)]
-
-
-def to_rcnn(targets: list[dict], images: list[Tensor], detector: str) -> list[dict]:
-    """Our targets (boxes cxcywh in 0..1, labels from 0, masks) -> torchvision's, for images [3, h, w]; boxes without extent are left out."""
-    converted = []
-    for target, image in zip(targets, images):
-        h, w = image.shape[-2:]
-        boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * target["boxes"].new_tensor([w, h, w, h])
-        labels = target["labels"] + first_label(detector)
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        masks = {"masks": target["masks"][keep]} if "masks" in target else {}
-        converted.append({k: v.to(image.device, non_blocking=True) for k, v in {"boxes": boxes[keep], "labels": labels[keep], **masks}.items()})
-    return converted
-
-
-def from_rcnn(detections: list[dict], images: list[Tensor], targets: list[dict], detector: str, rows: list[int]) -> list[dict]:
-    """torchvision's detections on images [3, h, w] -> COCO results in pixels of the originals, of sizes and ids in `targets`.
-
-    rows: category id of every class row, None = none. Masks become RLE of the original size.
-    """
-    found = []
-    for detection, image, target in zip(detections, images, targets):
-        (h, w), (height, width) = image.shape[-2:], target["orig_size"].tolist()
-        boxes = detection["boxes"].cpu() * torch.tensor([width / w, height / h] * 2)
-        ids = [rows[label] for label in (detection["labels"] - first_label(detector)).tolist()]
-        results = [{"image_id": target["image_id"], "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
-                   for category, (x1, y1, x2, y2), score in zip(ids, boxes.tolist(), detection["scores"].tolist())]
-        if "masks" in detection:
-            for result, mask in zip(results, common.paste_masks(detection["masks"].cpu(), boxes, (height, width))):
-                rle = coco_mask.encode(np.asfortranarray(mask.numpy(), np.uint8))
-                result["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
-        found += [result for result in results if result["category_id"] is not None]
-    return found
 
 
 def freeze(model: common.Detector) -> None:
@@ -471,9 +428,9 @@ def build_criterion(cfg: Config) -> common.SetCriterion | None:
 
 def rcnn_losses(cfg: Config, model: nn.Module, batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
     """Loss terms of one micro-batch: its own means, a share of the step's (F10)."""
-    images = input_images(batch, device)
+    images = rcnn.input_images(batch, device)
     with common.autocast(device, cfg.amp):
-        losses = model(images, to_rcnn(batch["targets"], images, cfg.detector))
+        losses = model(images, rcnn.to_rcnn(batch["targets"], images, cfg.detector))
     return {"loss_" + k.removeprefix("loss_"): v.float() / cfg.accumulate for k, v in losses.items()}
 
 
@@ -481,7 +438,7 @@ def rcnn_losses(cfg: Config, model: nn.Module, batch: dict[str, Any], device: to
 
 
 def build_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
-    return common.build_sgd(cfg, model) if is_rcnn(cfg.detector) else common.build_optimizer(cfg, model)
+    return rcnn.build_sgd(cfg, model) if is_rcnn(cfg.detector) else common.build_optimizer(cfg, model)
 
 
 def run_length(cfg: Config, steps_per_epoch: int) -> int:
@@ -490,7 +447,7 @@ def run_length(cfg: Config, steps_per_epoch: int) -> int:
 
 def lr_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
     if is_rcnn(cfg.detector):
-        return common.warmup_step_schedule(step, run_length(cfg, steps_per_epoch), cfg.warmup_iters, cfg.lr_drops)
+        return rcnn.warmup_step_schedule(step, run_length(cfg, steps_per_epoch), cfg.warmup_iters, cfg.lr_drops)
     return common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,))
 
 
@@ -528,7 +485,7 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | N
 
 
 @torch.no_grad()
-def precise_bn(cfg: Config, model: nn.Module, train_set: data.DetectionSet, device: torch.device) -> dict[str, Tensor]:
+def precise_bn(cfg: Config, model: nn.Module, train_set: DetectionSet, device: torch.device) -> dict[str, Tensor]:
     """PreciseBN (detectron2): BatchNorm's statistics become their mean over cfg.precise_bn training batches; weights stay. A function of the weights
     and the seed alone. Returns the buffers as they were; nothing happens in the DETR family and with --precise_bn 0."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -542,8 +499,8 @@ def precise_bn(cfg: Config, model: nn.Module, train_set: data.DetectionSet, devi
         norm.reset_running_stats()
         norm.momentum = None                                                 # a cumulative mean
     model.train()
-    common.seed_step(cfg.seed, 0)                                            # regions are drawn at random
-    for batch in common.progress(itertools.islice(loader, cfg.precise_bn), total=cfg.precise_bn, desc="BatchNorm statistics"):
+    run.seed_step(cfg.seed, 0)                                            # regions are drawn at random
+    for batch in run.progress(itertools.islice(loader, cfg.precise_bn), total=cfg.precise_bn, desc="BatchNorm statistics"):
         rcnn_losses(cfg, model, batch, device)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
@@ -553,18 +510,18 @@ def precise_bn(cfg: Config, model: nn.Module, train_set: data.DetectionSet, devi
 
 
 @torch.no_grad()
-def rcnn_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: data.DetectionSet, device: torch.device) -> list[dict]:
+def rcnn_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet, device: torch.device) -> list[dict]:
     """COCO results of this process's slice, image by image, as released: nothing depends on what else is in a batch."""
     rows = [test_set.categories[i]["id"] if i >= 0 else None for i in mapped]
     found = []
     for batch in evaluation.each_batch(model, test_set, size=cfg.eval_size, max_size=cfg.max_size, batch_size=1, num_workers=cfg.num_workers,
                                        text="evaluation"):
-        images = input_images(batch, device)
-        found += from_rcnn(model(images), images, batch["targets"], cfg.detector, rows)
+        images = rcnn.input_images(batch, device)
+        found += rcnn.from_rcnn(model(images), images, batch["targets"], cfg.detector, rows)
     return found
 
 
-def detr_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: data.DetectionSet, device: torch.device) -> list[dict]:
+def detr_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet, device: torch.device) -> list[dict]:
     found = []
     heads = model.class_embed if isinstance(model.class_embed, nn.Linear) else model.class_embed[0]
     softmax = heads.out_features > len(mapped)                               # a last row "no object"
@@ -580,7 +537,7 @@ def detr_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: 
     return found
 
 
-def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set: data.DetectionSet, device: torch.device, write: bool) -> dict[str, Any]:
+def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet, device: torch.device, write: bool) -> dict[str, Any]:
     """All metrics of the test set; on rank 0 also detections.json (COCO results format) and predictions.png when `write`. All processes call it."""
     detections = rcnn_detections if is_rcnn(cfg.detector) else detr_detections
     found = evaluation.gather(detections(cfg, model, mapped, test_set, device))
@@ -640,7 +597,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         protocol = {"protocol": "soco"} if values["protocol"] == "released" and init and init.method == "soco" else {}
         return recipe_of(values | arch | protocol) | ({"iterations": None} if "epochs" in given else {})
 
-    cfg = common.parse_config(Config, PRESETS, argv, script="finetune", description=__doc__.split("\n\n")[0], by_data=recipe)
+    cfg = run.parse_config(Config, PRESETS, argv, script="finetune", description=__doc__.split("\n\n")[0], by_data=recipe)
     device = common.setup_distributed(cfg.device)
     cfg.eval_only |= cfg.class_agnostic
     if cfg.init_from:
@@ -656,27 +613,27 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(train_set), cfg.batch_size, 1, **sampler_args)      # complains about sizes before anything is written
-    identity = common.identity("finetune", len(train_set), fingerprint(train_set))
-    out, run = Path(cfg.out), common.open_run(cfg, **identity)
+    identity = run.identity("finetune", len(train_set), fingerprint(train_set))
+    out, state = Path(cfg.out), run.open_run(cfg, **identity)
     steps_per_epoch = len(train_set) // cfg.batch_size
     total_steps = min(run_length(cfg, steps_per_epoch), cfg.max_steps or sys.maxsize)
-    if metrics := common.finished(out, run, total_steps):
+    if metrics := run.finished(out, state, total_steps):
         return finish(cfg, metrics)
     model, mapped = build_model(cfg, init, train_set.categories)
     if cfg.freeze_detector:
         freeze(model)
     model = model.to(device)
     optimizer = build_optimizer(cfg, model)
-    start = common.restore(run, model, optimizer, cfg) if run else 0
+    start = run.restore(state, model, optimizer, cfg) if state else 0
     wrapped, criterion = common.wrap_model(model, device, compiled=cfg.compile), build_criterion(cfg)
     sampler = data.StepSampler(len(train_set), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(LabelledDataset(cfg, train_set), sampler, num_workers=cfg.num_workers, collate=data.collate))
-    log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(train_set)), 0
-    watch = common.FiniteWatch(out, lambda i: str(train_set.records[i].image))
-    common.tell_plan(cfg, len(train_set), f"labelled images of {len(mapped)} categories", steps_per_epoch, start, total_steps, device)
-    bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="fine-tuning")
-    for step in common.until_stopped(bar):
-        common.seed_step(cfg.seed, step)
+    log, skipped, seen = run.Log(out, start, device), data.SkipCount(len(train_set)), 0
+    watch = run.FiniteWatch(out, lambda i: str(train_set.records[i].image))
+    run.tell_plan(cfg, len(train_set), f"labelled images of {len(mapped)} categories", steps_per_epoch, start, total_steps, device)
+    bar = run.progress(range(start, total_steps), initial=start, total=total_steps, desc="fine-tuning")
+    for step in run.until_stopped(bar):
+        run.seed_step(cfg.seed, step)
         train_mode(cfg, wrapped)
         lr = common.set_lr(optimizer, lr_factor(cfg, step, steps_per_epoch))
         micro_batches = [next(batches) for _ in range(cfg.accumulate)]
@@ -691,9 +648,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
             bar.set_postfix({k.removeprefix("loss_"): f"{line[k]:.3f}" for k in list(terms)[:3]})
             seen = 0
-        if common.save_due(step + 1, total_steps, cfg.save_every):
+        if run.save_due(step + 1, total_steps, cfg.save_every):
             watch.settle()
-            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity, categories=train_set.categories)
+            run.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity, categories=train_set.categories)
         epoch, rest = divmod(step + 1, steps_per_epoch)
         if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step < total_steps - 1:
             common.share_buffers(model)
@@ -702,28 +659,28 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model.load_state_dict(moving, strict=False)                      # a resumed run has not seen this evaluation
             metrics = {k: v for k, v in metrics.items() if isinstance(v, float) and v == v}
             log.append({"step": step, "epoch": epoch, **metrics})
-            common.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+            run.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
     common.share_buffers(model)
     if precise_bn(cfg, model, train_set, device):                            # what was evaluated is what is saved (released)
-        common.save_checkpoint(out / "last.pt", model, optimizer, total_steps, cfg, **identity, categories=train_set.categories)
+        run.save_checkpoint(out / "last.pt", model, optimizer, total_steps, cfg, **identity, categories=train_set.categories)
     skipped.tell()
     return finish(cfg, evaluate(cfg, model, mapped, test_set, device, write=True) | {"steps": total_steps})
 
 
 def check_flags(cfg: Config, given: set[str], init: convert.Checkpoint | None) -> None:
     """UserError for flags that contradict each other, or belong to the other family."""
-    rcnn = is_rcnn(cfg.detector)
-    if other := sorted(given & (DETR_ONLY if rcnn else RCNN_ONLY)):
-        raise UserError(f"--{', --'.join(other)}: not of {convert.NAMES[cfg.detector]}, but of the {'DETR' if rcnn else 'R-CNN'} family; leave it out"
-                        + f", or give --detector {', '.join(typing.get_args(common.RCNN_DETECTORS))}" * (not rcnn))
+    of_rcnn = is_rcnn(cfg.detector)
+    if other := sorted(given & (DETR_ONLY if of_rcnn else RCNN_ONLY)):
+        raise UserError(f"--{', --'.join(other)}: not of {convert.NAMES[cfg.detector]}, but of the {'DETR' if of_rcnn else 'R-CNN'} family; leave it out"
+                        + f", or give --detector {', '.join(typing.get_args(rcnn.RCNN_DETECTORS))}" * (not of_rcnn))
     if cfg.freeze_detector and not cfg.init_from:
         raise UserError("--freeze_detector needs --init_from FILE: without one the heads would be trained on a random detector")
     if cfg.eval_only and not cfg.init_from:
         raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
-    if cfg.eval_only and rcnn and not init.rcnn:
+    if cfg.eval_only and of_rcnn and not init.rcnn:
         raise UserError(f"--eval_only: {cfg.init_from} holds no detector of the R-CNN family, only what one starts from; fine-tune it first")
-    if (cfg.protocol in ("soco", "dupr")) != rcnn and cfg.protocol != "released":
-        raise UserError(f"--protocol {cfg.protocol} is a schedule of the {'DETR' if rcnn else 'R-CNN'} family, not of {cfg.detector}")
+    if (cfg.protocol in ("soco", "dupr")) != of_rcnn and cfg.protocol != "released":
+        raise UserError(f"--protocol {cfg.protocol} is a schedule of the {'DETR' if of_rcnn else 'R-CNN'} family, not of {cfg.detector}")
     if cfg.protocol == "updetr_long" and cfg.detector != "detr":
         raise UserError(f"--protocol updetr_long is a schedule of detr, not of {cfg.detector}")
     if cfg.protocol in ("semi_supervised", "low_data") and not (cfg.data == "coco" and cfg.labels_percent < 100):
@@ -734,11 +691,11 @@ def check_flags(cfg: Config, given: set[str], init: convert.Checkpoint | None) -
         raise UserError(f"--lr_drops {' '.join(map(str, cfg.lr_drops))}: shares of the run, above 0 and at most 1")
 
 
-def open_sets(cfg: Config) -> tuple[data.DetectionSet, data.DetectionSet]:
+def open_sets(cfg: Config) -> tuple[DetectionSet, DetectionSet]:
     """Training set (the --labels_percent share of it) and test set, which has the training set's categories."""
     shared = {"synthetic_size": cfg.synthetic_size, "seed": cfg.seed, "masks": cfg.detector.startswith("mask")}
-    train_set = data.open_detection(cfg.data, cfg.data_root, "train", synthetic_images=cfg.synthetic_images, **shared)
-    test_set = data.open_detection(cfg.data, cfg.data_root, "test", categories=train_set.categories, synthetic_images=cfg.synthetic_test_images,
+    train_set = open_detection(cfg.data, cfg.data_root, "train", synthetic_images=cfg.synthetic_images, **shared)
+    test_set = open_detection(cfg.data, cfg.data_root, "test", categories=train_set.categories, synthetic_images=cfg.synthetic_test_images,
                                    **shared)
     if not 0 < cfg.labels_percent <= 100:
         raise UserError(f"--labels_percent {cfg.labels_percent:g}: must lie above 0 and not above 100")
@@ -747,11 +704,11 @@ def open_sets(cfg: Config) -> tuple[data.DetectionSet, data.DetectionSet]:
     if is_rcnn(cfg.detector):
         train_set = train_set.with_objects()
     for note in dict.fromkeys([*train_set.notes, *test_set.notes]):
-        common.say(f"note: {note}")
+        run.say(f"note: {note}")
     return train_set, test_set
 
 
-def fingerprint(labelled: data.DetectionSet) -> str:
+def fingerprint(labelled: DetectionSet) -> str:
     """sha256 over the names of the images and all their boxes and labels, in order."""
     digest = hashlib.sha256()
     for r in labelled.records:
@@ -765,14 +722,14 @@ def finish(cfg: Config, metrics: dict[str, Any]) -> dict[str, Any]:
     if common.rank() == 0:
         evaluation.write_json(Path(cfg.out) / "metrics.json", metrics)
         columns = [k for k in metrics if k not in ("per_class", "steps")]
-        common.say(evaluation.metrics_table({"class-agnostic" if cfg.class_agnostic else "detection": metrics}, columns))
+        run.say(evaluation.metrics_table({"class-agnostic" if cfg.class_agnostic else "detection": metrics}, columns))
         if metrics.get("per_class"):
             shown = {name: "-" if ap is None or ap != ap else f"{ap:.3f}" for name, ap in metrics["per_class"].items()}
-            common.say("AP per class: " + ", ".join(f"{name} {ap}" for name, ap in shown.items()))
-        common.say(f"wrote {cfg.out}/metrics.json, detections.json, predictions.png")
+            run.say("AP per class: " + ", ".join(f"{name} {ap}" for name, ap in shown.items()))
+        run.say(f"wrote {cfg.out}/metrics.json, detections.json, predictions.png")
     common.barrier()
     return metrics
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

@@ -42,10 +42,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
+from torchvision.ops import nms
 from tqdm import tqdm
 
 import common
+import run
 from common import UserError
+from data import SkipCount, UnreadableImage, open_images
 
 FORMAT_VERSION = 1
 RANDOM_BOXES = 300  # per image with method "random": as many as edge boxes gives at most
@@ -198,8 +202,6 @@ def random_boxes(rng: np.random.Generator, image_hw: tuple[int, int], n: int, si
 
 
 def _nms_order(boxes: np.ndarray, image_hw: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    import torch
-    from torchvision.ops import nms
     order = rng.permutation(np.lexsort(boxes.T))  # sorted first: the draw depends on the set of boxes, not on the order they came in
     w, h = (boxes[order, 2:] - boxes[order, :2]).T
     area = w * h / (image_hw[0] * image_hw[1])
@@ -295,7 +297,7 @@ class Generator:
 
 # ==== 4. Store ====
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    common.write_atomic(path, json.dumps(value, indent=1).encode())
+    run.write_atomic(path, json.dumps(value, indent=1).encode())
 
 
 _HEADER = {*(f.name for f in fields(Generator)), "opencv", "units", "dtype", "images", "source", "source_images", "fingerprint"}
@@ -395,7 +397,6 @@ def _start_worker(source: Any, generator: Generator, dtype: str, own_process: bo
 
 def _work(indices: range) -> list[tuple[np.ndarray | None, str]]:
     """Per image (rects, "") or (None, "path: reason")."""
-    from data import UnreadableImage
     source, generator, dtype, results = _WORK["source"], _WORK["generator"], _WORK["dtype"], []
     for i in indices:
         try:
@@ -457,7 +458,7 @@ def _sole_writer(path: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:
             raise UserError(f"{path} is being filled by another process. Wait until it is done, or give another --out.") from error
         except OSError:  # a file system without locks
-            common.say(f"{path} is on a file system without locks: see to it that no other process fills it meanwhile")
+            run.say(f"{path} is on a file system without locks: see to it that no other process fills it meanwhile")
         yield
         if (path / "meta.json").exists():
             (path / "writer.lock").unlink(missing_ok=True)
@@ -500,7 +501,6 @@ def build_store(path: str | Path, source: Any, generator: Generator, *, workers:
 
 
 def _fill(path: Path, head: dict[str, Any], source: Any, generator: Generator, workers: int, progress: bool) -> None:
-    from data import SkipCount
     total, dtype, began = head["images"], head["dtype"], time.perf_counter()
     foreign = [n for n in ("boxes.bin", "offsets.npy", "boxes.partial", "counts.partial") if (path / n).exists()]
     if foreign and not (path / "header.partial").exists():
@@ -526,7 +526,7 @@ def _fill(path: Path, head: dict[str, Any], source: Any, generator: Generator, w
     counts = np.fromfile(path / "counts.partial", np.int32)
     offsets = io.BytesIO()
     np.save(offsets, np.concatenate([[0], np.cumsum(counts.clip(0), dtype=np.int64)]))
-    common.write_atomic(path / "offsets.npy", offsets.getvalue())
+    run.write_atomic(path / "offsets.npy", offsets.getvalue())
     os.replace(path / "boxes.partial", path / "boxes.bin")
     _write_json(path / "meta.json", head | {"unreadable": int((counts < 0).sum())})
     for name in ("counts.partial", "header.partial"):
@@ -542,7 +542,7 @@ def open_store(cfg: Any, source: Any, generator: Generator) -> ProposalStore | N
     if cfg.proposal_store:
         store = ProposalStore.open(cfg.proposal_store, source)
         made = ", ".join(f"{k} {store.header[k]}" for k in ("method", "mode", "grid", "rank", "seed", "opencv"))
-        common.say(f"proposals come from {cfg.proposal_store} ({made}); the flags --proposal_* are not used")
+        run.say(f"proposals come from {cfg.proposal_store} ({made}); the flags --proposal_* are not used")
         return store
     if not cfg.cache_proposals:
         return None
@@ -574,7 +574,6 @@ def main(argv: list[str] | None = None) -> ProposalStore:
     for name, low, high in (("workers", 0, 1024), ("grid", 0, 65535), ("synthetic_images", 1, math.inf), ("limit", 1, math.inf)):
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise UserError(f"--{name} {value}: must lie in {low}..{high}.")
-    from data import open_images
     source = open_images(args.data, args.data_root, synthetic_images=args.synthetic_images, seed=args.seed)
     grid = (128 if args.method == "selective_search" else 0) if args.grid is None else args.grid
     generator = Generator(args.method, args.mode, grid or None, args.rank, args.edge_model, args.seed)
@@ -584,4 +583,4 @@ def main(argv: list[str] | None = None) -> ProposalStore:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

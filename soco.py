@@ -81,9 +81,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
 
+import convert
 import data
 import evaluation
 import proposals
+import run
 from common import UserError
 
 # ==== 1. Hyperparameters ====
@@ -531,7 +533,7 @@ def build_model(cfg: Config) -> SoCo:
     backbone = common.Backbone(cfg.backbone, (1, 2, 3, 4), "bn", trainable=5)
     if cfg.zero_init_residual:
         init_resnet(backbone.body)
-    common.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.backbone)
+    convert.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.backbone)
     return SoCo(backbone, arch=cfg.arch, fpn=cfg.fpn, head=cfg.box_head, fpn_channels=cfg.fpn_channels, head_dim=cfg.head_dim, mlp_dim=cfg.mlp_dim,
                 embedding_dim=cfg.embedding_dim, roi_size=cfg.roi_size)
 
@@ -760,19 +762,19 @@ def check(cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = common.parse_config(Config, PRESETS, argv, script="soco", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+    cfg = run.parse_config(Config, PRESETS, argv, script="soco", description=__doc__.split("\n\n")[0], by_data=recipe_of)
     device = common.setup_distributed(cfg.device)
     check(cfg)
     out = Path(cfg.out)
     source, indices, probe_source, held_out = data.open_pretraining(cfg)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
-    identity = common.identity("soco", len(source), source.fingerprint())
-    state = common.open_run(cfg, **identity)
+    identity = run.identity("soco", len(source), source.fingerprint())
+    state = run.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
-    if metrics := common.finished(out, state, total_steps):
-        common.say(summary(metrics))
+    if metrics := run.finished(out, state, total_steps):
+        run.say(summary(metrics))
         return metrics
 
     store = proposals.open_store(cfg, source, proposal_generator(cfg)) if cfg.proposal_method not in ("random", "whole") else None
@@ -780,17 +782,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = build_model(cfg).to(device)
     optimizer = build_optimizer(cfg, model)
     base_lr = optimizer.defaults["lr"]
-    start = common.restore(state, model, optimizer, cfg) if state else 0
+    start = run.restore(state, model, optimizer, cfg) if state else 0
     wrapped = common.wrap_model(model, device, compiled=cfg.compile)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
-    log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(source)), 0
-    watch = common.FiniteWatch(out, source.key)
-    common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
+    log, skipped, seen = run.Log(out, start, device), data.SkipCount(len(source)), 0
+    watch = run.FiniteWatch(out, source.key)
+    run.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     momentum_steps = ema_steps(len(indices), cfg.batch_size, cfg.epochs)
-    bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
-    for step in common.until_stopped(bar):
-        common.seed_step(cfg.seed, step)
+    bar = run.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
+    for step in run.until_stopped(bar):
+        run.seed_step(cfg.seed, step)
         wrapped.train()
         lr = common.set_lr(optimizer, lr_at(step, 1.0, steps_per_epoch, cfg.epochs, cfg.warmup_epochs, cfg.lr_min / base_lr))
         momentum = momentum_at(step, cfg.ema_momentum, momentum_steps)
@@ -805,9 +807,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr, momentum=momentum)
             bar.set_postfix(loss=f"{line['loss']:.2f}", pairs=f"{line['pairs']:.1f}")
             seen = 0
-        if common.save_due(step + 1, total_steps, cfg.save_every):
+        if run.save_due(step + 1, total_steps, cfg.save_every):
             watch.settle()
-            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
+            run.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
 
     common.share_buffers(model)
     metrics = {"steps": total_steps}
@@ -815,7 +817,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metrics |= probe(cfg, model, probe_source, held_out, device)
     if common.rank() == 0:
         evaluation.write_json(out / "metrics.json", metrics)
-        common.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if len(held_out) else ""))
+        run.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if len(held_out) else ""))
     skipped.tell()
     common.barrier()
     return metrics
@@ -827,4 +829,4 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

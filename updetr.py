@@ -75,8 +75,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import convert
 import data
 import evaluation
+import run
 from common import UserError
 
 # ==== 1. Hyperparameters ====
@@ -265,7 +267,7 @@ def build_models(cfg: Config) -> tuple[UPDETR, nn.Module | None]:
     """The model, and the frozen backbone whose features are reconstructed (None: the model's own). Weights: from seed and --backbone_weights."""
     torch.manual_seed(cfg.seed)
     detector = common.build_detector(cfg, 3, focal=False)                    # D6
-    common.load_backbone_weights(detector.backbone[0].body, cfg.backbone_weights, cfg.arch)
+    convert.load_backbone_weights(detector.backbone[0].body, cfg.backbone_weights, cfg.arch)
     target = copy.deepcopy(detector.backbone[0]).requires_grad_(False).eval() if cfg.feature_target == "start" and cfg.reconstruction else None
     model = UPDETR(detector, cfg.num_patches, cfg.attention_mask, cfg.reconstruction and cfg.lambda_rec > 0)
     if cfg.aligned_start:
@@ -380,37 +382,37 @@ def check(cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = common.parse_config(Config, PRESETS, argv, script="updetr", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+    cfg = run.parse_config(Config, PRESETS, argv, script="updetr", description=__doc__.split("\n\n")[0], by_data=recipe_of)
     device = common.setup_distributed(cfg.device)
     check(cfg)
     out = Path(cfg.out)
     source, indices, probe_source, held_out = data.open_pretraining(cfg)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
     data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
-    identity = common.identity("updetr", len(source), source.fingerprint())
-    state = common.open_run(cfg, **identity)
+    identity = run.identity("updetr", len(source), source.fingerprint())
+    state = run.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
     total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
-    if metrics := common.finished(out, state, total_steps):
-        common.say(summary(metrics))
+    if metrics := run.finished(out, state, total_steps):
+        run.say(summary(metrics))
         return metrics
 
     train_set = PatchDataset(cfg, source, indices)
     model, target_backbone = build_models(cfg)
     model, target_backbone = model.to(device), target_backbone.to(device) if target_backbone else None
     optimizer = common.build_optimizer(cfg, model)
-    start = common.restore(state, model, optimizer, cfg, target=target_backbone) if state else 0
+    start = run.restore(state, model, optimizer, cfg, target=target_backbone) if state else 0
     if target_backbone:
         identity["target"] = target_backbone.state_dict()
     wrapped, criterion = common.wrap_model(model, device, compiled=cfg.compile), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=data.collate))
-    log, skipped, seen = common.Log(out, start, device), data.SkipCount(len(source)), 0
-    watch = common.FiniteWatch(out, source.key)
-    common.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
-    bar = common.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
-    for step in common.until_stopped(bar):
-        common.seed_step(cfg.seed, step)
+    log, skipped, seen = run.Log(out, start, device), data.SkipCount(len(source)), 0
+    watch = run.FiniteWatch(out, source.key)
+    run.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
+    bar = run.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
+    for step in run.until_stopped(bar):
+        run.seed_step(cfg.seed, step)
         wrapped.train()
         lr = common.set_lr(optimizer, common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,)))
         micro_batches = [next(batches) for _ in range(cfg.accumulate)]
@@ -425,9 +427,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
             bar.set_postfix(loss=f"{line['loss']:.2f}", box=f"{line['loss_bbox']:.3f}", giou=f"{line['loss_giou']:.3f}")
             seen = 0
-        if common.save_due(step + 1, total_steps, cfg.save_every):
+        if run.save_due(step + 1, total_steps, cfg.save_every):
             watch.settle()
-            common.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
+            run.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity)
 
     common.share_buffers(model)
     metrics = {"steps": total_steps}
@@ -435,7 +437,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metrics |= probe(cfg, model, probe_source, held_out, device)
     if common.rank() == 0:
         evaluation.write_json(out / "metrics.json", metrics)
-        common.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if len(held_out) else ""))
+        run.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if len(held_out) else ""))
     skipped.tell()
     common.barrier()
     return metrics
@@ -446,4 +448,4 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

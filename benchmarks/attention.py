@@ -117,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

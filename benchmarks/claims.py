@@ -48,6 +48,7 @@ import common
 import evaluation
 from common import UserError
 from data import SyntheticScenes, open_images
+from run import cli, progress, say
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -177,7 +178,7 @@ def run_all(runs: list[Run], results: dict[str, dict], args: argparse.Namespace)
     if args.results.exists() and not args.results.read_text().endswith("\n"):  # a kill cut its last line
         with open(args.results, "a") as file:
             file.write("\n")
-    bar = common.progress(range(len(todo)), total=len(todo), desc="runs")
+    bar = progress(range(len(todo)), total=len(todo), desc="runs")
     context, waiting, running = multiprocessing.get_context("spawn"), list(todo), {}
     done = {run.key for run in in_order(todo)} - {run.key for run in todo}
     try:
@@ -627,13 +628,13 @@ def main(argv: list[str] | None = None) -> list[Comparison]:
         raise UserError(f"--only {' '.join(args.only)}: no such claim; there are {', '.join(c.name for c in CLAIMS)}")
     have = [d for d in args.data if d == SYNTHETIC or args.bccd.is_dir()]
     if BCCD in args.data and BCCD not in have:
-        common.say(f"note: no {args.bccd}: the rows on BCCD are left as they are. It is BCCD_Dataset by Shenggan, MIT, on GitHub; --bccd FOLDER")
+        say(f"note: no {args.bccd}: the rows on BCCD are left as they are. It is BCCD_Dataset by Shenggan, MIT, on GitHub; --bccd FOLDER")
     results = read_results(args.results)
     planned = [(claim, data, seeds_of(claim, args)) for claim in chosen for data in claim.data if data in args.data]
     if args.list:
         for claim, data, seeds in planned:
             plan = runs_of(claim, data, seeds)
-            common.say(f"{claim.name:22} {data:10} {'judged' if claim.judged else 'reported':9} {len(plan):3} runs, "
+            say(f"{claim.name:22} {data:10} {'judged' if claim.judged else 'reported':9} {len(plan):3} runs, "
                        f"{sum(r.key not in results for r in plan):3} to do: {claim.text}")
         return []
     if not args.report:
@@ -669,7 +670,7 @@ def report(args: argparse.Namespace, results: dict[str, dict]) -> list[Compariso
     cells = [(claim, data, seeds_of(claim, args)) for claim in CLAIMS for data in claim.data]
     comparisons = [c for claim, data, seeds in cells if (c := compare(claim, data, seeds, results))]
     if not comparisons:
-        common.say("no claim has both its arms yet")
+        say("no claim has both its arms yet")
         return []
     stem = args.results.with_suffix("")
     draw_bars(Path(f"{stem}-bars.png"), comparisons)
@@ -678,11 +679,11 @@ def report(args: argparse.Namespace, results: dict[str, dict]) -> list[Compariso
     Path(f"{stem}.md").write_text(markdown(comparisons, results, used))
     for c in comparisons:
         mean, low, high = c.interval
-        common.say(f"{c.claim.name:22} {c.data:10} {c.claim.a.name} {np.mean(c.a):.4f}  {c.claim.b.name} {np.mean(c.b):.4f}  "
+        say(f"{c.claim.name:22} {c.data:10} {c.claim.a.name} {np.mean(c.a):.4f}  {c.claim.b.name} {np.mean(c.b):.4f}  "
                    f"{mean:+.4f} [{low:+.4f}, {high:+.4f}] {len(c.a)} seeds  {c.word if c.claim.judged and len(c.a) > 1 else ''}")
-    common.say(f"wrote {stem}.md, {stem.name}-bars.png, {stem.name}-curves.png")
+    say(f"wrote {stem}.md, {stem.name}-bars.png, {stem.name}-curves.png")
     return comparisons
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    cli(main)

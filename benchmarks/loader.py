@@ -31,15 +31,16 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
-import common
 import data
 import detreg
 import dupr
 import finetune
 import proposals
+import run
 import siamese_detr
 import soco
 import updetr
+from annotations import open_detection
 
 METHODS = ("detreg", "updetr", "siamese_detr", "soco", "dupr", "finetune")
 
@@ -168,7 +169,7 @@ def ways_of(method: str, source: data.ImageFiles, work: Path) -> dict[str, Calla
         ours = ours(cfg, source, everything)
         return {"ours": lambda i, epoch: ours[epoch, i], "baseline": lambda i, epoch: baseline(paths[i], cfg)}
     if method == "finetune":
-        labelled = data.open_detection(str(labels_file(work, source)), str(source.root), "train")
+        labelled = open_detection(str(labels_file(work, source)), str(source.root), "train")
         ours, boxes = finetune.LabelledDataset(cfg, labelled), [torch.from_numpy(record.boxes) for record in labelled.records]
         return {"ours": lambda i, epoch: ours[epoch, i],
                 "baseline": lambda i, epoch: detr_transform(Image.open(paths[i]).convert("RGB"), boxes[i], cfg)}
@@ -279,4 +280,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

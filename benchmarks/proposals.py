@@ -27,7 +27,8 @@ import torch
 from torchvision.ops import box_iou
 
 import proposals
-from data import SyntheticScenes, open_detection, open_images
+from annotations import open_detection
+from data import SyntheticScenes, open_images
 
 assert Path(proposals.__file__).resolve() != Path(__file__).resolve()
 SHARED, CPU, IMAGENET = Path(__file__).resolve().parents[2] / "shared" / "data", torch.device("cpu"), 1_281_167

@@ -23,6 +23,7 @@ import measure  # first: it finds the project's files
 import torch
 
 import common
+import run
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("detreg", "updetr", "siamese_detr", "soco", "dupr")
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

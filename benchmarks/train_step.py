@@ -27,6 +27,8 @@ import measure  # first: it finds the project's files
 
 import common
 import data
+import rcnn
+import run
 import numpy as np
 import proposals
 import torch
@@ -79,7 +81,7 @@ def open_data(method: str, argv: list[str], folder: str) -> tuple[Any, Any, Any]
             (Path(folder) / "images.txt").write_text("\n".join(map(str, sorted(sample.rglob("*.*"))[::12][:24])))
             flags[:2] = ["--data", f"{folder}/images.txt"]
     flags += ["--backbone_weights", "random", "--batch_size", str(BATCH[method]), "--out", folder, "--num_workers", "1"]
-    cfg = common.parse_config(script.Config, script.PRESETS, flags + argv, script=method, description="", by_data=script.recipe_of)
+    cfg = run.parse_config(script.Config, script.PRESETS, flags + argv, script=method, description="", by_data=script.recipe_of)
     source = data.open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
     kind = {"detreg": "RegionDataset", "updetr": "PatchDataset", "siamese_detr": "TwoViewDataset", "soco": "ObjectViewsDataset",
             "dupr": "TwoCropsDataset"}[method]
@@ -182,7 +184,7 @@ def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device:
     import transformers
     import finetune
     flags = ["--data", "coco", "--detector", name, "--backbone_weights", "random", "--lr_backbone", "0", "--amp", amp]
-    cfg = common.parse_config(finetune.Config, finetune.PRESETS, flags, script="finetune", description="", by_data=finetune.recipe_of)
+    cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags, script="finetune", description="", by_data=finetune.recipe_of)
     queries = cfg.num_queries
     ours = common.build_detector(cfg, 91 + (name == "detr"), focal=name != "detr").to(device).train()
     criterion, mask = finetune.build_criterion(cfg), torch.zeros_like(images[:, 0], dtype=torch.bool)
@@ -223,11 +225,11 @@ def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: tor
     import torchvision
 
     import finetune
-    cfg = common.parse_config(finetune.Config, finetune.PRESETS, ["--data", "coco", "--detector", name, "--backbone_weights", "random"],
+    cfg = run.parse_config(finetune.Config, finetune.PRESETS, ["--data", "coco", "--detector", name, "--backbone_weights", "random"],
                               script="finetune", description="", by_data=finetune.recipe_of)
     build = {"faster_rcnn_fpn": "fasterrcnn_resnet50_fpn", "mask_rcnn_fpn": "maskrcnn_resnet50_fpn", "retinanet_fpn": "retinanet_resnet50_fpn",
              "fcos_fpn": "fcos_resnet50_fpn"}[name]
-    first = finetune.first_label(name)
+    first = rcnn.first_label(name)
     height, width = images.shape[-2:]
     theirs = getattr(torchvision.models.detection, build)(weights=None, weights_backbone=None, num_classes=91 + first, trainable_backbone_layers=5,
                                                           min_size=min(height, width), max_size=max(height, width))
@@ -239,9 +241,9 @@ def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: tor
         if name == "mask_rcnn_fpn":
             wanted[-1]["masks"] = torch.ones(len(boxes), height, width, dtype=torch.uint8, device=device)
     steps = {}
-    for way, model in (("ours", common.build_rcnn(cfg, 91)), ("torchvision", theirs)):
+    for way, model in (("ours", rcnn.build_rcnn(cfg, 91)), ("torchvision", theirs)):
         model = model.to(device).train()
-        optimizer = common.build_sgd(cfg, model) if way == "ours" else torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        optimizer = rcnn.build_sgd(cfg, model) if way == "ours" else torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
 
         def step(model=model, optimizer=optimizer) -> None:
             optimizer.zero_grad()
@@ -286,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    run.cli(main)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -70,17 +71,16 @@ def two_processes(tmp_path_factory):
 def fails(capsys):
     """Runs a script's main() as its command does; the script must end with exit code 2 and, beside progress
     bars and warnings, ONE line on stderr, which is returned."""
-    import common
 
-    def run(main, argv):
+    def run_script(main, argv):
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            common.cli(lambda: main(list(map(str, argv))))
+            run.cli(lambda: main(list(map(str, argv))))
         lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and not line.startswith("warning: ") and "%|" not in line]
         assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
 
-    return run
+    return run_script
 
 
 @pytest.fixture(scope="session")

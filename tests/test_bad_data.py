@@ -20,11 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-import common
+import annotations
 import data
 import detreg
 import finetune
 import proposals
+import run
 from conftest import ROOT, SMALL, flags
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,10 +171,10 @@ def test_image(case, good, quick, tmp_path, monkeypatch, capsys):
         os.symlink(content, path) if isinstance(content, str) else path.write_bytes(content)
     seen, decode = {}, data.decode_image
     monkeypatch.setattr(data, "decode_image", lambda p, *a: seen.setdefault(os.fspath(p), decode(p, *a)))
-    common.cli(lambda: proposals.main(["--data", str(folder), "--method", "random", "--out", str(tmp_path / "store")]))
+    run.cli(lambda: proposals.main(["--data", str(folder), "--method", "random", "--out", str(tmp_path / "store")]))
     store = proposals.ProposalStore.open(tmp_path / "store")
     errors = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
-    common.cli(lambda: detreg.main(flags({**TINY, "data": folder, "out": tmp_path / "out"})))
+    run.cli(lambda: detreg.main(flags({**TINY, "data": folder, "out": tmp_path / "out"})))
     done = capsys.readouterr()
     errors += [line for line in done.err.splitlines() if "warning: " in line]
     assert len(quick) == 1 and torch.isfinite(quick[0]["images"]).all()
@@ -184,8 +185,8 @@ def test_image(case, good, quick, tmp_path, monkeypatch, capsys):
         assert len(store.boxes(4, image.size[::-1])) == 300 and "skipped" not in done.out
     else:
         assert str(path) not in seen and store.header["unreadable"] == 1 and len(store.boxes(4, (9, 9))) == 0
-        assert len(errors) == 2 and all(f"skipped {common.printable(str(path))}: " in line for line in errors)      # by each of the two commands
-        assert done.out.splitlines()[-1].startswith(f"skipped 1 of 120 images: {common.printable(str(path))}: ")
+        assert len(errors) == 2 and all(f"skipped {run.printable(str(path))}: " in line for line in errors)      # by each of the two commands
+        assert done.out.splitlines()[-1].startswith(f"skipped 1 of 120 images: {run.printable(str(path))}: ")
         assert name != "a program.jpg" or "UnidentifiedImageError" in errors[0]                  # not even looked for Ghostscript
 
 
@@ -214,7 +215,7 @@ def test_every_method_skips_and_counts(script, good, tmp_path, capsys):
     values = {k: v for k, v in values.items() if k not in ("proposal_method", "cache_proposals")} | {
         "data": folder, "out": tmp_path / "out", "batch_size": 4, "max_steps": 1, "probe_images": 0, "seed": TINY["seed"]}
     values |= {} if script in ("updetr", "dupr") else {"proposal_method": "random", "no_cache_proposals": ()}
-    common.cli(lambda: importlib.import_module(script).main(flags(values)))
+    run.cli(lambda: importlib.import_module(script).main(flags(values)))
     assert re.fullmatch(r"skipped 1 of 120 images: \S+/003~bad.jpg: UnidentifiedImageError: .*", capsys.readouterr().out.splitlines()[-1])
     assert math.isfinite(json.loads((tmp_path / "out/log.jsonl").read_text())["loss"])
 
@@ -229,7 +230,7 @@ def test_an_image_that_may_not_be_read(good, quick, tmp_path, monkeypatch, capsy
         return opened(path, *args, **kwargs)
 
     monkeypatch.setattr(data.Image, "open", refuse)
-    common.cli(lambda: detreg.main(flags({**TINY, "data": good, "out": tmp_path / "out"})))
+    run.cli(lambda: detreg.main(flags({**TINY, "data": good, "out": tmp_path / "out"})))
     assert re.fullmatch(r"skipped 1 of 119 images: \S+004.png: PermissionError: .*", capsys.readouterr().out.splitlines()[-1])
 
 
@@ -429,7 +430,7 @@ SETS = {  # what is changed in the file, or its bytes; a note or None where it i
 @pytest.fixture
 def read(monkeypatch, tmp_path, capsys, fails):
     """finetune.main up to the model: the training set it would learn from, or the error."""
-    def run(path, *argv, error=None):
+    def run_script(path, *argv, error=None):
         sets, opened = [], finetune.open_sets
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "open_sets", lambda cfg: sets.append(opened(cfg)) or sets[0])
@@ -441,10 +442,10 @@ def read(monkeypatch, tmp_path, capsys, fails):
                 assert str(tmp_path) in message
                 return None
             with pytest.raises(Stop):
-                common.cli(lambda: finetune.main(argv))
+                run.cli(lambda: finetune.main(argv))
         return sets[0][0]
 
-    return run
+    return run_script
 
 
 def coco(folder: Path, **changed) -> Path:
@@ -508,7 +509,7 @@ def test_coco_masks(name, tmp_path, read):
     segmentation, pixels = MASKS[name]
     path = coco(tmp_path, annotations=[{**BOX, "segmentation": segmentation}])
     if name == "an RLE in letters":
-        segmentation["counts"], pixels = data.segment_rle({"size": [20, 40], "counts": [20, 100, 680]}, (20, 40))["counts"].decode(), 100
+        segmentation["counts"], pixels = annotations.segment_rle({"size": [20, 40], "counts": [20, 100, 680]}, (20, 40))["counts"].decode(), 100
         path = coco(tmp_path, annotations=[{**BOX, "segmentation": segmentation}])
     if pixels is None:
         return read(path, "--detector", "mask_rcnn_fpn", error=r"1 of 1 objects have no segmentation .*object 1 of .*a.png")
@@ -613,7 +614,7 @@ def test_fine_tuning_skips_and_counts(tmp_path, fails, capsys):
         (tmp_path / f"{part}.json").write_text(json.dumps(content | {"images": some, "annotations": [
             a for a in annotations if a["image_id"] in ids and (part == "train" or a["bbox"][3])]}))
     argv = flags({**FINETUNE, "data": tmp_path, "out": tmp_path / "out"})
-    common.cli(lambda: finetune.main(argv))
+    run.cli(lambda: finetune.main(argv))
     lines = capsys.readouterr().out.splitlines()
     assert any("1 of 120 boxes left out as empty or outside: image 119.png, object 1" in line for line in lines if line.startswith("note: "))
     assert [line for line in lines if line.startswith("skipped ")] == [
@@ -627,12 +628,12 @@ def test_fine_tuning_skips_and_counts(tmp_path, fails, capsys):
 def test_our_own_fault_is_none_of_the_data(fault, quick, good, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "draw_geometry", lambda *_, **__: (_ for _ in ()).throw(fault))
     with pytest.raises(type(fault), match="ours"):
-        common.cli(lambda: detreg.main(flags({**TINY, "data": good, "out": tmp_path / "out"})))
+        run.cli(lambda: detreg.main(flags({**TINY, "data": good, "out": tmp_path / "out"})))
 
 
 def test_our_own_fault_ends_with_1_and_its_traceback(good, tmp_path):
     argv = flags({**TINY, "data": good, "out": tmp_path / "out", "num_workers": 1})
-    code = f"import common, data, detreg\ndel data.draw_geometry\ncommon.cli(lambda: detreg.main({argv!r}))"
+    code = f"import run, data, detreg\ndel data.draw_geometry\nrun.cli(lambda: detreg.main({argv!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith("AttributeError: ")
 

@@ -24,6 +24,7 @@ import common
 import convert
 import detreg
 import finetune
+import run
 import siamese_detr
 import updetr
 from common import UserError
@@ -59,7 +60,7 @@ class Knobs:
 
 def parse(*argv, by_data=None):
     presets = {"a": {"rate": 2.0, "flag": True}}
-    return common.parse_config(Knobs, presets, list(argv), script="s", description="d", by_data=by_data)
+    return run.parse_config(Knobs, presets, list(argv), script="s", description="d", by_data=by_data)
 
 
 def test_precedence_default_data_preset_flag():
@@ -101,7 +102,7 @@ def test_help_shows_the_comments(capsys):
 @pytest.mark.parametrize("script", (detreg, updetr, siamese_detr, finetune))
 def test_every_knob_is_explained_and_read(script):
     code = "\n".join(path.read_text() for path in sorted(ROOT.glob("*.py")))
-    explained = common._knob_help(script.Config)
+    explained = run._knob_help(script.Config)
     for field in dataclasses.fields(script.Config):
         assert explained.get(field.name), f"{field.name} has no comment"
         read = re.search(rf"""\b(cfg|config)\.{field.name}\b|values\[["']{field.name}["']\]|values\[k\] for k in \([^)]*"{field.name}\"""", code)
@@ -418,7 +419,7 @@ def test_pretext_models_keep_the_released_names(name):
     with pytest.raises(RuntimeError, match="query_embed.weight"):
         two.load_state_dict({k: v for k, v in state.items() if k != "query_embed.weight"})
     bare = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3, with_box_refine=True), 3, focal=False)
-    common.load_matching(bare, state, drop={r"^head\.": "pretext"}, source="FILE")
+    convert.load_matching(bare, state, drop={r"^head\.": "pretext"}, source="FILE")
     assert all(torch.equal(v, state[k]) for k, v in bare.state_dict().items())
 
 
@@ -653,8 +654,8 @@ def test_schedule_and_clipping():
 
 def test_watch_looks_one_step_late(tmp_path):
     """Nothing waits for a step's numbers before the next has been started; whatever came of that, the first bad step is named, with its batch."""
-    def run(*losses, fault=None):
-        watch = common.FiniteWatch(tmp_path, lambda i: f"image{i}")
+    def run_script(*losses, fault=None):
+        watch = run.FiniteWatch(tmp_path, lambda i: f"image{i}")
         for step, loss in enumerate(losses):
             with watch.step(step, [{"index": [10 * step]}]) as look:
                 look({"loss": torch.tensor(loss), "grad_norm": torch.tensor(1.0)})
@@ -664,21 +665,21 @@ def test_watch_looks_one_step_late(tmp_path):
             look({"loss": torch.tensor(0.0), "grad_norm": torch.tensor(math.inf)})
         return watch
     with pytest.raises(FloatingPointError, match=r"^step 2: not finite: grad_norm inf; images of this process: image99; its batch .*step2-rank0"):
-        run(1.0, 2.0).settle()
+        run_script(1.0, 2.0).settle()
     assert torch.load(tmp_path / "nonfinite-step2-rank0.pt")["batches"] == [{"index": [99]}]
     with pytest.raises(FloatingPointError, match=r"^step 1: not finite: loss nan; images of this process: image10"):
-        run(1.0, math.nan)                                                  # seen at the end of step 2
+        run_script(1.0, math.nan)                                                  # seen at the end of step 2
     with pytest.raises(FloatingPointError, match=r"^step 1: not finite: loss nan"):
-        run(1.0, math.nan, fault="the matching cost is not finite")         # what step 2 says follows from step 1
+        run_script(1.0, math.nan, fault="the matching cost is not finite")         # what step 2 says follows from step 1
     with pytest.raises(FloatingPointError, match=r"^step 2: the matching cost is not finite; images of this process: image99"):
-        run(1.0, 2.0, fault="the matching cost is not finite")
+        run_script(1.0, 2.0, fault="the matching cost is not finite")
 
 
 def test_step_seed(monkeypatch):
     draws = []
     for seed, step, rank in ((1, 5, 0), (1, 5, 0), (1, 6, 0), (2, 5, 0), (1, 5, 1)):
-        monkeypatch.setattr(common, "rank", lambda r=rank: r)
-        common.seed_step(seed, step)
+        monkeypatch.setattr(run, "rank", lambda r=rank: r)
+        run.seed_step(seed, step)
         draws.append(torch.rand(1).item())
     assert draws[0] == draws[1] and len(set(draws)) == 4
 
@@ -695,13 +696,13 @@ class RunConfig:
 
 
 def test_files_appear_whole(tmp_path):
-    common.write_atomic(tmp_path / "a.json", b"one")
-    common.write_atomic(tmp_path / "a.json", b"two")
+    run.write_atomic(tmp_path / "a.json", b"one")
+    run.write_atomic(tmp_path / "a.json", b"two")
     model = nn.Linear(2, 3)
     wrapped = nn.Sequential()
     wrapped.module = model                                                # as DistributedDataParallel names it
     optimizer = torch.optim.AdamW(model.parameters())
-    common.save_checkpoint(tmp_path / "last.pt", wrapped, optimizer, 7, RunConfig("x"), script="s", categories=[{"id": 3}])
+    run.save_checkpoint(tmp_path / "last.pt", wrapped, optimizer, 7, RunConfig("x"), script="s", categories=[{"id": 3}])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "last.pt"] and (tmp_path / "a.json").read_bytes() == b"two"
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert set(state) == {"model", "optimizer", "step", "config", "script", "categories"} and state["step"] == 7
@@ -711,42 +712,42 @@ def test_files_appear_whole(tmp_path):
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model = nn.Linear(2, 3)
-    common.save_checkpoint(tmp_path / "last.pt", model, None, 1, RunConfig("x"))
+    run.save_checkpoint(tmp_path / "last.pt", model, None, 1, RunConfig("x"))
     monkeypatch.setattr(torch, "save", lambda state, file: (file.write(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
-        common.save_checkpoint(tmp_path / "last.pt", model, None, 2, RunConfig("x"))
+        run.save_checkpoint(tmp_path / "last.pt", model, None, 2, RunConfig("x"))
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
 
 
 def test_open_run(tmp_path, capsys):
     out = tmp_path / "deep" / "run"
     cfg = RunConfig(str(out))
-    assert common.open_run(cfg, "s") is None and out.is_dir()
+    assert run.open_run(cfg, "s") is None and out.is_dir()
     model = nn.Linear(2, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    common.save_checkpoint(out / "last.pt", model, optimizer, 7, cfg, script="s")
-    state = common.open_run(dataclasses.replace(cfg, max_steps=9), "s")    # how long a run lasts is no part of what it is
+    run.save_checkpoint(out / "last.pt", model, optimizer, 7, cfg, script="s")
+    state = run.open_run(dataclasses.replace(cfg, max_steps=9), "s")    # how long a run lasts is no part of what it is
     assert "at step 7" in capsys.readouterr().out
     other = nn.Linear(2, 3)
     restored = torch.optim.AdamW(other.parameters())
-    assert common.restore(state, other, restored) == 7 and torch.equal(other.weight, model.weight)
+    assert run.restore(state, other, restored) == 7 and torch.equal(other.weight, model.weight)
     assert torch.equal(restored.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"]) and restored.param_groups[0]["lr"] == 0.3
     changed = dataclasses.replace(cfg, lr=2.0, scales=(1, 3))
     with pytest.raises(UserError, match=r"lr: 1.0 -> 2.0; scales: \(1, 2\) -> \(1, 3\).*--allow_config_change") as caught:
-        common.open_run(changed, "s")
+        run.open_run(changed, "s")
     assert str(out) in str(caught.value)
-    assert common.open_run(dataclasses.replace(changed, allow_config_change=True), "s")["step"] == 7
+    assert run.open_run(dataclasses.replace(changed, allow_config_change=True), "s")["step"] == 7
     with pytest.raises(UserError, match=r"holds a run of s\.py"):
-        common.open_run(cfg, "t")
+        run.open_run(cfg, "t")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out .*file"):
-        common.open_run(RunConfig(str(tmp_path / "file" / "below")), "s")
+        run.open_run(RunConfig(str(tmp_path / "file" / "below")), "s")
 
 
 def test_log_is_cut_back(tmp_path):
-    log = common.Log(tmp_path, 0, CPU)
+    log = run.Log(tmp_path, 0, CPU)
     for step in range(6):
         log.write(step, {"loss": torch.tensor(1.0 / 3), "loss_ce": torch.tensor(2.0)}, images=4, lr=0.1, epoch=step // 2)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
@@ -754,17 +755,17 @@ def test_log_is_cut_back(tmp_path):
     assert [json.loads(l)["step"] for l in lines] == list(range(6)) and first["loss"] == 0.333333 and first["loss_ce"] == 2 and first["epoch"] == 1
     assert first.keys() == {"step", "lr", "epoch", "loss", "loss_ce", "images_per_s", "memory_gib", "seconds"}
     assert first["images_per_s"] > 0 and first["memory_gib"] > 0
-    log = common.Log(tmp_path, 4, CPU)                                     # the checkpoint knows 4 finished steps: 0..3
+    log = run.Log(tmp_path, 4, CPU)                                     # the checkpoint knows 4 finished steps: 0..3
     log.write(4, {"loss": torch.tensor(5.0)}, images=4)
     kept = (tmp_path / "log.jsonl").read_text().splitlines()
     assert kept[:4] == lines[:4] and [json.loads(l)["step"] for l in kept] == [0, 1, 2, 3, 4] and json.loads(kept[4])["loss"] == 5
-    common.Log(tmp_path, 0, CPU)
+    run.Log(tmp_path, 0, CPU)
     assert (tmp_path / "log.jsonl").read_text() == ""                     # a new run begins a new log
 
 
 def test_log_with_a_line_cut_short(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
-    common.Log(tmp_path, 2, CPU)
+    run.Log(tmp_path, 2, CPU)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
@@ -772,19 +773,19 @@ def test_load_matching(capsys):
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     state = {k: torch.full_like(v, i + 1.0) for i, (k, v) in enumerate(model.state_dict().items())}
     extra = {**state, "head.a": torch.zeros(1), "head.b": torch.zeros(1), "1.bias": torch.zeros(9)}
-    common.load_matching(model, extra, drop={r"^head\.": "pretext head", r"^1\.bias": "other size"}, source="FILE")
+    convert.load_matching(model, extra, drop={r"^head\.": "pretext head", r"^1\.bias": "other size"}, source="FILE")
     said = capsys.readouterr().out
     assert "loaded 3 tensors from FILE; 3 named above are left out or new\n" in said
     assert said.startswith("  pretext head: head.a, head.b\n") or "\n  pretext head: head.a, head.b\n" in said
     assert "  other size: 1.bias\n" in said
     assert (model[0].weight == 1).all() and (model[1].weight == 3).all() and not (model[1].bias == 4).any()
-    common.load_matching(model, {**state, **{f"head.{i}": torch.zeros(1) for i in range(30)}}, drop={r"^head\.": "pretext head"}, source="FILE")
+    convert.load_matching(model, {**state, **{f"head.{i}": torch.zeros(1) for i in range(30)}}, drop={r"^head\.": "pretext head"}, source="FILE")
     said = capsys.readouterr().out                                        # every name, however many
     assert f"  pretext head: {', '.join(sorted(f'head.{i}' for i in range(30)))}\n" in said and "30 named above are left out or new" in said
     before = {k: v.clone() for k, v in model.state_dict().items()}
     bad = {"0.weight": torch.zeros(3, 5), "0.bias": torch.zeros(3), **{f"x{i}": torch.zeros(1) for i in range(6)}}
     with pytest.raises(UserError) as caught:
-        common.load_matching(model, bad, drop={}, source="FILE")
+        convert.load_matching(model, bad, drop={}, source="FILE")
     message = str(caught.value)
     assert message.startswith("FILE is a checkpoint of another architecture. missing there: 1.bias, 1.weight; ")
     assert "; unknown here: x0, x1, x2, x3 and 2 more; " in message
@@ -800,11 +801,11 @@ def test_cli_exit_codes(fails, capsys):
 
     assert fails(refuse, ["this"]) == "error: this is wrong"
     with pytest.raises(SystemExit) as caught:
-        common.cli(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        run.cli(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert caught.value.code == 130
     with pytest.raises(ZeroDivisionError):                                # our own faults keep their traceback
-        common.cli(lambda: 1 / 0)
-    assert common.cli(lambda: 5) is None
+        run.cli(lambda: 1 / 0)
+    assert run.cli(lambda: 5) is None
 
 
 # ==== Foreign files ================================================================================================
@@ -833,7 +834,7 @@ def test_backbone_files(family, norm, tmp_path, capsys):
     weights = random_resnet()
     torch.save(FAMILIES[family](weights), tmp_path / "file.pth")
     body = common.Backbone("resnet18", norm=norm).body
-    common.load_backbone_weights(body, str(tmp_path / "file.pth"), "resnet18")
+    convert.load_backbone_weights(body, str(tmp_path / "file.pth"), "resnet18")
     own = {k: v for k, v in body.state_dict().items() if "num_batches" not in k}
     assert own.keys() == {k for k in weights if "num_batches" not in k and not k.startswith("fc.")}
     assert all(torch.equal(v, weights[k]) for k, v in own.items())
@@ -871,17 +872,17 @@ def test_download_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     swav = tmp_path / "checkpoints" / "swav_800ep_pretrain.pth.tar"
     with pytest.raises(UserError) as caught:
-        common.backbone_file("swav", "resnet50")
-    for part in ("--backbone_weights swav", "no route to host", common.BACKBONE_URLS["swav"], str(swav), "random"):
+        convert.backbone_file("swav", "resnet50")
+    for part in ("--backbone_weights swav", "no route to host", convert.BACKBONE_URLS["swav"], str(swav), "random"):
         assert part in str(caught.value)
     with pytest.raises(UserError, match=r"download\.pytorch\.org/models/resnet18-.*put it at"):
-        common.backbone_file("imagenet", "resnet18")
+        convert.backbone_file("imagenet", "resnet18")
     with pytest.raises(UserError, match="swav exists for resnet50 only, not for resnet18"):
-        common.backbone_file("swav", "resnet18")
-    assert asked[0] == (common.BACKBONE_URLS["swav"], str(swav)) and len(asked) == 2
+        convert.backbone_file("swav", "resnet18")
+    assert asked[0] == (convert.BACKBONE_URLS["swav"], str(swav)) and len(asked) == 2
     swav.write_bytes(b"")
-    assert common.backbone_file("swav", "resnet50") == swav and len(asked) == 2                 # the cache is looked into first
-    assert common.backbone_file("some/file.pth", "resnet18") == Path("some/file.pth")
+    assert convert.backbone_file("swav", "resnet50") == swav and len(asked) == 2                 # the cache is looked into first
+    assert convert.backbone_file("some/file.pth", "resnet18") == Path("some/file.pth")
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -895,7 +896,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"model": System()}))
     for name in ("zip.pth", "plain.pkl"):
         with pytest.raises(UserError, match=rf"{name}: refused") as caught:
-            convert.read_checkpoint(tmp_path / name)
+            run.read_checkpoint(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert not victim.exists()
     torch.load(tmp_path / "zip.pth", weights_only=False)                   # it would have run
@@ -906,7 +907,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_what_is_no_checkpoint(content, tmp_path):
     (tmp_path / "file.pth").write_bytes(content)
     with pytest.raises(UserError, match="file.pth") as caught:
-        convert.read_checkpoint(tmp_path / "file.pth")
+        run.read_checkpoint(tmp_path / "file.pth")
     assert "\n" not in str(caught.value)
 
 
@@ -914,16 +915,16 @@ def test_what_is_no_checkpoint(content, tmp_path):
 def test_a_file_of_something_else(content, tmp_path):
     torch.save(content, tmp_path / "file.pth")
     with pytest.raises(UserError, match="file.pth"):
-        convert.state_of(convert.read_checkpoint(tmp_path / "file.pth"), tmp_path / "file.pth")
+        convert.state_of(run.read_checkpoint(tmp_path / "file.pth"), tmp_path / "file.pth")
 
 
 def test_no_such_checkpoint_and_a_cut_one(tmp_path):
     with pytest.raises(UserError, match="nowhere.pth: no such checkpoint"):
-        convert.read_checkpoint(tmp_path / "nowhere.pth")
+        run.read_checkpoint(tmp_path / "nowhere.pth")
     torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:2000])
     with pytest.raises(UserError, match="cut.pth"):
-        convert.read_checkpoint(tmp_path / "cut.pth")
+        run.read_checkpoint(tmp_path / "cut.pth")
 
 
 @pytest.mark.parametrize("values", ({}, {"with_box_refine": True, "num_feature_levels": 1, "detector": "deformable_detr_ss"},

@@ -22,6 +22,8 @@ import data
 import detreg
 import dupr
 import finetune
+import rcnn
+import run
 import siamese_detr
 import soco
 import updetr
@@ -62,7 +64,7 @@ def finetuned(path, **values):
     cfg = detr_config(**values)
     softmax = cfg.detector == "detr"
     model = stirred(common.build_detector(cfg, len(CATEGORIES) + softmax, focal=not softmax))
-    common.save_checkpoint(path, model, None, 12, cfg, script="finetune", categories=CATEGORIES)
+    run.save_checkpoint(path, model, None, 12, cfg, script="finetune", categories=CATEGORIES)
     return model
 
 
@@ -78,15 +80,15 @@ def pretrained(path, method, **values):
     else:
         detector = common.build_detector(cfg, 3, focal=False)
         model = updetr.UPDETR(detector, 2) if method == "updetr" else siamese_detr.SiameseDETR(detector, 2)
-    common.save_checkpoint(path, stirred(model), None, 5, cfg, script=method)
+    run.save_checkpoint(path, stirred(model), None, 5, cfg, script=method)
     return model
 
 
-def rcnn(path, detector, **values):
+def rcnn_checkpoint(path, detector, **values):
     cfg = dataclasses.replace(finetune.Config(), **dict(detector=detector, arch="resnet18", backbone_norm="bn", fpn_channels=64, head_dim=32,
                                                         box_head="2fc", anchor_size=16) | values)
-    model = stirred(common.build_rcnn(cfg, len(CATEGORIES)))
-    common.save_checkpoint(path, model, None, 8, cfg, script="finetune", categories=CATEGORIES)
+    model = stirred(rcnn.build_rcnn(cfg, len(CATEGORIES)))
+    run.save_checkpoint(path, model, None, 8, cfg, script="finetune", categories=CATEGORIES)
     return model
 
 
@@ -183,7 +185,7 @@ def test_hugging_face_of_a_pretraining(method, values, tmp_path, capsys):
     found = convert.open_checkpoint(tmp_path / "last.pt")
     cfg = dataclasses.replace(finetune.Config(nheads=4), **convert.architecture(found.state, "FILE"))
     ours = common.build_detector(cfg, rows + (not sigmoid), focal=sigmoid).eval()
-    common.load_matching(ours, found.state, drop=convert.PRETEXT, source="FILE")
+    convert.load_matching(ours, found.state, drop=convert.PRETEXT, source="FILE")
     same_predictions(ours, theirs)
     gone = {"detreg": "feature_embed", "updetr": "feature_align, patch2query", "siamese_detr": "enc_head, feature_align, patch2query"}[method]
     assert f"no place for them there: {gone} (" in said
@@ -213,7 +215,7 @@ def test_torchvision_as_the_readme_loads_it(detector, box_head, tmp_path, capsys
     """README's lines build torchvision's own detector, which takes every tensor and whose parts then compute what ours compute."""
     for start in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_"):
         monkeypatch.setattr(torch.nn.init, start, lambda tensor, *args, **kwargs: tensor.detach().zero_())   # 45 million draws
-    ours = rcnn(tmp_path / "last.pt", detector, box_head=box_head, arch="resnet50", fpn_channels=256, head_dim=1024, anchor_size=32)
+    ours = rcnn_checkpoint(tmp_path / "last.pt", detector, box_head=box_head, arch="resnet50", fpn_channels=256, head_dim=1024, anchor_size=32)
     convert.main([str(tmp_path / "last.pt"), "--to", "torchvision", "--out", str(tmp_path / "tv.pth")])
     assert ("labels: 0 cell, 1 platelet" if "rcnn" not in detector else "labels: 1 cell, 2 platelet, 3 cat") in capsys.readouterr().out
     space = {}
@@ -249,12 +251,12 @@ def test_torchvision_of_soco_and_of_backbones(tmp_path, capsys):
     torch.manual_seed(0)
     backbone = common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5)
     model = stirred(soco.SoCo(backbone, arch="fpn", fpn_channels=64, head_dim=32, mlp_dim=16, embedding_dim=8, roi_size=7))
-    common.save_checkpoint(tmp_path / "soco.pt", model, None, 5, soco.Config(arch="fpn"), script="soco")
+    run.save_checkpoint(tmp_path / "soco.pt", model, None, 5, soco.Config(arch="fpn"), script="soco")
     convert.main([str(tmp_path / "soco.pt"), "--to", "torchvision", "--out", str(tmp_path / "parts.pth")])
     assert "no place for them there: encoder_k, head_k, neck_k, predictor, projector, projector_k (" in capsys.readouterr().out
     parts = torch.load(tmp_path / "parts.pth", weights_only=True)
     config = finetune.Config(detector="faster_rcnn_fpn", arch="resnet18", backbone_norm="bn", fpn_channels=64, head_dim=32, box_head="4conv1fc")
-    detector = common.build_rcnn(config, 3)
+    detector = rcnn.build_rcnn(config, 3)
     report = detector.load_state_dict(parts, strict=False)
     assert not report.unexpected_keys
     assert {".".join(k.split(".")[:2]) for k in report.missing_keys} == {"rpn.head", "roi_heads.box_predictor"}
@@ -263,7 +265,7 @@ def test_torchvision_of_soco_and_of_backbones(tmp_path, capsys):
     assert torch.equal(detector.roi_heads.box_head[3][1].running_mean, own["head.bn4.running_mean"])
     convert.main([str(tmp_path / "soco.pt"), "--to", "torchvision", "--backbone_only", "--out", str(tmp_path / "r18.pth")])
     finetuned(tmp_path / "detr.pt", detector="detr")
-    rcnn(tmp_path / "c4.pt", "faster_rcnn_c4")
+    rcnn_checkpoint(tmp_path / "c4.pt", "faster_rcnn_c4")
     convert.main([str(tmp_path / "detr.pt"), "--to", "torchvision", "--out", str(tmp_path / "r18-detr.pth")])
     convert.main([str(tmp_path / "c4.pt"), "--to", "torchvision", "--backbone_only", "--out", str(tmp_path / "r18-c4.pth")])
     for name in ("r18.pth", "r18-detr.pth", "r18-c4.pth"):
@@ -308,7 +310,7 @@ DETECTRON2 = {
 
 @pytest.mark.parametrize(("detector", "box_head"), DETECTRON2)
 def test_detectron2_and_back(detector, box_head, tmp_path, capsys):
-    model = rcnn(tmp_path / "last.pt", detector, box_head=box_head)
+    model = rcnn_checkpoint(tmp_path / "last.pt", detector, box_head=box_head)
     convert.main([str(tmp_path / "last.pt"), "--to", "detectron2", "--out", str(tmp_path / "d2.pkl")])
     file = pickle.loads((tmp_path / "d2.pkl").read_bytes())
     own, there = model.state_dict(), file["model"]
@@ -359,7 +361,7 @@ def test_detectron2_of_backbones(tmp_path, capsys):
     again = common.Backbone("resnet18", (2, 3, 4))
     convert.load_backbone(again.body, tmp_path / "d2.pkl")
     assert all(torch.equal(v, state[k]) for k, v in again.body.state_dict().items())
-    rcnn(tmp_path / "fcos.pt", "fcos_fpn")
+    rcnn_checkpoint(tmp_path / "fcos.pt", "fcos_fpn")
     capsys.readouterr()
     convert.main([str(tmp_path / "fcos.pt"), "--to", "detectron2", "--out", str(tmp_path / "fcos.pkl")])
     assert all(k.startswith("backbone.") for k in pickle.loads((tmp_path / "fcos.pkl").read_bytes())["model"])
@@ -409,8 +411,8 @@ def test_official_and_back(method, values, tmp_path):
 def test_official_of_what_has_no_released_code(tmp_path):
     pretrained(tmp_path / "refined.pt", "siamese_detr", detector="deformable_detr", with_box_refine=True)
     cfg = dupr.Config(arch="resnet18", backbone_weights="random", embedding_dim=8, queue_size=16)
-    common.save_checkpoint(tmp_path / "dupr.pt", dupr.build_model(cfg), None, 5, cfg, script="dupr")
-    rcnn(tmp_path / "rcnn.pt", "faster_rcnn_fpn")
+    run.save_checkpoint(tmp_path / "dupr.pt", dupr.build_model(cfg), None, 5, cfg, script="dupr")
+    rcnn_checkpoint(tmp_path / "rcnn.pt", "faster_rcnn_fpn")
     for name, reason in (("refined.pt", "heads of their own"), ("dupr.pt", "DUPR's code was never released.*--to torchvision or detectron2"),
                          ("rcnn.pt", r"this is a Faster R-CNN \(FPN\), ResNet-18, step 8 checkpoint; --to official is for")):
         with pytest.raises(UserError, match=reason):
@@ -508,7 +510,7 @@ def test_a_pickle_cannot_change_what_it_names(tmp_path):
     """numpy's own functions stay as they are, whatever attributes a file sets on them."""
     (tmp_path / "f.pkl").write_bytes(b"\x80\x02cnumpy.core.numeric\n_frombuffer\nN}X\x04\x00\x00\x00evilK\x01s\x86b.")
     with pytest.raises(UserError, match="f.pkl: "):
-        convert.read_checkpoint(tmp_path / "f.pkl")
+        run.read_checkpoint(tmp_path / "f.pkl")
     assert not hasattr(np.zeros(1).__reduce_ex__(5)[0], "evil")
 
 
@@ -543,14 +545,14 @@ def test_what_released_files_hold_besides_is_read(tmp_path):
                "optimizer": {"state": collections.OrderedDict()}, "meta": ("a", None, True)}
     for old in (False, True):
         torch.save(content, tmp_path / "f.pth", _use_new_zipfile_serialization=not old)
-        read = convert.read_checkpoint(tmp_path / "f.pth")
+        read = run.read_checkpoint(tmp_path / "f.pth")
         assert read["args"].nested.a == [1] and read["best"] == 0.5 and read["epoch"] == 3
     arrays = {"model": collections.OrderedDict({"stem.conv1.weight": np.arange(6, dtype=">f4").reshape(2, 3),
                 "stem.conv1.norm.num_batches_tracked": np.array(7),
                                                 "x.half": np.float16([1.5]), "names": np.array(["a"]), "note": "text"}), "lr": np.float32(0.5)}
     for protocol in (2, 3, 4, 5):
         (tmp_path / "f.pkl").write_bytes(pickle.dumps(arrays, protocol))
-        state = convert.state_of(convert.read_checkpoint(tmp_path / "f.pkl"), "FILE")
+        state = convert.state_of(run.read_checkpoint(tmp_path / "f.pkl"), "FILE")
         assert state["stem.conv1.weight"].tolist() == [[0, 1, 2], [3, 4, 5]] and state["stem.conv1.norm.num_batches_tracked"].shape == ()
         assert state["x.half"].dtype == torch.float16 and len(state) == 3
 

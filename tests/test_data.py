@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import annotations as A  # noqa: E402
 import data as D  # noqa: E402
 from common import UserError  # noqa: E402
 
@@ -178,7 +179,7 @@ def test_synthetic():
     assert not np.array_equal(scenes.load(0), D.SyntheticScenes(1, 160, seed=6).load(0))
     assert D.SyntheticScenes(2, 64).fingerprint() != D.SyntheticScenes(2, 64, offset=2).fingerprint()
     sets = [D.open_images("synthetic", None, synthetic_images=3, split=s) for s in ("train", "test")]
-    sets += [D.open_detection("synthetic", None, s, synthetic_images=3).scenes for s in ("train", "test")]
+    sets += [A.open_detection("synthetic", None, s, synthetic_images=3).scenes for s in ("train", "test")]
     assert len({s.key(i) for s in sets for i in range(3)}) == 12
     assert len(D.SyntheticScenes(1, 40).scene(0)[1]) >= 1
 
@@ -233,7 +234,7 @@ def make_coco(folder, boxes, override=(), size=(100, 80), files=("im/a.jpg", "b.
 def test_coco_json(tmp_path):
     file = make_coco(tmp_path, [{"bbox": [10, 20, 30, 40], "area": 600}, {"bbox": [-5, 70, 20, 30], "category_id": 3, "iscrowd": 1}])
     for data in (file, str(tmp_path)):
-        found = D.open_detection(data, None, "train")
+        found = A.open_detection(data, None, "train")
         assert found.categories == [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}] and found.image_ids == [19, 20] and found.notes == []
         image, target = found.load(1)
         assert image.size == (100, 80) and target["orig_size"].tolist() == [80, 100] and target["image_id"] == 20
@@ -260,12 +261,12 @@ def test_coco_named_and_renumbered_test(tmp_path):
         (tmp_path / f"annotations/instances_{part}2017.json").write_text(json.dumps({
             "images": [{"id": 1, "width": 50, "height": 50, "file_name": "1.jpg"}], "categories": [{"id": i, "name": n} for i, n in ids],
             "annotations": [{"id": 9, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "area": 1}]}))
-    train = D.open_detection("coco", str(tmp_path), "train")
-    test = D.open_detection("coco", str(tmp_path), "test", categories=train.categories)
+    train = A.open_detection("coco", str(tmp_path), "train")
+    test = A.open_detection("coco", str(tmp_path), "test", categories=train.categories)
     assert train.load(0)[1]["labels"].tolist() == [0] and test.load(0)[1]["labels"].tolist() == [1]  # id 1 is "b" there: names decide
     assert test.coco_ground_truth()["annotations"][0]["category_id"] == 5
     with pytest.raises(UserError, match=r"instances_val2017.json: category 1 \(b\)"):
-        D.open_detection("coco", str(tmp_path), "test", categories=[{"id": 1, "name": "a"}])
+        A.open_detection("coco", str(tmp_path), "test", categories=[{"id": 1, "name": "a"}])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -283,7 +284,7 @@ def test_coco_named_and_renumbered_test(tmp_path):
 def test_coco_errors(tmp_path, change, message):
     file = make_coco(tmp_path, [], change)
     with pytest.raises(UserError, match=message) as error:
-        D.open_detection(file, None, "train")
+        A.open_detection(file, None, "train")
     assert "train.json" in str(error.value)
 
 
@@ -293,22 +294,22 @@ def test_broken_and_absent_files(tmp_path):
     (tmp_path / "latin.json").write_bytes(b'"\xff"')
     for name in ("x.json", "list.json", "latin.json", "absent.json", "nofolder"):
         with pytest.raises(UserError, match=name):
-            D.open_detection(str(tmp_path / name), None, "train")
+            A.open_detection(str(tmp_path / name), None, "train")
     for name in ("coco", "voc"):
         with pytest.raises(UserError, match="Expected layout"):
-            D.open_detection(name, str(tmp_path), "test")
+            A.open_detection(name, str(tmp_path), "test")
 
 
 def test_one_percent_of_boxes(tmp_path):
     good = [{"bbox": [1, 1, 5, 5]}] * 199
-    found = D.open_detection(make_coco(tmp_path, [*good, {"bbox": [1, 1, 0, 5]}]), None, "train")
+    found = A.open_detection(make_coco(tmp_path, [*good, {"bbox": [1, 1, 0, 5]}]), None, "train")
     assert len(found.load(1)[1]["boxes_xyxy"]) == 199 and "1 of 200" in found.notes[0] and "im/a.jpg, object 200" in found.notes[0]
     with pytest.raises(UserError, match="3 of 200"):
-        D.open_detection(make_coco(tmp_path, good[:197] + [{"bbox": [1, 1, 0, 5]}] * 3), None, "train")
+        A.open_detection(make_coco(tmp_path, good[:197] + [{"bbox": [1, 1, 0, 5]}] * 3), None, "train")
 
 
 def test_size_mismatch_and_exif(tmp_path):
-    found = D.open_detection(make_coco(tmp_path, [{"bbox": [1, 1, 5, 5]}]), None, "train")
+    found = A.open_detection(make_coco(tmp_path, [{"bbox": [1, 1, 5, 5]}]), None, "train")
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(tmp_path / "images/b.jpg", (100, 80), exif=exif)  # annotated as stored: read as stored
@@ -338,7 +339,7 @@ def make_voc(year, annotations, splits):
 def test_voc(tmp_path):
     objects = {"a": [("cat", (1, 1, 10, 20), 0), ("ant", (5, 6, 120, 80), 1)], "b": [], "t": [("cat", (2, 2, 9, 9), 0)]}
     make_voc(tmp_path / "VOCdevkit/VOC2007", objects, {"trainval": "ba", "test": "t"})
-    found = D.open_detection("voc", str(tmp_path), "train")
+    found = A.open_detection("voc", str(tmp_path), "train")
     assert found.categories == [{"id": 1, "name": "ant"}, {"id": 2, "name": "cat"}] and found.image_ids == [1, 2]
     assert len(found.load(0)[1]["labels"]) == 0
     target = found.load(1)[1]
@@ -348,13 +349,13 @@ def test_voc(tmp_path):
     assert "ignore" not in first and (second["ignore"], second["difficult"], second["iscrowd"], second["area"]) == (1, 1, 0, 96 * 75)
     assert len(found.notes) == 2 and "VOC2012 is not there" in found.notes[0] and "1 annotations name another image" in found.notes[1]
     for root in (str(tmp_path / "VOCdevkit"), str(tmp_path)):
-        test = D.open_detection("voc", root, "test")
+        test = A.open_detection("voc", root, "test")
         assert test.categories == found.categories and test.load(0)[1]["labels"].tolist() == [1]
-    assert len(D.open_detection(str(tmp_path), None, "train")) == len(D.open_detection(str(tmp_path / "VOCdevkit/VOC2007"), None, "train")) == 2
+    assert len(A.open_detection(str(tmp_path), None, "train")) == len(A.open_detection(str(tmp_path / "VOCdevkit/VOC2007"), None, "train")) == 2
     with pytest.raises(UserError, match=r"t.xml: category cat"):
-        D.open_detection("voc", str(tmp_path), "test", categories=[{"id": 1, "name": "ant"}])
+        A.open_detection("voc", str(tmp_path), "test", categories=[{"id": 1, "name": "ant"}])
     make_voc(tmp_path / "VOCdevkit/VOC2012", {"z": [("cat", (1, 1, 2, 2), 0)]}, {"trainval": "z"})
-    both = D.open_detection("voc", str(tmp_path), "train")
+    both = A.open_detection("voc", str(tmp_path), "train")
     assert len(both) == 3 and both.records[2].image.stem == "z" and len(both.notes) == 1
 
 
@@ -362,26 +363,26 @@ def test_voc_errors(tmp_path):
     year = tmp_path / "VOC2007"
     make_voc(year, {"a": [("cat", (1, 1, 10, 20), 0)]}, {"trainval": "a"})
     with pytest.raises(UserError, match="test.txt"):
-        D.open_detection("voc", str(tmp_path), "test")
+        A.open_detection("voc", str(tmp_path), "test")
     for change, message in (("<annotation>", "a.xml is no VOC"), ("<annotation><size/></annotation>", "is no VOC"), (None, "a.xml cannot be read")):
         (year / "Annotations/a.xml").write_text(change) if change else (year / "Annotations/a.xml").unlink()
         with pytest.raises(UserError, match=message):
-            D.open_detection("voc", str(tmp_path), "train")
+            A.open_detection("voc", str(tmp_path), "train")
     (year / "ImageSets/Main/trainval.txt").write_text("a\nghost\n")
     with pytest.raises(UserError, match="no image ghost"):
-        D.open_detection("voc", str(tmp_path), "train")
+        A.open_detection("voc", str(tmp_path), "train")
 
 
 def test_label_subset():
     ids = [7 * i + 3 for i in range(2000)]
-    assert D.label_subset(ids, 0.01, 42)[:5] == [10734, 10020, 2803, 13604, 11749]  # parity case detreg/label_subset
-    assert D.label_subset(ids, 0.1, 42)[:3] == [4847, 6926, 6205] and len(D.label_subset(ids, 0.05, 42)) == 100
+    assert A.label_subset(ids, 0.01, 42)[:5] == [10734, 10020, 2803, 13604, 11749]  # parity case detreg/label_subset
+    assert A.label_subset(ids, 0.1, 42)[:3] == [4847, 6926, 6205] and len(A.label_subset(ids, 0.05, 42)) == 100
     if (PARITY / "label_subset.npz").exists():
         for key, values in np.load(PARITY / "label_subset.npz").items():
-            assert D.label_subset(ids, float(key.split("_")[1]), 42) == values.tolist()
-    found = D.open_detection("synthetic", None, "train", synthetic_images=10, synthetic_size=40)
+            assert A.label_subset(ids, float(key.split("_")[1]), 42) == values.tolist()
+    found = A.open_detection("synthetic", None, "train", synthetic_images=10, synthetic_size=40)
     half = found.subset(50, 1)
-    assert half.image_ids == D.label_subset(found.image_ids, 0.5, 1) and half.notes == ["5 of 10 images"]
+    assert half.image_ids == A.label_subset(found.image_ids, 0.5, 1) and half.notes == ["5 of 10 images"]
     assert np.array_equal(half.load(2)[0], found.load(half.image_ids[2] - 1)[0]) and len(half.coco_ground_truth()["images"]) == 5
     for percent in (1, 0, -5, 300):
         with pytest.raises(UserError):
@@ -391,7 +392,7 @@ def test_label_subset():
 def test_real_data():
     if not REAL.is_dir():
         pytest.skip("../shared/data is not here")
-    train, test = (D.open_detection("voc", str(REAL / "bccd"), s) for s in ("train", "test"))
+    train, test = (A.open_detection("voc", str(REAL / "bccd"), s) for s in ("train", "test"))
     assert [c["name"] for c in train.categories] == ["Platelets", "RBC", "WBC"] == [c["name"] for c in test.categories]
     assert len(train) == 292 and len(test) == 72 and test.notes == []
     assert sum(len(r.boxes) for s in (train, test) for r in s.records) == 4888 - 2 and "2 of " in train.notes[0]
@@ -575,10 +576,10 @@ class Noise:
 
 
 def test_loader_is_the_same_with_workers_and_resumes():
-    def run(workers, start=0):
+    def run_script(workers, start=0):
         return list(D.make_loader(Noise(), D.StepSampler(16, 4, 7, start_step=start, seed=2), num_workers=workers, collate=D.collate))
     state = torch.get_rng_state()
-    zero, two, resumed = run(0), run(2), run(0, 5)
+    zero, two, resumed = run_script(0), run_script(2), run_script(0, 5)
     assert torch.equal(state, torch.get_rng_state()) and len(zero) == len(two) == 7
     for a, b in [*zip(zero, two), *zip(zero[5:], resumed)]:
         assert torch.equal(a["images"], b["images"]) and torch.equal(a["mask"], b["mask"]) and a["skipped"] == b["skipped"]

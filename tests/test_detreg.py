@@ -340,7 +340,7 @@ RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "
        "dropout": 0.1}
 
 
-def run(out, **values):
+def run_script(out, **values):
     return detreg.main(flags({**RUN, "out": out, **values}))
 
 
@@ -354,7 +354,7 @@ def plain(value):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
-    return out, run(out, max_steps=4)
+    return out, run_script(out, max_steps=4)
 
 
 def test_run_writes_its_files(straight, capsys):
@@ -382,15 +382,15 @@ def test_run_writes_its_files(straight, capsys):
 def test_the_same_command_again(straight, capsys):
     out, metrics = straight
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    assert plain(run(out, max_steps=4)) == plain(metrics)
+    assert plain(run_script(out, max_steps=4)) == plain(metrics)
     assert "this run is finished (4 steps)" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
 
 
 def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
-    run(tmp_path, max_steps=2)
+    run_script(tmp_path, max_steps=2)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
-    metrics = run(tmp_path, max_steps=4)
+    metrics = run_script(tmp_path, max_steps=4)
     assert "at step 2" in capsys.readouterr().out
     one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
     assert one["model"].keys() == two["model"].keys() and one["step"] == two["step"] == 4
@@ -407,7 +407,7 @@ def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
 def test_own_images_with_held_out_ones(folder, tmp_path):
     for i in range(4, 9):
         blocks(i).save(folder / f"{i}.png")
-    metrics = run(tmp_path / "out", data=folder, max_steps=1, probe_images=3, strategy="randomk", cache_proposals="false")
+    metrics = run_script(tmp_path / "out", data=folder, max_steps=1, probe_images=3, strategy="randomk", cache_proposals="false")
     assert metrics["ground_truth"] == "held-out proposals" and all(0 <= metrics[row]["AR100"] <= 1 for row in ROWS)
     assert not (tmp_path / "out" / "proposals").exists() and (tmp_path / "out" / "predictions.png").exists()
     assert json.loads((tmp_path / "out" / "log.jsonl").read_text())["epoch"] == 0
@@ -453,10 +453,10 @@ def test_out_of_another_configuration(fails, straight):
 
 
 def test_our_own_fault_keeps_its_traceback(folder, tmp_path):
-    code = ("import sys, common, detreg\n"
+    code = ("import sys, run, detreg\n"
             "detreg.build_models = lambda cfg: {}['internal fault']\n"
             "sys.argv = ['detreg.py', *sys.argv[1:]]\n"
-            "common.cli(detreg.main)")
+            "run.cli(detreg.main)")
     argv = flags({**RUN, "data": folder, "cache_proposals": "false", "probe_images": 0, "out": tmp_path / "out"})
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" in done.stderr and "KeyError: 'internal fault'" in done.stderr and "error: " not in done.stderr

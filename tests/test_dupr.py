@@ -19,6 +19,7 @@ import convert
 import data
 import dupr
 import evaluation
+import run
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -356,9 +357,9 @@ def test_positions_are_distinct_and_uniform():
     assert (counts - 1 / 16).abs().max() < 4 * (1 / 16 / 6000) ** 0.5
     first = torch.bincount(drawn["patch_conv4"][:, 0], minlength=16) / 2000
     assert (first - 1 / 16).abs().max() < 4 * (1 / 16 / 2000) ** 0.5
-    common.seed_step(3, 5)                                                # a function of the step's seed
+    run.seed_step(3, 5)                                                # a function of the step's seed
     one = dupr.draw_positions(keys, 3)
-    common.seed_step(3, 5)
+    run.seed_step(3, 5)
     assert all(torch.equal(a, b) for a, b in zip(one.values(), dupr.draw_positions(keys, 3).values()))
     everything = dupr.draw_positions({"patch_conv5": torch.zeros(5, 4, 2, 2)}, 9)["patch_conv5"]
     assert all(sorted(row) == [0, 1, 2, 3] for row in everything.tolist())
@@ -523,7 +524,7 @@ def test_invalid_pairs_have_no_patch_loss_but_zero_gradients():
     gradients, losses = [], []
     for valid in ((True, True, False, True), (True, True, True, True), (False,) * 4):
         model = small_model(cfg).eval()
-        common.seed_step(3, 0)
+        run.seed_step(3, 0)
         losses.append(dupr.train_step(cfg, model, sgd(cfg, model), batch_case(valid=valid), 0, CPU))
         gradients.append({n: p.grad for n, p in model.encoder_q.named_parameters()})
         assert not [n for n, g in gradients[-1].items() if g is None]
@@ -600,7 +601,7 @@ def test_order_of_a_step(monkeypatch):
     watch(model, "enqueue", "enqueue", lambda keys, positions: seen.update(enqueued=keys, positions=positions))
     watch(optimizer, "step", "sgd")
     start, batch = snapshot(model), batch_case()
-    common.seed_step(3, 0)
+    run.seed_step(3, 0)
     terms = dupr.train_step(cfg, model, optimizer, batch, 0, CPU)
     assert events == ["ema", "keys", "loss", "backward", "enqueue", "sgd"]
     after = model.state_dict()
@@ -636,7 +637,7 @@ def test_bf16_is_close_to_fp32():
     for amp in ("off", "bf16"):
         cfg = config(amp=amp)
         model = dupr.build_model(cfg).train()
-        common.seed_step(3, 0)
+        run.seed_step(3, 0)
         terms = dupr.train_step(cfg, model, sgd(cfg, model), batch_case(), 0, CPU)
         assert all(q.keys.dtype == torch.float32 for q in model.queues.values())
         results.append({k: v.item() for k, v in terms.items() if k != "grad_norm"})
@@ -661,7 +662,7 @@ def one_step(start=0, stop=8, batch="all", train=False):
     seen = {}
     model.register_forward_hook(lambda module, args, output: seen.update(keys=output[1]))
     pairs = {k: v[start:stop] for k, v in batch_case(8, valid=WORLD_BATCHES[batch]).items()}
-    common.seed_step(3, 0)
+    run.seed_step(3, 0)
     terms = dupr.train_step(cfg, common.wrap_model(model, CPU, sync_bn=False), sgd(cfg, model), pairs, 0, CPU)
     return ({k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model.state_dict(),
             seen["keys"])
@@ -825,14 +826,14 @@ RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "
 ROWS = {"untrained", "shuffled", "pretrained"}
 
 
-def run(out, **values):
+def run_script(out, **values):
     return dupr.main(flags({**RUN, "out": out, **values}))
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
-    return out, run(out, max_steps=3)
+    return out, run_script(out, max_steps=3)
 
 
 def test_run_writes_its_files(straight):
@@ -861,15 +862,15 @@ def test_run_writes_its_files(straight):
 def test_the_same_command_again(straight, capsys):
     out, metrics = straight
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    assert plain(run(out, max_steps=3)) == plain(metrics)
+    assert plain(run_script(out, max_steps=3)) == plain(metrics)
     said = capsys.readouterr().out
     assert "this run is finished (3 steps)" in said and "pretrained" in said and "primary: patch" in said
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
 
 
 def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
-    run(tmp_path, max_steps=1, probe_images=0)
-    metrics = run(tmp_path, max_steps=3, allow_config_change="true")
+    run_script(tmp_path, max_steps=1, probe_images=0)
+    metrics = run_script(tmp_path, max_steps=3, allow_config_change="true")
     assert "at step 1" in capsys.readouterr().out
     one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
     assert one["model"].keys() == two["model"].keys() and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
@@ -887,7 +888,7 @@ def test_own_images_with_one_loss_only(folder, tmp_path, capsys, values):
     for i in range(4, 9):
         picture(i).save(folder / f"{i}.png")
     out = tmp_path / "out"
-    metrics = run(out, data=folder, max_steps=1, probe_images=3, **values)
+    metrics = run_script(out, data=folder, max_steps=1, probe_images=3, **values)
     image_only = not any(values["beta"])
     assert metrics.keys() == ROWS | {"steps", "primary"} and metrics["primary"] == ("image" if image_only else "patch")
     assert metrics["pretrained"].keys() == ({"image"} if image_only else {"patch_conv4", "own_conv4", "patch", "own_image"})
@@ -902,7 +903,7 @@ def test_own_images_with_one_loss_only(folder, tmp_path, capsys, values):
 
 
 def test_one_patch_on_the_last_level(tmp_path):
-    metrics = run(tmp_path, max_steps=1, image_size=32, roi_sizes=(8, 4, 2, 1), beta=(0, 0, 0, 1))
+    metrics = run_script(tmp_path, max_steps=1, image_size=32, roi_sizes=(8, 4, 2, 1), beta=(0, 0, 0, 1))
     assert metrics["pretrained"]["own_conv5"] == 1 and (tmp_path / "predictions.png").exists()
 
 
@@ -911,7 +912,7 @@ def test_a_checkpoint_is_a_backbone(straight, capsys):
     assert not torch.equal(weights["encoder_q.conv1.weight"], weights["encoder_k.conv1.weight"])
     for backbone in (common.Backbone("resnet18", trainable=0), common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5),
                      common.Backbone("resnet18", (3,), "bn")):
-        common.load_backbone_weights(backbone.body, str(straight[0] / "last.pt"), "resnet18")
+        convert.load_backbone_weights(backbone.body, str(straight[0] / "last.pt"), "resnet18")
         assert "(DUPR, ResNet-18, step" in capsys.readouterr().out
         for name, value in backbone.body.state_dict().items():
             assert torch.equal(value, weights[f"encoder_q.{name}"]) or name.endswith("num_batches_tracked"), name
@@ -924,7 +925,7 @@ def test_a_checkpoint_is_a_backbone(straight, capsys):
 
 def test_presets():
     def parse(*argv):
-        return common.parse_config(dupr.Config, dupr.PRESETS, list(argv), script="dupr", description="", by_data=dupr.recipe_of)
+        return run.parse_config(dupr.Config, dupr.PRESETS, list(argv), script="dupr", description="", by_data=dupr.recipe_of)
 
     cfg = parse()
     assert (cfg.alpha, cfg.beta, cfg.roi_sizes, cfg.patch_reduction) == ((0.1, 0.4, 0.7, 1.0), (0, 0, 1, 1), (56, 28, 14, 7), "mean")

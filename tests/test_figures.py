@@ -14,11 +14,13 @@ from test_updetr import picture
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import box_iou, roi_align
 
+import annotations
 import common
 import data
 import dupr
 import evaluation
 import figures
+import run
 import siamese_detr
 import updetr
 
@@ -37,7 +39,7 @@ def save(path, **values):
     torch.manual_seed(1)
     for head in [model.detector.bbox_embed, model.detector.class_embed] if "deformable" not in cfg.detector else []:
         torch.nn.init.normal_((head.layers[-1] if isinstance(head, common.MLP) else head).weight, std=0.3)
-    common.save_checkpoint(path, model, None, 0, cfg, script="updetr")
+    run.save_checkpoint(path, model, None, 0, cfg, script="updetr")
     return model
 
 
@@ -49,7 +51,7 @@ def saved(tmp_path_factory):
     return folder, save(folder / "last.pt")
 
 
-def run(folder, *boxes, **values):
+def run_script(folder, *boxes, **values):
     out = values.pop("out", folder / "found.png")
     argv = ["localize", "--checkpoint", values.pop("checkpoint", folder / "last.pt"), "--image", folder / "image.png", "--patches", *boxes,
             "--size", SHORT, "--out", out, *(v for k, value in values.items() for v in (f"--{k}", value))]
@@ -86,16 +88,16 @@ def test_localize_is_the_model(saved, capsys):
     folder, model = saved
     image, origin = (Image.open(folder / f"{name}.png") for name in ("image", "other"))
     capsys.readouterr()
-    found = run(folder, *TEXTS[:2], threshold=0)
+    found = run_script(folder, *TEXTS[:2], threshold=0)
     compare(found, expected(model, image, image, BOXES[:2], M))
     said = capsys.readouterr().out
     for text, score, box in zip(TEXTS, found["scores"].tolist(), found["boxes"].tolist()):
         assert f"patch {text}: confidence {score:.3f} at {', '.join(f'{v:.0f}' for v in box)}\n" in said
     assert "found.png: 2 of 2 patches found with confidence > 0" in said
     # more patches than the model takes at a time
-    compare(run(folder, *TEXTS, threshold=0), *(expected(model, image, image, BOXES[k:k + M], M) for k in (0, 2, 4)))
+    compare(run_script(folder, *TEXTS, threshold=0), *(expected(model, image, image, BOXES[k:k + M], M) for k in (0, 2, 4)))
     # patches of another picture
-    other = run(folder, *TEXTS[2:4][::-1][1:], TEXTS[0], threshold=0, patch_image=folder / "other.png")
+    other = run_script(folder, *TEXTS[2:4][::-1][1:], TEXTS[0], threshold=0, patch_image=folder / "other.png")
     compare(other, expected(model, image, origin, [BOXES[2], BOXES[0]], M))
     assert np.abs(other["boxes"][1].numpy() - found["boxes"][0].numpy()).max() > 1e-4
 
@@ -105,7 +107,7 @@ def test_other_detectors_and_no_reconstruction(saved, tmp_path, detector):
     folder, _ = saved
     model = save(tmp_path / "c.pt", detector=detector, reconstruction=False, attention_mask=False)
     image = Image.open(folder / "image.png")
-    compare(run(folder, *TEXTS[:2], checkpoint=tmp_path / "c.pt"), expected(model, image, image, BOXES[:2], M))
+    compare(run_script(folder, *TEXTS[:2], checkpoint=tmp_path / "c.pt"), expected(model, image, image, BOXES[:2], M))
 
 
 def test_files_that_say_less(saved, tmp_path):
@@ -127,12 +129,12 @@ def test_files_that_say_less(saved, tmp_path):
 
 def test_threshold_decides_what_is_drawn(saved, tmp_path, monkeypatch, capsys):
     folder, _ = saved
-    scores = run(folder, *TEXTS, threshold=0)["scores"]
+    scores = run_script(folder, *TEXTS, threshold=0)["scores"]
     between = float(scores.sort().values[1:3].mean())
     drawn, draw = [], evaluation.draw_boxes_figure
     monkeypatch.setattr(evaluation, "draw_boxes_figure", lambda *args, **kwargs: drawn.append((args, kwargs)) or draw(*args, **kwargs))
     capsys.readouterr()
-    found = run(folder, *TEXTS, threshold=between, out=tmp_path / "a" / "b.png")
+    found = run_script(folder, *TEXTS, threshold=between, out=tmp_path / "a" / "b.png")
     (path, images, columns), limit = drawn[0][0], drawn[0][1]["max_boxes"]
     asked, shown = columns.values()
     assert path == tmp_path / "a" / "b.png" and len(images) == 1 and limit == 5 and f"confidence > {between:g}" in list(columns)[1]
@@ -144,7 +146,7 @@ def test_threshold_decides_what_is_drawn(saved, tmp_path, monkeypatch, capsys):
     assert [bool(x) for x in re.findall(r"patch .*?( \(not drawn\))?\n", said)] == (~sure).tolist() and "3 of 5 patches found" in said
     with Image.open(tmp_path / "a" / "b.png") as sheet:
         assert sheet.format == "PNG" and sheet.height > 200 and sheet.width > 2 * 300
-    assert run(folder, *TEXTS[:1], threshold=1)["scores"].shape == (1,) and "0 of 1 patches found" in capsys.readouterr().out
+    assert run_script(folder, *TEXTS[:1], threshold=1)["scores"].shape == (1,) and "0 of 1 patches found" in capsys.readouterr().out
 
 
 def test_what_is_not_drawn_leaves_no_mark(tmp_path):
@@ -171,9 +173,9 @@ def test_bad_input_ends_in_one_line(fails, saved, tmp_path):
     assert str(tmp_path / "nowhere.png") in fail(image=tmp_path / "nowhere.png") and "nowhere.png" in fail(patch_image=tmp_path / "nowhere.png")
     assert f"{tmp_path / 'nowhere.pt'}: no such checkpoint" in fail(checkpoint=tmp_path / "nowhere.pt")
     cfg = small(siamese_detr, num_regions=2)
-    common.save_checkpoint(tmp_path / "siamese.pt", siamese_detr.build_models(cfg)[0], None, 0, cfg, script="siamese_detr")
+    run.save_checkpoint(tmp_path / "siamese.pt", siamese_detr.build_models(cfg)[0], None, 0, cfg, script="siamese_detr")
     assert "siamese.pt: not a checkpoint of UP-DETR's pretraining but of siamese_detr.py" in fail(checkpoint=tmp_path / "siamese.pt")
-    common.save_checkpoint(tmp_path / "tuned.pt", model.detector, None, 0, cfg, script="finetune")
+    run.save_checkpoint(tmp_path / "tuned.pt", model.detector, None, 0, cfg, script="finetune")
     assert "tuned.pt: not a checkpoint of UP-DETR's pretraining (no patch2query" in fail(checkpoint=tmp_path / "tuned.pt")
     assert not (tmp_path / "out.png").exists()
 
@@ -333,7 +335,7 @@ def test_affinity_of_equal_views_is_the_identity(tmp_path, monkeypatch):
 
 def test_iou_similarity_is_that_of_the_model(tmp_path, capsys):
     result = analyse("iou-similarity", tmp_path / "i.png", images=2, size=64)
-    labelled = data.open_detection("synthetic", None, "test", synthetic_images=2, seed=42)
+    labelled = annotations.open_detection("synthetic", None, "test", synthetic_images=2, seed=42)
     torch.manual_seed(42)
     resnet = torchvision.models.resnet18().eval()
     sums, counts = np.zeros(20), np.zeros(20, int)

@@ -18,6 +18,7 @@ import data
 import detreg
 import evaluation
 import finetune
+import run
 import siamese_detr
 import updetr
 from common import UserError
@@ -68,7 +69,7 @@ def test_head_rows():
 
 def test_adopted_architecture(tmp_path):
     model = build(3, with_box_refine=True, enc_layers=2)
-    common.save_checkpoint(tmp_path / "c.pt", model, None, 0, small_config(detreg.Config, nheads=4), script="detreg")
+    run.save_checkpoint(tmp_path / "c.pt", model, None, 0, small_config(detreg.Config, nheads=4), script="detreg")
     found, arch = finetune.read_init(tmp_path / "c.pt")
     assert all(torch.equal(v, found.state[k]) for k, v in model.state_dict().items()) and len(found.state) == len(model.state_dict())
     cfg = finetune.Config(init_from="c.pt", lr=0.5)
@@ -151,7 +152,7 @@ def test_detections_of_a_permuted_head():
     ({"data": "some/folder", "labels_percent": 1}, (50, 40, 32)),
     ({"data": "coco", "labels_percent": 1, "epochs": 3, "lr_drop": 2, "batch_size": 4}, (3, 2, 4))))
 def test_recipes(values, expected):
-    cfg = common.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="", by_data=finetune.recipe_of)
+    cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="", by_data=finetune.recipe_of)
     assert (cfg.epochs, cfg.lr_drop, cfg.batch_size) == expected
 
 
@@ -172,7 +173,7 @@ DETR, DEFORMABLE = (1e-4, 5e-5, 2048, 100), (2e-4, 2e-5, 1024, 300)          # r
     ("deformable_detr_ss", "voc", {"protocol": "siamese", "labels_percent": 10}, (50, 40))))
 def test_recipes_of_the_detectors(detector, data, flag, schedule):
     def parse(**values):
-        return common.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="", by_data=finetune.recipe_of)
+        return run.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="", by_data=finetune.recipe_of)
 
     cfg = parse(detector=detector, data=data, **flag)
     assert (cfg.epochs, cfg.lr_drop) == schedule
@@ -198,7 +199,7 @@ def save_pretrained(path, method, detector, **values):
     heads = model.detector.class_embed
     for head in heads if isinstance(heads, torch.nn.ModuleList) else [heads]:
         torch.nn.init.normal_(head.weight, std=0.2)
-    common.save_checkpoint(path, model, None, 0, cfg, script=method)
+    run.save_checkpoint(path, model, None, 0, cfg, script=method)
     return torch.load(path, weights_only=True)["model"], cfg
 
 
@@ -412,7 +413,7 @@ def pretrained(tmp_path_factory):
     cfg = small_config(detreg.Config, num_feature_levels=LEVELS, num_classes=2)
     torch.manual_seed(1)
     model = detreg.DETReg(common.build_detector(cfg, 2, focal=True), embedding_dim=16)
-    common.save_checkpoint(path, model, None, 0, cfg, script="detreg")
+    run.save_checkpoint(path, model, None, 0, cfg, script="detreg")
     return path
 
 
@@ -420,7 +421,7 @@ RUN = {"scales": (40, 48), "max_size": 80, "crop_scales": (48,), "crop_range": (
        "num_workers": 0, "dropout": 0.0, "log_every": 1, "lr_backbone": 2e-4}
 
 
-def run(out, **values):
+def run_script(out, **values):
     return finetune.main(flags({**RUN, "out": out, **values}))
 
 
@@ -436,7 +437,7 @@ def tuned(pretrained, tmp_path_factory):
     """A two-step run on the COCO json -> (its folder, the data, its metrics)."""
     folder = tmp_path_factory.mktemp("tuned")
     labelled = coco_set(folder / "set")
-    return folder / "run", labelled, run(folder / "run", data=labelled, init_from=pretrained)
+    return folder / "run", labelled, run_script(folder / "run", data=labelled, init_from=pretrained)
 
 
 def check_detections(out, sizes, category_ids):
@@ -469,20 +470,20 @@ def test_coco_run(tuned):
 
 def test_the_same_command_again(tuned, pretrained, capsys):
     out, labelled, metrics = tuned
-    assert plain(run(out, data=labelled, init_from=pretrained)) == plain(metrics)
+    assert plain(run_script(out, data=labelled, init_from=pretrained)) == plain(metrics)
     assert "this run is finished (2 steps)" in capsys.readouterr().out
 
 
 def test_evaluation_of_the_run(tuned, tmp_path):
     out, labelled, metrics = tuned
-    again = run(tmp_path, data=labelled, init_from=out / "last.pt", eval_only="true")
+    again = run_script(tmp_path, data=labelled, init_from=out / "last.pt", eval_only="true")
     assert plain(again) == {k: v for k, v in plain(metrics).items() if k != "steps"} and metrics["steps"] == 2
     assert json.loads((tmp_path / "detections.json").read_text()) == json.loads((out / "detections.json").read_text())
     assert not (tmp_path / "last.pt").exists() and not (tmp_path / "log.jsonl").exists()
 
 
 def test_class_agnostic_evaluation_of_a_tuned_detector(tuned, tmp_path):
-    run(tmp_path, data=tuned[1], init_from=tuned[0] / "last.pt", class_agnostic="true")
+    run_script(tmp_path, data=tuned[1], init_from=tuned[0] / "last.pt", class_agnostic="true")
     found, named = (json.loads((folder / "detections.json").read_text()) for folder in (tmp_path, tuned[0]))
     for image_id in (550, 640):                                           # a box counts as much as its best class says
         best = {}
@@ -496,7 +497,7 @@ def test_class_agnostic_evaluation_of_a_tuned_detector(tuned, tmp_path):
 
 
 def test_class_agnostic_evaluation(tuned, pretrained, tmp_path):
-    metrics = run(tmp_path, data=tuned[1], init_from=pretrained, class_agnostic="true")
+    metrics = run_script(tmp_path, data=tuned[1], init_from=pretrained, class_agnostic="true")
     assert not (tmp_path / "last.pt").exists()                            # it is an evaluation: nothing is trained
     found = json.loads((tmp_path / "detections.json").read_text())
     assert "per_class" not in metrics and len(found) == 2 * 8 and {d["category_id"] for d in found} == {1}
@@ -516,7 +517,7 @@ def test_class_agnostic_evaluation(tuned, pretrained, tmp_path):
     ("detreg", "conditional_detr", False), ("detreg", "deformable_detr", False)))
 def test_class_agnostic_evaluation_of_every_method(method, detector, softmax, tuned, tmp_path):
     state, cfg = save_pretrained(tmp_path / "last.pt", method, detector)
-    metrics = run(tmp_path / "out", data=tuned[1], init_from=tmp_path / "last.pt", class_agnostic="true")
+    metrics = run_script(tmp_path / "out", data=tuned[1], init_from=tmp_path / "last.pt", class_agnostic="true")
     rows = state["class_embed.weight" if "class_embed.weight" in state else "class_embed.0.weight"].shape[0]
     assert {"AP", "AR1", "AR10", "AR100"} <= metrics.keys() and rows == (91 + softmax if method == "detreg" else 3)
     model = build(rows, focal=False, detector=detector, pre_norm=cfg.pre_norm).eval()
@@ -534,7 +535,7 @@ def test_class_agnostic_evaluation_of_every_method(method, detector, softmax, tu
 @pytest.mark.parametrize("detector", ("detr", "conditional_detr"))
 def test_run_of_another_detector(detector, tuned, tmp_path):
     save_pretrained(tmp_path / "last.pt", "updetr", detector)
-    metrics = run(tmp_path / "out", data=tuned[1], init_from=tmp_path / "last.pt", freeze_detector="true")
+    metrics = run_script(tmp_path / "out", data=tuned[1], init_from=tmp_path / "last.pt", freeze_detector="true")
     old, state = (torch.load(tmp_path / name, weights_only=True) for name in ("last.pt", "out/last.pt"))
     assert state["config"]["detector"] == detector and state["config"]["pre_norm"] == (detector == "detr")
     assert all(torch.equal(v, old["model"][k]) for k, v in state["model"].items() if not k.startswith(("class_embed.", "bbox_embed.")))
@@ -544,13 +545,13 @@ def test_run_of_another_detector(detector, tuned, tmp_path):
     anyhow = evaluation.detection_metrics(finetune.open_sets(finetune.Config(data=str(tuned[1])))[1].coco_ground_truth(), found, class_agnostic=True)
     for k in (1, 10, 100):                                                # Siamese DETR, Table 5
         assert plain(metrics)[f"agnostic_AR{k}"] == pytest.approx(anyhow[f"AR{k}"])
-    again = run(tmp_path / "again", data=tuned[1], init_from=tmp_path / "out" / "last.pt", eval_only="true")
+    again = run_script(tmp_path / "again", data=tuned[1], init_from=tmp_path / "out" / "last.pt", eval_only="true")
     assert {k: v for k, v in plain(again).items()} == {k: v for k, v in plain(metrics).items() if not k.startswith("agnostic") and k != "steps"}
 
 
 def test_voc_run(pretrained, tmp_path):
     labelled = voc_set(tmp_path / "set")
-    metrics = run(tmp_path / "run", data=labelled, init_from=pretrained, with_box_refine="false")
+    metrics = run_script(tmp_path / "run", data=labelled, init_from=pretrained, with_box_refine="false")
     check_detections(tmp_path / "run", {1: SIZES[0], 2: SIZES[1]}, (1, 2))
     assert {"AP", "VOC07_AP", "VOC07_AP50"} <= metrics.keys() and metrics["per_class"].keys() == set(NAMES)
     assert (tmp_path / "run" / "predictions.png").exists()
@@ -558,18 +559,18 @@ def test_voc_run(pretrained, tmp_path):
 
 def test_resumed_run_is_the_unbroken_one(tuned, pretrained, tmp_path):
     for steps in (1, 2):
-        run(tmp_path, data=tuned[1], init_from=pretrained, max_steps=steps)
+        run_script(tmp_path, data=tuned[1], init_from=pretrained, max_steps=steps)
     one, two = (torch.load(p / "last.pt", weights_only=True)["model"] for p in (tuned[0], tmp_path))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1]
 
 
 def test_run_killed_before_its_evaluation(tuned, pretrained, tmp_path, monkeypatch):
-    run(tmp_path, data=tuned[1], init_from=pretrained, max_steps=1)
+    run_script(tmp_path, data=tuned[1], init_from=pretrained, max_steps=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(finetune, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
-        run(tmp_path, data=tuned[1], init_from=pretrained, max_steps=2)
-    run(tmp_path, data=tuned[1], init_from=pretrained, max_steps=2)
+        run_script(tmp_path, data=tuned[1], init_from=pretrained, max_steps=2)
+    run_script(tmp_path, data=tuned[1], init_from=pretrained, max_steps=2)
     assert (tmp_path / "detections.json").read_text() == (tuned[0] / "detections.json").read_text()
 
 

@@ -22,6 +22,7 @@ import torchvision
 from conftest import run_processes
 from fill import fill
 
+import annotations
 import common
 import convert
 import data
@@ -31,6 +32,8 @@ import evaluation
 import figures
 import finetune
 import proposals
+import rcnn
+import run
 import siamese_detr
 import soco
 import updetr
@@ -138,7 +141,7 @@ def load_released(path, num_groups=1, **overrides):
         model = siamese_detr.SiameseDETR(model, num_groups, region_target="crop" if "feature_align" in pretext else "none")
     elif "patch2query" in pretext:
         model = updetr.UPDETR(model, num_groups, reconstruction="feature_align" in pretext)
-    common.load_matching(model, state, drop={}, source=str(path))
+    convert.load_matching(model, state, drop={}, source=str(path))
     return model, state
 
 
@@ -251,7 +254,7 @@ def proposal_boxes(case, arrays, _):
 def label_subset(case, arrays, _):
     ids = [7 * i + 3 for i in range(case["config"]["n"])]
     for fraction in case["config"]["fractions"]:
-        close(data.label_subset(ids, fraction, case["seed"]), arrays[f"subset_{fraction}"], 0)
+        close(annotations.label_subset(ids, fraction, case["seed"]), arrays[f"subset_{fraction}"], 0)
 
 
 @kind("detreg/class_agnostic_scores")
@@ -421,7 +424,7 @@ def groups(case, arrays, _):
                 "--dec_layers", layers["decoder"], "--with_box_refine", any("decoder.bbox_embed" in n for n in names)]
         argv += ["--pre_norm", "transformer.encoder.norm.weight" in names] if vanilla else []
         script = detreg if pretrain else finetune
-        cfg = common.parse_config(script.Config, script.PRESETS, list(map(str, argv)), script="x", description="", by_data=script.recipe_of)
+        cfg = run.parse_config(script.Config, script.PRESETS, list(map(str, argv)), script="x", description="", by_data=script.recipe_of)
         assert cfg.lr == rates[0]
         model = common.build_detector(cfg, 21 if name.endswith("voc") else 91 + vanilla, focal=not vanilla)
         model = detreg.DETReg(model, embedding_dim=512) if pretrain else model
@@ -436,7 +439,7 @@ def groups(case, arrays, _):
             frozen = dataclasses.replace(cfg, lr_backbone=0.0)
             pretrained = detreg.DETReg(common.build_detector(frozen, 91, focal=True), embedding_dim=512).state_dict()
             dropped = {r"^feature_embed\.": "pretext head", r"^class_embed\.": "class head"}
-            common.load_matching(model, pretrained, drop=dropped, source=name)
+            convert.load_matching(model, pretrained, drop=dropped, source=name)
             own = model.state_dict()
             assert sorted(own.keys() - {k for k in pretrained if "class_embed" not in k}) == sorted(rule["missing"])
             assert sorted({k for k in pretrained if "class_embed" not in k} - own.keys()) == sorted(rule["unexpected"])
@@ -956,7 +959,7 @@ def siamese_model(case, seen, **overrides):
         model = siamese_detr.SiameseDETR(detector, cfg.num_regions, shared_queries=cfg.shared_queries)
     if not any(k.startswith("backbone.") for k in state):
         state |= {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
-    common.load_matching(model, state, drop={}, source=str(path))
+    convert.load_matching(model, state, drop={}, source=str(path))
     return cfg, model.eval()
 
 
@@ -1320,7 +1323,7 @@ def soco_fpn(case, arrays, _):
     channels = [shape[1] for name, shape in shapes.items() if re.fullmatch(r"neck\.lateral_convs\.\d\.conv\.weight", name)]
     for mode in ("eval", "train"):
         model = torch.nn.ModuleDict({"neck": soco.FPN(channels, shapes["neck.fpn_convs.0.conv.weight"][0])}).train(mode == "train")
-        common.load_matching(model, soco_fill(case["state_dict"], case["seed"]), drop={}, source="the case")
+        convert.load_matching(model, soco_fill(case["state_dict"], case["seed"]), drop={}, source="the case")
         with torch.no_grad():
             outputs = model["neck"](list(inputs.values()))
         for (name, _), level in zip(inputs.items(), outputs, strict=True):
@@ -1334,7 +1337,7 @@ def soco_roi_head(case, arrays, _):
     shapes, levels = dict(case["state_dict"]), soco_inputs(case)
     model = soco_model(shapes, int(re.search(r"output_size (\d+)", case["config"])[1]))
     drop = {r"^(encoder|neck)\.|_k\.": "not in the case"}
-    common.load_matching(model, soco_fill(case["state_dict"], case["seed"]), drop=drop, source="the case")
+    convert.load_matching(model, soco_fill(case["state_dict"], case["seed"]), drop=drop, source="the case")
     seen = {}
     for name in ("head", "projector", "predictor"):
         getattr(model, name).register_forward_hook(lambda module, args, output, name=name: seen.setdefault(name, []).append((args[0], output)))
@@ -1451,7 +1454,7 @@ def soco_full_step(case, arrays, seen):
     dtype = torch.float64 if max(c["view_sizes"]) <= 128 else torch.float32
     state = soco_entries(f"statedict_soco_{'c4' if c['variant'] == 'c4' else 'fpn'}_pretrain.json", case["seed"], seen.path)
     model = soco_model({name: value.shape for name, value in state.items()}, c["output_size"])
-    common.load_matching(model, state, drop={}, source="the case")
+    convert.load_matching(model, state, drop={}, source="the case")
     model.to(dtype).train()
     views = [view.to(dtype) for view in soco_inputs(case).values()]
     assert [view.shape[-1] for view in views] == c["view_sizes"] and all(len(view) == c["N"] for view in views)
@@ -1516,7 +1519,7 @@ def soco_statedict(case, seen):
     again = convert.official(found)["model"]                            # the released names again; a queue that nothing reads is not kept
     assert again.keys() == state.keys() - {"module.queue", "module.queue_ptr"} and all(torch.equal(v, state[k]) for k, v in again.items())
     model = soco_model({name: value.shape for name, value in released.items()})
-    common.load_matching(model, released, drop={}, source=str(path))
+    convert.load_matching(model, released, drop={}, source=str(path))
     own = model.state_dict()
     assert {f"module.{name}" for name in own} | {"module.queue", "module.queue_ptr"} >= state.keys() >= {f"module.{name}" for name in own}
     assert all(torch.equal(value, state[f"module.{name}"]) for name, value in own.items())
@@ -1557,7 +1560,7 @@ def soco_converted(case, seen, arch, use):
     expected = convert.rcnn_state(found, detector)[0]
     assert not left and tensors.keys() == expected.keys() and all(torch.equal(v, expected[k]) for k, v in tensors.items())
     with torch.device("meta"):
-        own = common.build_rcnn(finetune.Config(detector=detector, box_head="4conv1fc", backbone_norm="bn"), 80).state_dict()
+        own = rcnn.build_rcnn(finetune.Config(detector=detector, box_head="4conv1fc", backbone_norm="bn"), 80).state_dict()
     assert all(own[k].shape == v.shape for k, v in tensors.items())
     assert [k for k in own if k.startswith("backbone.body.") and k not in tensors] == []
 
@@ -1610,7 +1613,7 @@ def moco_model(case, folder):
     state |= {"queue": unit_queue(shapes["queue"], case["seed"]), "queue_ptr": torch.zeros(shapes["queue_ptr"], dtype=torch.long)}
     model = dupr.DUPR(moco_encoder(case, shapes), case["config"]["K"], case["config"]["dim"])
     path = moco_file(folder, state)
-    common.load_matching(model, convert.open_checkpoint(path).state, drop={}, source=str(path))
+    convert.load_matching(model, convert.open_checkpoint(path).state, drop={}, source=str(path))
     return model
 
 
@@ -1861,6 +1864,6 @@ def moco_statedict(case, seen):
             assert torch.equal(own[convert.rename(name, convert.MOCO["v2" if mlp else "v1"])], again["state_dict"][f"module.{name}"]), name
     assert model.queues["image_conv5"].ptr.dtype == torch.int64
     backbone = common.Backbone(arch, (1, 2, 3, 4), "bn", trainable=5)
-    common.load_backbone_weights(backbone.body, str(seen.tmp / "checkpoint_0199.pth.tar"), arch)
+    convert.load_backbone_weights(backbone.body, str(seen.tmp / "checkpoint_0199.pth.tar"), arch)
     for name, value in backbone.body.state_dict().items():
         assert torch.equal(value, own[f"encoder_q.{name}"]), name

@@ -24,6 +24,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data as D  # noqa: E402
 import proposals as P  # noqa: E402
+import run  # noqa: E402
 from common import UserError  # noqa: E402
 from data import UnreadableImage  # noqa: E402
 
@@ -440,7 +441,7 @@ class Disk:
         def opened(path, mode="r", *args, **kwargs):
             return io.BufferedWriter(File(path, mode)) if mode in ("wb", "ab") else open(path, mode, *args, **kwargs)
         patch.setattr(P, "open", opened, raising=False)
-        patch.setattr(P.common, "open", opened, raising=False)
+        patch.setattr(run, "open", opened, raising=False)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):

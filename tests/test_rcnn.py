@@ -23,11 +23,14 @@ from torchvision.models.detection.roi_heads import maskrcnn_loss
 from torchvision.ops import box_convert, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+import annotations
 import common
 import convert
 import data
 import evaluation
 import finetune
+import rcnn
+import run
 import soco
 from common import UserError
 
@@ -44,7 +47,7 @@ def config(detector="faster_rcnn_fpn", **values):
 
 def build(detector="faster_rcnn_fpn", classes=3, **values):
     torch.manual_seed(0)
-    return common.build_rcnn(config(detector, **values), classes)
+    return rcnn.build_rcnn(config(detector, **values), classes)
 
 
 def batch_of(detector="faster_rcnn_fpn", sizes=((64, 48), (40, 64))):
@@ -56,14 +59,14 @@ def batch_of(detector="faster_rcnn_fpn", sizes=((64, 48), (40, 64))):
         masks = torch.zeros(2, h, w, dtype=torch.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist()):
             mask[y1:y2, x1:x2] = 1
-        targets.append({"boxes": boxes, "labels": torch.tensor([0, 2]) + finetune.first_label(detector), "masks": masks})
+        targets.append({"boxes": boxes, "labels": torch.tensor([0, 2]) + rcnn.first_label(detector), "masks": masks})
     return images, targets
 
 
 # ==== Parts ========================================================================================================
 
 def test_anchors_are_not_rounded():
-    cell = common.Anchors(((32,), (64, 100.5)), ((0.5, 1.0, 2.0),) * 2).cell_anchors
+    cell = rcnn.Anchors(((32,), (64, 100.5)), ((0.5, 1.0, 2.0),) * 2).cell_anchors
     assert torch.allclose(cell[0], torch.tensor([[-22.627417, -11.3137085, 22.627417, 11.3137085], [-16, -16, 16, 16],
                                                  [-11.3137085, -22.627417, 11.3137085, 22.627417]]))
     w, h = (cell[1][:, 2:] - cell[1][:, :2]).unbind(1)
@@ -92,7 +95,7 @@ def test_strides_of_maps_and_anchors(detector, strides, pad):
 
 def test_aligned_pooler():
     g = torch.Generator().manual_seed(1)
-    pool = common.AlignedRoIAlign({"0": 4, "1": 8, "2": 16, "3": 32}, 3)
+    pool = rcnn.AlignedRoIAlign({"0": 4, "1": 8, "2": 16, "3": 32}, 3)
     sides = torch.tensor([10.0, 111.9, 112, 223.9, 224, 447.9, 448, 900])
     assert pool.levels(torch.stack([sides * 0, sides * 0, sides, sides], 1)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]   # P2 below 112, P4 from 224
     maps = {k: torch.randn(2, 5, 64 // 2 ** i, 64 // 2 ** i, generator=g, requires_grad=True) for i, k in enumerate(("0", "1", "2", "3", "pool"))}
@@ -103,7 +106,7 @@ def test_aligned_pooler():
         assert torch.equal(got[row], own[0])
     got.sum().backward()
     assert maps["0"].grad.any() and maps["2"].grad.any() and maps["pool"].grad is None
-    one = common.AlignedRoIAlign({"0": 16}, 14)({"0": maps["0"]}, boxes, [])
+    one = rcnn.AlignedRoIAlign({"0": 16}, 14)({"0": maps["0"]}, boxes, [])
     assert torch.equal(one, roi_align(maps["0"], boxes, 14, 1 / 16, -1, aligned=True))
     assert pool(maps, [boxes[0][:0], boxes[1][:0]], []).shape == (0, 5, 3, 3)
 
@@ -124,7 +127,7 @@ def test_rpn_loss_by_hand():
 def test_roi_loss_by_hand():
     logits = torch.tensor([[1.0, 2, 0], [0, 0, 3], [0.5, 0, 0]])
     regression, wanted = torch.arange(36.0).reshape(3, 12) / 10, torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, 1], [9, 9, 9, 9]])
-    losses = common.RCNNHeads.box_losses(logits, regression, torch.tensor([1, 2, 0]), wanted)
+    losses = rcnn.RCNNHeads.box_losses(logits, regression, torch.tensor([1, 2, 0]), wanted)
     # row 0, class 1: 0.4 .. 0.7 against 0; row 1, class 2: 2.0 .. 2.3 against 1; row 2 is background; three RoIs
     assert losses["loss_box_reg"].item() == pytest.approx((0.4 + 0.5 + 0.6 + 0.7 + 1.0 + 1.1 + 1.2 + 1.3) / 3, rel=1e-6)
     rows = [math.log(sum(math.exp(v) for v in row)) - row[c] for row, c in zip(logits.tolist(), (1, 2, 0))]
@@ -196,7 +199,7 @@ def test_names_of_c4_and_2fc():
     ("mask_rcnn_c4", "2fc", 80, 35.98), ("retinanet_fpn", "2fc", 80, 37.97), ("fcos_fpn", "2fc", 80, 32.30)))
 def test_sizes_of_the_published_models(detector, box_head, classes, millions):
     with torch.device("meta"):                                                        # shapes without memory
-        model = common.build_rcnn(finetune.Config(detector=detector, box_head=box_head, backbone_norm="bn"), classes)
+        model = rcnn.build_rcnn(finetune.Config(detector=detector, box_head=box_head, backbone_norm="bn"), classes)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
     assert all(p.requires_grad for p in model.parameters())
 
@@ -241,7 +244,7 @@ def test_bf16_leaves_boxes_in_float(detector):
 @pytest.mark.parametrize("detector", ("mask_rcnn_c4", "mask_rcnn_fpn", "fcos_fpn"))
 def test_norms_do_not_decay(detector):
     model = build(detector, box_head="4conv1fc")
-    optimizer = common.build_sgd(SimpleNamespace(lr=0.02, weight_decay=1e-4, sgd_momentum=0.9), model)
+    optimizer = rcnn.build_sgd(SimpleNamespace(lr=0.02, weight_decay=1e-4, sgd_momentum=0.9), model)
     decay, none = optimizer.param_groups
     assert decay["weight_decay"] == 1e-4 and none["weight_decay"] == 0 and decay["momentum"] == none["momentum"] == 0.9
     norms = {n for n, m in model.named_modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))}
@@ -253,12 +256,12 @@ def test_norms_do_not_decay(detector):
 
 def test_schedule():
     def lr(step):
-        return 0.02 * common.warmup_step_schedule(step, 90000, 1000, (2 / 3, 8 / 9))
+        return 0.02 * rcnn.warmup_step_schedule(step, 90000, 1000, (2 / 3, 8 / 9))
 
     values = {0: 2e-5, 500: 0.01001, 1000: 0.02, 59999: 0.02, 60000: 2e-3, 79999: 2e-3, 80000: 2e-4, 89999: 2e-4}
     assert {k: lr(k) for k in values} == pytest.approx(values, rel=1e-9)
-    voc = [common.warmup_step_schedule(s, 24000, 100, (3 / 4, 11 / 12)) for s in (100, 17999, 18000, 21999, 22000)]
-    assert voc == pytest.approx([1, 1, 0.1, 0.1, 0.01]) and common.warmup_step_schedule(0, 10, 0, ()) == 1
+    voc = [rcnn.warmup_step_schedule(s, 24000, 100, (3 / 4, 11 / 12)) for s in (100, 17999, 18000, 21999, 22000)]
+    assert voc == pytest.approx([1, 1, 0.1, 0.1, 0.01]) and rcnn.warmup_step_schedule(0, 10, 0, ()) == 1
 
 
 COCO_SIZES, WIDE = (640, 672, 704, 736, 768, 800), tuple(range(480, 801, 32))
@@ -281,7 +284,7 @@ COCO_SIZES, WIDE = (640, 672, 704, 736, 768, 800), tuple(range(480, 801, 32))
     ({"data": "synthetic", "preset": "demo"}, dict(iterations=None, fpn_channels=64, arch="resnet18", crop_scales=())),
     ({"preset": "demo", "detector": "faster_rcnn_c4"}, dict(iterations=None, anchor_size=8, data="synthetic"))))
 def test_recipes(values, expected):
-    cfg = common.parse_config(finetune.Config, finetune.PRESETS, flags({"detector": "mask_rcnn_fpn", **values}), script="finetune", description="",
+    cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags({"detector": "mask_rcnn_fpn", **values}), script="finetune", description="",
                               by_data=finetune.recipe_of)
     assert {k: getattr(cfg, k) for k in expected} == expected
     assert (cfg.crop_scales, cfg.clip_max_norm, cfg.backbone_norm, cfg.sgd_momentum) == ((), 0.0, "bn", 0.9)
@@ -289,7 +292,7 @@ def test_recipes(values, expected):
 
 
 def test_demo_of_the_detr_family_is_what_it_was():
-    cfg = common.parse_config(finetune.Config, finetune.PRESETS, ["--preset", "demo"], script="finetune", description="", by_data=finetune.recipe_of)
+    cfg = run.parse_config(finetune.Config, finetune.PRESETS, ["--preset", "demo"], script="finetune", description="", by_data=finetune.recipe_of)
     assert (cfg.lr, cfg.lr_backbone, cfg.batch_size, cfg.crop_scales, cfg.hidden_dim, cfg.epochs) == (4e-4, 4e-4, 8, (112, 144), 128, 50)
 
 
@@ -302,27 +305,27 @@ def test_adapter_there_and_back(detector):
     boxes = [torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.1, 0.2, 0.2, 0.4]]), torch.tensor([[0.25, 0.75, 0.5, 0.25], [0.5, 0.5, 0.0, 0.5]])]
     padded = data.collate([{"image": torch.randn(3, *s), "target": {"boxes": b, "labels": torch.tensor([2, 0])}, "skipped": []}
                            for s, b in zip(sizes, boxes)])
-    images = finetune.input_images(padded, CPU)
+    images = rcnn.input_images(padded, CPU)
     assert [tuple(i.shape[1:]) for i in images] == sizes and torch.equal(images[1], padded["images"][1, :, :40, :32])
-    targets = finetune.to_rcnn(padded["targets"], images, detector)
+    targets = rcnn.to_rcnn(padded["targets"], images, detector)
     first = 0 if detector in ("retinanet_fpn", "fcos_fpn") else 1
     assert [t["labels"].tolist() for t in targets] == [[2 + first, first], [2 + first]]               # a box without extent is left out
     assert torch.allclose(targets[0]["boxes"], torch.tensor([[20.0, 15, 60, 45], [0, 0, 16, 24]]), atol=1e-5)
     detections = [{**t, "scores": torch.arange(1.0, len(t["labels"]) + 1) / 4} for t in targets]
     known = [{"image_id": 7, "orig_size": torch.tensor(originals[0])}, {"image_id": 9, "orig_size": torch.tensor(originals[1])}]
-    found = finetune.from_rcnn(detections, images, known, detector, [50, None, 70])
+    found = rcnn.from_rcnn(detections, images, known, detector, [50, None, 70])
     assert [(d["image_id"], d["category_id"], d["score"]) for d in found] == [(7, 70, 0.25), (7, 50, 0.5), (9, 70, 0.25)]
     for d, b, (h, w) in zip(found, (boxes[0][0], boxes[0][1], boxes[1][0]), (originals[0], originals[0], originals[1])):
         expected = box_convert(b * torch.tensor([w, h, w, h]), "cxcywh", "xyxy")
         assert d["bbox"] == pytest.approx([*expected[:2].tolist(), *(expected[2:] - expected[:2]).tolist()], abs=1e-3)
-    dropped = finetune.from_rcnn(detections, images, known, detector, [None, 60, 70])
+    dropped = rcnn.from_rcnn(detections, images, known, detector, [None, 60, 70])
     assert [d["category_id"] for d in dropped] == [70, 70]                             # a row that is no category
 
 
 def test_masks_are_pasted_at_the_original_size():
     detection = {"boxes": torch.tensor([[10.0, 5, 30, 25]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9]),
                  "masks": torch.ones(1, 1, 28, 28)}
-    found = finetune.from_rcnn([detection], [torch.zeros(3, 50, 40)], [{"image_id": 1, "orig_size": torch.tensor([100, 80])}], "mask_rcnn_fpn", [5])
+    found = rcnn.from_rcnn([detection], [torch.zeros(3, 50, 40)], [{"image_id": 1, "orig_size": torch.tensor([100, 80])}], "mask_rcnn_fpn", [5])
     mask = coco_mask.decode(found[0]["segmentation"])
     assert mask.shape == (100, 80) and json.dumps(found)                               # 20..60 x 10..50 in the original
     inside = np.zeros((100, 80), np.uint8)
@@ -330,7 +333,7 @@ def test_masks_are_pasted_at_the_original_size():
     assert (mask == inside).all()
     half = torch.zeros(1, 1, 14, 14)
     half[..., :7] = 0.9                                                               # the left half; outside the picture nothing is drawn
-    pasted = common.paste_masks(half, torch.tensor([[-4.0, 90, 24, 118]]), (100, 80))[0]
+    pasted = rcnn.paste_masks(half, torch.tensor([[-4.0, 90, 24, 118]]), (100, 80))[0]
     assert pasted[90:, :10].all() and pasted.sum() == 100
 
 
@@ -364,7 +367,7 @@ def coco_json(folder, n=4, size=(48, 64), segmentations=True, seed=0):
 
 
 def test_segmentations_of_all_kinds(tmp_path):
-    labelled = data.open_detection(str(coco_json(tmp_path / "c", 3)), None, "train", masks=True)
+    labelled = annotations.open_detection(str(coco_json(tmp_path / "c", 3)), None, "train", masks=True)
     raw = json.loads((tmp_path / "c" / "train.json").read_text())["annotations"]
     assert {type(a["segmentation"]["counts"]) if isinstance(a["segmentation"], dict) else list for a in raw} == {list, str}
     for i in range(3):
@@ -377,7 +380,7 @@ def test_segmentations_of_all_kinds(tmp_path):
             assert (torch.tensor([x.min(), y.min(), x.max() + 1, y.max() + 1]) - box).abs().max() <= 1
     truth = labelled.coco_ground_truth()
     assert [coco_mask.area(a["segmentation"]) for a in truth["annotations"]] == [a["area"] for a in raw]
-    plain = data.open_detection(str(tmp_path / "c"), None, "train")                    # where nobody asks, nothing is kept
+    plain = annotations.open_detection(str(tmp_path / "c"), None, "train")                    # where nobody asks, nothing is kept
     assert all(r.segments is None for r in plain.records) and "segmentation" not in plain.coco_ground_truth()["annotations"][0]
 
 
@@ -400,10 +403,10 @@ def test_masks_follow_flip_crop_and_resize():
 
 
 def test_training_sample_with_masks(tmp_path):
-    labelled = data.open_detection(str(coco_json(tmp_path, 3)), None, "train", masks=True)
+    labelled = annotations.open_detection(str(coco_json(tmp_path, 3)), None, "train", masks=True)
     samples = finetune.LabelledDataset(config("mask_rcnn_fpn", scales=(48, 96)), labelled)
     batch = data.collate([samples[0, i] for i in range(3)])
-    for image, target in zip(finetune.input_images(batch, CPU), batch["targets"]):
+    for image, target in zip(rcnn.input_images(batch, CPU), batch["targets"]):
         assert target["masks"].shape == (2, *image.shape[1:])
         boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([image.shape[2], image.shape[1]] * 2)
         for m, box in zip(target["masks"], boxes):
@@ -416,7 +419,7 @@ def test_training_sample_with_masks(tmp_path):
 def test_objects_without_segmentation_are_refused(tmp_path, real_data):
     folder = coco_json(tmp_path / "c", 2, segmentations=False)
     with pytest.raises(UserError, match=r"4 of 4 objects have no segmentation .*first: object 1 of .*0\.png.*faster_rcnn_fpn"):
-        data.open_detection(str(folder), None, "train", masks=True)
+        annotations.open_detection(str(folder), None, "train", masks=True)
     content = json.loads((folder / "train.json").read_text())
     good = {"size": [48, 64], "counts": [48 * 64]}
     bad = ([[1, 2, 3, 4]], {"size": [64, 48], "counts": [48 * 64]}, [])                # a polygon of two points, another image's RLE, nothing
@@ -424,13 +427,13 @@ def test_objects_without_segmentation_are_refused(tmp_path, real_data):
         a["segmentation"] = segmentation
     (folder / "train.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="3 of 4 objects have no segmentation"):
-        data.open_detection(str(folder), None, "train", masks=True)
+        annotations.open_detection(str(folder), None, "train", masks=True)
     with pytest.raises(UserError, match="objects have no segmentation"):
-        data.open_detection(str(real_data / "bccd"), None, "train", masks=True)
+        annotations.open_detection(str(real_data / "bccd"), None, "train", masks=True)
 
 
 def test_synthetic_masks():
-    labelled = data.open_detection("synthetic", None, "train", synthetic_images=2, synthetic_size=64, masks=True)
+    labelled = annotations.open_detection("synthetic", None, "train", synthetic_images=2, synthetic_size=64, masks=True)
     for i in range(2):
         _, target = labelled.load(i)
         boxes = [[x.min(), y.min(), x.max() + 1, y.max() + 1] for y, x in (m.nonzero(as_tuple=True) for m in labelled.masks(i))]
@@ -442,17 +445,17 @@ def test_images_without_objects_are_left_out(tmp_path):
     content = json.loads((folder / "train.json").read_text())
     content["annotations"] = [{**a, "iscrowd": int(a["image_id"] == 2)} for a in content["annotations"] if a["image_id"] != 1]
     (folder / "train.json").write_text(json.dumps(content))
-    labelled = data.open_detection(str(folder), None, "train")
+    labelled = annotations.open_detection(str(folder), None, "train")
     kept = labelled.with_objects()
     assert kept.image_ids == [3] and len(labelled) == 3 and kept.notes[-1] == "2 of 3 training images have no object and are left out"
     with pytest.raises(UserError, match="none of the 1 training images has an object"):
-        data.DetectionSet("x", kept.categories, labelled.records[:1], []).with_objects()
+        annotations.DetectionSet("x", kept.categories, labelled.records[:1], []).with_objects()
 
 
 # ==== Mask metrics =================================================================================================
 
 def test_mask_ap(tmp_path):
-    labelled = data.open_detection(str(coco_json(tmp_path, 3)), None, "train", masks=True)
+    labelled = annotations.open_detection(str(coco_json(tmp_path, 3)), None, "train", masks=True)
     truth = labelled.coco_ground_truth()
     perfect = [{"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9, "segmentation": a["segmentation"]}
                for a in truth["annotations"]]
@@ -538,7 +541,7 @@ def test_names_of_the_released_soco(variant, detector, count):
     mapping = json.loads((folder / f"statedict_soco_{variant}_detectron2.json").read_text())["mapping"]
     with torch.device("meta"):
         state = {name.removeprefix("module."): torch.empty(shape) for name, shape, *_ in released}
-        own = common.build_rcnn(finetune.Config(detector=detector, box_head="4conv1fc", backbone_norm="bn"), 80).state_dict()
+        own = rcnn.build_rcnn(finetune.Config(detector=detector, box_head="4conv1fc", backbone_norm="bn"), 80).state_dict()
     tensors, left = convert.rcnn_state(convert.Checkpoint("FILE", "SoCo", state, {}, {}), detector)
     assert len(tensors) == len(mapping) == count
     assert all(own[k].shape == v.shape for k, v in tensors.items())
@@ -561,7 +564,7 @@ def test_checkpoints_with_a_backbone_only(detector, prefix, tmp_path, capsys):
     other = {"transformer.level_embed": torch.ones(3), "encoder_q.fc.0.weight": torch.ones(3, 3), "encoder_k.conv1.weight": torch.ones(3)}
     torch.save({"state_dict": {**{prefix + k: v for k, v in body.items()}, **other}}, tmp_path / "b.pt")
     cfg, model, _ = load(tmp_path / "b.pt", detector)
-    trunk = common.rcnn_trunk(model).state_dict()
+    trunk = rcnn.rcnn_trunk(model).state_dict()
     assert cfg.arch == "resnet34" and all(torch.equal(v, trunk[k]) for k, v in body.items() if not k.endswith("num_batches_tracked"))
     said = capsys.readouterr().out
     new = ["norm after res5, made anew"] if detector.endswith("c4") else ["feature pyramid, made anew"]
@@ -580,17 +583,17 @@ def test_backbone_weights_of_c4(tmp_path, capsys):
 
 def test_backbone_of_an_own_c4_checkpoint(tmp_path):
     c4 = build("faster_rcnn_c4")
-    common.save_checkpoint(tmp_path / "c4.pt", c4, None, 1, config("faster_rcnn_c4"), script="finetune", categories=CATEGORIES)
+    run.save_checkpoint(tmp_path / "c4.pt", c4, None, 1, config("faster_rcnn_c4"), script="finetune", categories=CATEGORIES)
     model, _ = finetune.build_model(config("fcos_fpn", fpn_channels=64, backbone_weights=str(tmp_path / "c4.pt")), None, CATEGORIES)
-    trunk = common.rcnn_trunk(model).state_dict()
-    assert all(torch.equal(v, trunk[k]) for k, v in common.rcnn_trunk(c4).state_dict().items() if not k.endswith("num_batches_tracked"))
+    trunk = rcnn.rcnn_trunk(model).state_dict()
+    assert all(torch.equal(v, trunk[k]) for k, v in rcnn.rcnn_trunk(c4).state_dict().items() if not k.endswith("num_batches_tracked"))
 
 
 @pytest.mark.parametrize("detector", ("mask_rcnn_fpn", "retinanet_fpn"))
 def test_own_checkpoint(detector, tmp_path):
     model = build(detector, classes=3, box_head="4conv1fc", anchor_size=16)
     cfg = config(detector, box_head="4conv1fc", anchor_size=16)
-    common.save_checkpoint(tmp_path / "o.pt", model, None, 5, cfg, script="finetune", categories=CATEGORIES)
+    run.save_checkpoint(tmp_path / "o.pt", model, None, 5, cfg, script="finetune", categories=CATEGORIES)
     found, arch = finetune.read_init(str(tmp_path / "o.pt"))               # whatever --detector says by default
     assert arch == dict(detector=detector, arch="resnet18", backbone_norm="bn", box_head="4conv1fc", fpn_channels=32, head_dim=16, anchor_size=16)
     here = finetune.adopt_architecture(finetune.Config(init_from=str(tmp_path / "o.pt"), proposals_per_image=12), arch, set())
@@ -615,7 +618,7 @@ def test_own_checkpoint(detector, tmp_path):
 
 def test_precise_bn():
     cfg = config(precise_bn=3, batch_size=2, fpn_channels=32)
-    train_set = data.open_detection("synthetic", None, "train", synthetic_images=6, synthetic_size=64)
+    train_set = annotations.open_detection("synthetic", None, "train", synthetic_images=6, synthetic_size=64)
     model, _ = finetune.build_model(cfg, None, train_set.categories)
     weights = {k: v.clone() for k, v in model.named_parameters()}
     with torch.no_grad():
@@ -630,7 +633,7 @@ def test_precise_bn():
     means, variances = [], []
     for keys in sampler:                                                              # by hand, for the first norm
         batch = data.collate([finetune.LabelledDataset(cfg, train_set)[k] for k in keys])
-        padded = model.transform(finetune.input_images(batch, CPU))[0].tensors
+        padded = model.transform(rcnn.input_images(batch, CPU))[0].tensors
         assert padded.shape[2:] == (64, 64)
         out = model.backbone.body.conv1(padded)
         means.append(out.mean((0, 2, 3)))
@@ -651,7 +654,7 @@ RUN = dict(data="synthetic", synthetic_images=4, synthetic_test_images=2, synthe
            scales=(64,), max_size=96, batch_size=2, num_workers=0, warmup_iters=2, backbone_weights="random", **TINY)
 
 
-def run(out, detector, **values):
+def run_script(out, detector, **values):
     return finetune.main(flags({**RUN, "out": out, "detector": detector, **values}))
 
 
@@ -659,7 +662,7 @@ def run(out, detector, **values):
 def test_every_detector_trains_and_evaluates_again(detector, tmp_path):
     values = {"data": coco_json(tmp_path / "data")} if detector.startswith("mask") else {}
     values |= {"fpn_channels": 64} if detector == "fcos_fpn" else {}                  # GroupNorm of 32 groups needs two values in each
-    metrics = run(tmp_path / "a", detector, max_steps=2, epochs=4, **values)
+    metrics = run_script(tmp_path / "a", detector, max_steps=2, epochs=4, **values)
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     parts = {"retinanet_fpn": {"classification", "bbox_regression"}, "fcos_fpn": {"classification", "bbox_regression", "bbox_ctrness"}}.get(
         detector, {"classifier", "box_reg", "objectness", "rpn_box_reg"} | ({"mask"} if detector.startswith("mask") else set()))
@@ -681,9 +684,9 @@ def test_every_detector_trains_and_evaluates_again(detector, tmp_path):
 
 def test_interrupted_run_ends_as_the_unbroken_one(tmp_path):
     values = {"epochs": 3, "eval_every": 1, "lr": 0.01}
-    run(tmp_path / "whole", "faster_rcnn_fpn", **values)
-    run(tmp_path / "parts", "faster_rcnn_fpn", **values, max_steps=3)
-    run(tmp_path / "parts", "faster_rcnn_fpn", **values)
+    run_script(tmp_path / "whole", "faster_rcnn_fpn", **values)
+    run_script(tmp_path / "parts", "faster_rcnn_fpn", **values, max_steps=3)
+    run_script(tmp_path / "parts", "faster_rcnn_fpn", **values)
     one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
     assert one["step"] == two["step"] == 6 and all(torch.equal(v, two["model"][k]) for k, v in one["model"].items())
     buffers = [[s["momentum_buffer"] for s in state["optimizer"]["state"].values()] for state in (one, two)]
@@ -692,7 +695,7 @@ def test_interrupted_run_ends_as_the_unbroken_one(tmp_path):
 
 
 def test_accumulation_averages_micro_batches():
-    train_set = data.open_detection("synthetic", None, "train", synthetic_images=4, synthetic_size=64)
+    train_set = annotations.open_detection("synthetic", None, "train", synthetic_images=4, synthetic_size=64)
     samples = finetune.LabelledDataset(config(), train_set)
     halves = [data.collate([samples[0, i] for i in pair]) for pair in ((0, 1), (2, 3))]
     model, _ = finetune.build_model(config(), None, train_set.categories)
@@ -718,7 +721,7 @@ def test_accumulation_averages_micro_batches():
 
 def test_eight_images_are_learned(tmp_path):
     folder = coco_json(tmp_path / "data", 8, (64, 64))
-    metrics = run(tmp_path / "o", "faster_rcnn_fpn", data=folder, epochs=40, batch_size=8, rois_per_image=16, proposals_per_image=50, lr=0.05,
+    metrics = run_script(tmp_path / "o", "faster_rcnn_fpn", data=folder, epochs=40, batch_size=8, rois_per_image=16, proposals_per_image=50, lr=0.05,
                   precise_bn=4, warmup_iters=5, eval_every=0)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "o" / "log.jsonl").read_text().splitlines()]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5]) and metrics["AP50"] > 0.05, (losses, metrics)

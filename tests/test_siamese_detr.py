@@ -16,6 +16,7 @@ import common
 import data
 import evaluation
 import proposals
+import run
 import siamese_detr
 
 CPU = torch.device("cpu")
@@ -720,7 +721,7 @@ def test_probe_asks_for_own_and_for_other_regions(multi_view, choice):
 # ==== Recipes ======================================================================================================
 
 def parse(*argv):
-    return common.parse_config(siamese_detr.Config, siamese_detr.PRESETS, list(argv), script="siamese_detr", description="",
+    return run.parse_config(siamese_detr.Config, siamese_detr.PRESETS, list(argv), script="siamese_detr", description="",
                                by_data=siamese_detr.recipe_of)
 
 
@@ -754,14 +755,14 @@ RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "
        "dropout": 0.1, "stride": 16, "epochs": 4, "lambda_region": 0.5, "lambda_global": 2.0, "eos_coef": 0.2}
 
 
-def run(out, **values):
+def run_script(out, **values):
     return siamese_detr.main(flags({**RUN, "out": out, **values}))
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
-    return out, run(out, max_steps=3)
+    return out, run_script(out, max_steps=3)
 
 
 def test_run_writes_its_files(straight):
@@ -788,13 +789,13 @@ def test_run_writes_its_files(straight):
 
 def test_the_same_command_again(straight, capsys):
     out, metrics = straight
-    assert plain(run(out, max_steps=3)) == plain(metrics)
+    assert plain(run_script(out, max_steps=3)) == plain(metrics)
     assert "this run is finished (3 steps)" in capsys.readouterr().out
 
 
 def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
-    run(tmp_path, max_steps=1)
-    metrics = run(tmp_path, max_steps=3)
+    run_script(tmp_path, max_steps=1)
+    metrics = run_script(tmp_path, max_steps=3)
     assert "at step 1" in capsys.readouterr().out
     one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
     assert one["model"].keys() == two["model"].keys() and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
@@ -811,12 +812,12 @@ def test_own_images_with_random_regions(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(9):
         picture(i, (90, 64)).save(tmp_path / "images" / f"{i}.png")
-    metrics = run(tmp_path / "out", data=tmp_path / "images", max_steps=1, probe_images=3, detector="detr", region_target="none", lambda_global=0,
+    metrics = run_script(tmp_path / "out", data=tmp_path / "images", max_steps=1, probe_images=3, detector="detr", region_target="none", lambda_global=0,
                   proposal_method="random", multi_view="false", region_choice="random")
     assert metrics.keys() == ROWS | {"steps", "primary"} and not (tmp_path / "out" / "proposals").exists()
     line = json.loads((tmp_path / "out" / "log.jsonl").read_text())
     assert "loss_feature" not in line and "loss_global" not in line and line["fallbacks"] == 0
-    assert run(tmp_path / "quiet", data=tmp_path / "images", max_steps=1, probe_images=0, cache_proposals="false") == {"steps": 1}
+    assert run_script(tmp_path / "quiet", data=tmp_path / "images", max_steps=1, probe_images=0, cache_proposals="false") == {"steps": 1}
 
 
 def test_bad_input_ends_in_one_line(fails, straight, tmp_path):

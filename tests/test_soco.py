@@ -18,6 +18,7 @@ import convert
 import data
 import evaluation
 import proposals
+import run
 import soco
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def config(**values):
 
 
 def parse(*argv):
-    return common.parse_config(soco.Config, soco.PRESETS, list(argv), script="soco", description="", by_data=soco.recipe_of)
+    return run.parse_config(soco.Config, soco.PRESETS, list(argv), script="soco", description="", by_data=soco.recipe_of)
 
 
 def views_of(*images, boxes=None, plain_colours=False, separate=False, **values):
@@ -730,14 +731,14 @@ RUN = {**TINY, "preset": "demo", "data": "synthetic", "synthetic_images": 12, "s
        "cache_proposals": "true"}
 
 
-def run(out, **values):
+def run_script(out, **values):
     return soco.main(flags({**RUN, "out": out, **values}))
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
-    return out, run(out, max_steps=4)
+    return out, run_script(out, max_steps=4)
 
 
 def test_run_writes_its_files(straight):
@@ -766,14 +767,14 @@ def test_run_writes_its_files(straight):
 def test_the_same_command_again(straight, capsys):
     out, metrics = straight
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    assert plain(run(out, max_steps=4)) == plain(metrics)
+    assert plain(run_script(out, max_steps=4)) == plain(metrics)
     assert "this run is finished (4 steps)" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
 
 
 def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
-    run(tmp_path, max_steps=2)
-    metrics = run(tmp_path, max_steps=4)
+    run_script(tmp_path, max_steps=2)
+    metrics = run_script(tmp_path, max_steps=4)
     assert "at step 2" in capsys.readouterr().out
     one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
     assert one["model"].keys() == two["model"].keys() and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
@@ -805,10 +806,10 @@ def test_own_images(tmp_path):
     folder.mkdir()
     for i in range(7):
         picture(i, (90, 64)).save(folder / f"{i}.png")
-    metrics = run(tmp_path / "out", data=folder, max_steps=1, probe_images=3, arch="c4", proposal_method="random", cache_proposals="false")
+    metrics = run_script(tmp_path / "out", data=folder, max_steps=1, probe_images=3, arch="c4", proposal_method="random", cache_proposals="false")
     assert metrics.keys() == ROWS | {"steps", "primary"} and metrics["pretrained"].keys() == {"retrieval", "view2", "own_image"}
     assert not (tmp_path / "out" / "proposals").exists()
-    quiet = run(tmp_path / "quiet", data=folder, max_steps=1, probe_images=0, star="true", proposal_method="whole", num_boxes=1)
+    quiet = run_script(tmp_path / "quiet", data=folder, max_steps=1, probe_images=0, star="true", proposal_method="whole", num_boxes=1)
     assert quiet == {"steps": 1} and not (tmp_path / "quiet" / "predictions.png").exists()
 
 

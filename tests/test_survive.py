@@ -20,10 +20,12 @@ from conftest import ROOT, SMALL, flags
 from PIL import Image
 from torchvision.models.resnet import BasicBlock, ResNet
 
+import annotations
 import common
 import data
 import dupr
 import finetune
+import run
 import test_detreg
 
 SCRIPTS = ("detreg", "updetr", "siamese_detr", "soco", "dupr", "finetune")
@@ -118,7 +120,7 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
             die()
 
     script.train_step, torch.save, os.replace = faulty_step, faulty_save, faulty_replace
-    common.cli(lambda: script.main(argv))
+    run.cli(lambda: script.main(argv))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def start():
     path, before = f"{ROOT}{os.pathsep}{ROOT / 'tests'}", os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = path                                       # of the server, which starts with the first process
 
-    def run(method, out, *faults, world=1, patience=30, timeout=90, target=child, **values):
+    def run_script(method, out, *faults, world=1, patience=30, timeout=90, target=child, **values):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -150,7 +152,7 @@ def start():
         assert not late, printed
         return [process.exitcode for process in processes], printed
 
-    yield run
+    yield run_script
     if before is None:
         del os.environ["PYTHONPATH"]
     else:
@@ -199,7 +201,7 @@ def unbroken(start, tmp_path_factory):
     """Runs that nothing happened to, each made once: unbroken(method, world)."""
     folder, made = tmp_path_factory.mktemp("unbroken"), {}
 
-    def run(method, world=1):
+    def run_script(method, world=1):
         out = folder / f"{method}{world}"
         if (method, world) not in made:
             codes, printed = start(method, out, world=world)
@@ -207,7 +209,7 @@ def unbroken(start, tmp_path_factory):
             made[method, world] = out
         return out
 
-    return run
+    return run_script
 
 
 # ==== Exact resume =================================================================================================
@@ -300,11 +302,11 @@ def test_full_disk(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     model = torch.nn.Linear(200, 300)
-    common.save_checkpoint(tmp_path / "last.pt", model, None, 1, dupr.Config())
+    run.save_checkpoint(tmp_path / "last.pt", model, None, 1, dupr.Config())
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda state, file: save(state, Full()))
     with pytest.raises(common.UserError, match="last.pt: step 2 cannot be saved .*No space left.*Make room"):
-        common.save_checkpoint(tmp_path / "last.pt", model, None, 2, dupr.Config())
+        run.save_checkpoint(tmp_path / "last.pt", model, None, 2, dupr.Config())
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and load(tmp_path)["step"] == 1
 
 
@@ -322,8 +324,8 @@ def test_frozen_target_is_that_of_the_start(start, tmp_path, method):
 
 def test_everything_random_is_seeded(monkeypatch):
     def draws(rank=0, step=7):
-        monkeypatch.setattr(common, "rank", lambda: rank)
-        common.seed_step(3, step)
+        monkeypatch.setattr(run, "rank", lambda: rank)
+        run.seed_step(3, step)
         return torch.rand(1).item(), float(np.random.rand()), random.random()
 
     assert draws() == draws()
@@ -369,7 +371,7 @@ def test_another_data_set_is_shown(start, tmp_path):
 
 
 def test_labels_are_part_of_the_data_set():
-    one, two = (data.open_detection("synthetic", None, "train", synthetic_images=4, synthetic_size=64, seed=3) for _ in range(2))
+    one, two = (annotations.open_detection("synthetic", None, "train", synthetic_images=4, synthetic_size=64, seed=3) for _ in range(2))
     assert finetune.fingerprint(one) == finetune.fingerprint(two)
     two.records[2].boxes[0, 2] += 1
     assert finetune.fingerprint(one) != finetune.fingerprint(two)

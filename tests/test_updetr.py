@@ -13,6 +13,7 @@ from test_detreg import pieces, plain, same_step
 
 import common
 import data
+import run
 import updetr
 from common import UserError
 
@@ -311,7 +312,7 @@ def test_reconstruction_off():
 
 
 def parse(*argv):
-    return common.parse_config(updetr.Config, updetr.PRESETS, list(argv), script="updetr", description="", by_data=updetr.recipe_of)
+    return run.parse_config(updetr.Config, updetr.PRESETS, list(argv), script="updetr", description="", by_data=updetr.recipe_of)
 
 
 def test_recipes():
@@ -508,14 +509,14 @@ RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "
        "dropout": 0.1, "stride": 16, "epochs": 4, "mask_ratio": 0.1, "eos_coef": 0.2}
 
 
-def run(out, **values):
+def run_script(out, **values):
     return updetr.main(flags({**RUN, "out": out, **values}))
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
-    return out, run(out, max_steps=3)
+    return out, run_script(out, max_steps=3)
 
 
 def test_run_writes_its_files(straight):
@@ -542,14 +543,14 @@ def test_run_writes_its_files(straight):
 def test_the_same_command_again(straight, capsys):
     out, metrics = straight
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    assert plain(run(out, max_steps=3)) == plain(metrics)
+    assert plain(run_script(out, max_steps=3)) == plain(metrics)
     assert "this run is finished (3 steps)" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
 
 
 def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
-    run(tmp_path, max_steps=1)
-    metrics = run(tmp_path, max_steps=3)
+    run_script(tmp_path, max_steps=1)
+    metrics = run_script(tmp_path, max_steps=3)
     assert "at step 1" in capsys.readouterr().out
     one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
     assert one["model"].keys() == two["model"].keys() and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
@@ -565,12 +566,12 @@ def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
 def test_own_images_with_held_out_ones(folder, tmp_path):
     for i in range(4, 9):
         picture(i).save(folder / f"{i}.png")
-    metrics = run(tmp_path / "out", data=folder, max_steps=1, probe_images=3, detector="conditional_detr", reconstruction="false", num_patches=1,
+    metrics = run_script(tmp_path / "out", data=folder, max_steps=1, probe_images=3, detector="conditional_detr", reconstruction="false", num_patches=1,
                   num_queries=3)
     assert metrics.keys() == ROWS | {"steps", "primary"} and (tmp_path / "out" / "predictions.png").exists()
     line = json.loads((tmp_path / "out" / "log.jsonl").read_text())
     assert line["epoch"] == 0 and "loss_feature" not in line
-    quiet = run(tmp_path / "quiet", data=folder, max_steps=1, probe_images=0)
+    quiet = run_script(tmp_path / "quiet", data=folder, max_steps=1, probe_images=0)
     assert quiet == {"steps": 1} and not (tmp_path / "quiet" / "predictions.png").exists()
 
 
