@@ -203,49 +203,6 @@ def test_class_names_of_released_heads(rows, first, last):
 
 # ==== torchvision and detectron2 ===================================================================================
 
-def readme_block(marker):
-    """The python block of README.md that contains `marker`."""
-    return next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if marker in block)
-
-
-@pytest.mark.parametrize(("detector", "box_head"), (("faster_rcnn_fpn", "2fc"), ("faster_rcnn_fpn", "4conv1fc"), ("mask_rcnn_fpn", "2fc"),
-                                                    ("mask_rcnn_fpn", "4conv1fc"), ("retinanet_fpn", "2fc"), ("fcos_fpn", "2fc"),
-                                                    ("faster_rcnn_c4", "2fc"), ("mask_rcnn_c4", "2fc")))
-def test_torchvision_as_the_readme_loads_it(detector, box_head, tmp_path, capsys, monkeypatch):
-    """README's lines build torchvision's own detector, which takes every tensor and whose parts then compute what ours compute."""
-    for start in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_"):
-        monkeypatch.setattr(torch.nn.init, start, lambda tensor, *args, **kwargs: tensor.detach().zero_())   # 45 million draws
-    ours = rcnn_checkpoint(tmp_path / "last.pt", detector, box_head=box_head, arch="resnet50", fpn_channels=256, head_dim=1024, anchor_size=32)
-    convert.main([str(tmp_path / "last.pt"), "--to", "torchvision", "--out", str(tmp_path / "tv.pth")])
-    assert ("labels: 0 cell, 1 platelet" if "rcnn" not in detector else "labels: 1 cell, 2 platelet, 3 cat") in capsys.readouterr().out
-    space = {}
-    exec(readme_block("def fpn("), space)
-    with torch.device("meta"):
-        theirs = space["MODELS"][detector if box_head == "2fc" else f"{detector} --box_head {box_head}"](3)
-    state = torch.load(tmp_path / "tv.pth", weights_only=True)
-    theirs.load_state_dict(state, assign=True)                                 # strict
-    assert {k for k in state if ".mask_head.res5." not in k} == set(ours.state_dict())
-    theirs.eval()
-    image = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        mine, other = ours.backbone(image), theirs.backbone(image)
-        other = other if isinstance(other, dict) else {"0": other}
-        assert mine.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in mine.items())
-        maps = list(mine.values())
-        if "rcnn" not in detector:
-            torch.testing.assert_close(theirs.head(maps)["cls_logits"], ours.head(maps)["cls_logits"])
-            return
-        for a, b in zip(theirs.rpn.head(maps), ours.rpn.head(maps)):
-            torch.testing.assert_close(a, b)
-        pooled = torch.randn(1, 1024, 6, 6) if detector.endswith("_c4") else torch.randn(1, 256, 7, 7)
-        for a, b in zip(*(heads.box_predictor(heads.box_head(pooled)) for heads in (theirs.roi_heads, ours.roi_heads))):
-            torch.testing.assert_close(a, b)
-        if detector.startswith("mask"):
-            head = theirs.roi_heads.mask_head(pooled)
-            mine = ours.roi_heads.box_head.res5(pooled) if detector.endswith("_c4") else ours.roi_heads.mask_head(pooled)
-            torch.testing.assert_close(theirs.roi_heads.mask_predictor(head), ours.roi_heads.mask_predictor(mine))
-
-
 def test_torchvision_of_soco_and_of_backbones(tmp_path, capsys):
     """SoCo's pyramid and box head for torchvision's Faster R-CNN; of all others, or when asked, a plain ResNet that lacks only its classifier."""
     torch.manual_seed(0)
