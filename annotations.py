@@ -1,4 +1,5 @@
-"""Labelled detection sets: COCO json, VOC xml, drawn scenes. Classes are taken from the files; what could not be used stands in `.notes`.
+"""Labelled detection sets: COCO json, VOC xml, drawn scenes. Classes are taken from the files;
+what could not be used stands in `.notes`.
 
 Boxes are `boxes_xyxy` in pixels of the image they come with, x2/y2 exclusive (width = x2 - x1).
 """
@@ -23,7 +24,8 @@ from data import SYNTHETIC_OFFSET, SyntheticScenes, decode_image, named_root, vo
 
 @dataclass
 class _Record:
-    """One labelled image: all that is known without opening it. `image` is a path, or an index into the drawn scenes."""
+    """One labelled image: all that is known without opening it. `image` is a path,
+    or an index into the drawn scenes."""
     image: Path | int
     id: int
     hw: tuple[int, int]
@@ -37,7 +39,8 @@ class _Record:
 
 @dataclass
 class DetectionSet:
-    """Images with boxes. `categories`: [{"id": original id, "name": name}], a label is a position in it. `notes`: what was odd, as sentences."""
+    """Images with boxes. `categories`: [{"id": original id, "name": name}], a label is a position in it. `notes`:
+    what was odd, as sentences."""
     name: str
     categories: list[dict]
     records: list[_Record]
@@ -53,17 +56,22 @@ class DetectionSet:
         return len(self.records)
 
     def load(self, i: int) -> tuple[Image.Image, dict]:
-        """-> (PIL RGB, target): boxes_xyxy float32 [n, 4] px, labels int64 [n], ignore and crowd bool [n], image_id int, orig_size int64 [2] (h, w).
-        `ignore` = COCO crowd or VOC difficult, `crowd` = COCO crowd alone. Raises UnreadableImage, or UserError where the size is another one."""
+        """-> (PIL RGB, target): boxes_xyxy float32 [n, 4] px, labels int64 [n], ignore and crowd bool [n],
+        image_id int, orig_size int64 [2] (h, w).
+        `ignore` = COCO crowd or VOC difficult, `crowd` = COCO crowd alone. Raises UnreadableImage,
+        or UserError where the size is another one."""
         record = self.records[i]
         image = self.scenes.load(record.image) if isinstance(record.image, int) else decode_image(record.image)
         h, w = record.hw
         if image.size != (w, h) and image.size == (h, w):
-            image = decode_image(record.image, exif=False)  # the boxes were drawn on the picture as stored, without its EXIF rotation
+            # the boxes were drawn on the picture as stored, without its EXIF rotation
+            image = decode_image(record.image, exif=False)
         if image.size != (w, h):
-            raise UserError(f"{record.image} is {image.width}x{image.height} px, its annotation says {w}x{h}. Correct the annotation or the image.")
+            raise UserError(f"{record.image} is {image.width}x{image.height} px, its annotation says {w}x{h}. "
+                            "Correct the annotation or the image.")
         target = {"boxes_xyxy": torch.from_numpy(record.boxes.copy()), "labels": torch.from_numpy(record.labels.copy()),
-                  "ignore": torch.from_numpy(record.crowd | record.difficult), "crowd": torch.from_numpy(record.crowd.copy()),
+                  "ignore": torch.from_numpy(record.crowd | record.difficult),
+                  "crowd": torch.from_numpy(record.crowd.copy()),
                   "image_id": record.id, "orig_size": torch.tensor([h, w])}
         return image, target
 
@@ -74,42 +82,52 @@ class DetectionSet:
         return torch.from_numpy(np.stack(decoded)) if decoded else torch.zeros(0, *record.hw, dtype=torch.uint8)
 
     def with_objects(self) -> DetectionSet:
-        """Without the images that have no object to learn from, as detectron2 trains; a note says how many they were."""
+        """Without the images that have no object to learn from, as detectron2 trains;
+        a note says how many they were."""
         kept = [r for r in self.records if (~r.crowd).any()]
         if not kept:
-            raise UserError(f"{self.name}: none of the {len(self)} training images has an object. Give annotated images.")
-        notes = [f"{len(self) - len(kept)} of {len(self)} training images have no object and are left out"] if len(kept) < len(self) else []
+            raise UserError(f"{self.name}: none of the {len(self)} training images has an object. "
+                            "Give annotated images.")
+        notes = ([f"{len(self) - len(kept)} of {len(self)} training images have no object and are left out"]
+                 if len(kept) < len(self) else [])
         return DetectionSet(self.name, self.categories, kept, self.notes + notes, self.scenes, self.voc)
 
     def coco_ground_truth(self) -> dict:
-        """COCO-format dict for pycocotools: original category ids, annotation ids from 1 (its matching reads 0 as 'unmatched'), the boxes of load(),
-        RLE segmentations where there are masks.
+        """COCO-format dict for pycocotools: original category ids, annotation ids from 1 (its matching reads 0 as
+        'unmatched'), the boxes of load(), RLE segmentations where there are masks.
         Difficult objects carry "ignore": 1 and "difficult": 1; pycocotools overwrites "ignore" by iscrowd, so
         an evaluation reads "difficult"."""
         images, annotations = [], []
         for r in self.records:
             file = Path(r.image).name if isinstance(r.image, Path) else f"{r.image:08d}"
             images.append({"id": r.id, "width": r.hw[1], "height": r.hw[0], "file_name": file})
-            segments = [{}] * len(r.boxes) if r.segments is None else [{"segmentation": segment_rle(s, r.hw)} for s in r.segments]
-            for box, label, crowd, difficult, area, segment in zip(r.boxes.tolist(), r.labels, r.crowd, r.difficult, r.areas, segments):
-                annotations.append({"id": len(annotations) + 1, "image_id": r.id, "category_id": self.categories[label]["id"], "area": float(area),
+            segments = ([{}] * len(r.boxes) if r.segments is None
+                        else [{"segmentation": segment_rle(s, r.hw)} for s in r.segments])
+            for box, label, crowd, difficult, area, segment in zip(r.boxes.tolist(), r.labels, r.crowd,
+                                                                   r.difficult, r.areas, segments):
+                annotations.append({"id": len(annotations) + 1, "image_id": r.id,
+                                    "category_id": self.categories[label]["id"], "area": float(area),
                                     "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "iscrowd": int(crowd)}
                                    | ({"ignore": 1, "difficult": 1} if difficult else {}) | segment)
         return {"images": images, "annotations": annotations, "categories": [dict(c) for c in self.categories]}
 
     def subset(self, percent: float, seed: int) -> DetectionSet:
-        """The labelled `percent` of low-data fine-tuning, order as drawn (label_subset over positions). Same on every process."""
+        """The labelled `percent` of low-data fine-tuning, order as drawn (label_subset over
+        positions). Same on every process."""
         drawn = label_subset(range(len(self)), percent / 100, seed)
         if not drawn:
-            raise UserError(f"{percent} % of the {len(self)} images of {self.name} are no usable part; give one that leaves 1 to all of them.")
+            raise UserError(f"{percent} % of the {len(self)} images of {self.name} are no usable part; "
+                            "give one that leaves 1 to all of them.")
         notes = [*self.notes, f"{len(drawn)} of {len(self)} images"]
         return DetectionSet(self.name, self.categories, [self.records[i] for i in drawn], notes, self.scenes, self.voc)
 
 
 def label_subset(ids: Sequence[int], fraction: float, seed: int) -> list[int]:
-    """DETReg's rule (datasets/coco.py): default_rng(seed).choice(ids, round(n * fraction), replace=False), order kept as drawn."""
+    """DETReg's rule (datasets/coco.py): default_rng(seed).choice(ids, round(n * fraction),
+    replace=False), order kept as drawn."""
     count = round(len(ids) * fraction)
-    return np.random.default_rng(seed).choice(np.asarray(ids), count, replace=False).tolist() if 0 < count <= len(ids) else []
+    return (np.random.default_rng(seed).choice(np.asarray(ids), count, replace=False).tolist()
+            if 0 < count <= len(ids) else [])
 
 
 def segment_rle(segmentation: list | dict, hw: tuple[int, int]) -> dict:
@@ -120,15 +138,17 @@ def segment_rle(segmentation: list | dict, hw: tuple[int, int]) -> dict:
 
 
 def _usable_segment(segmentation: Any, hw: tuple[int, int]) -> list | dict | None:
-    """Polygons of at least three points, or an RLE of the image's size; None when it is neither. Checked here, as pycocotools does not: it fills
-    what a short RLE leaves out with memory as found, and takes memory by the length of a polygon."""
+    """Polygons of at least three points, or an RLE of the image's size; None when it is neither. Checked here, as
+    pycocotools does not: it fills what a short RLE leaves out with memory as found,
+    and takes memory by the length of a polygon."""
     try:
         if isinstance(segmentation, dict):
             size, counts = segmentation["size"], segmentation["counts"]
             counts = counts if isinstance(counts, list) else _rle_counts(counts)
             whole = sum(counts) == hw[0] * hw[1] and all(type(n) is int and n >= 0 for n in counts)
             return segmentation if whole and list(size) == list(hw) else None
-        polygons = [p for p in segmentation or [] if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]  # detectron2's rule
+        # detectron2's rule
+        polygons = [p for p in segmentation or [] if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
         far = 10 * max(hw)
         return polygons if polygons and all(-far < v < far for p in polygons for v in p) else None
     except (KeyError, TypeError, ValueError):
@@ -136,7 +156,8 @@ def _usable_segment(segmentation: Any, hw: tuple[int, int]) -> list | dict | Non
 
 
 def _rle_counts(text: str) -> list[int]:
-    """The run lengths of a compressed RLE: 5 bits per character, the 6th = more to come, from the third on relative to the one before the last."""
+    """The run lengths of a compressed RLE: 5 bits per character, the 6th = more to come, from the third on relative
+    to the one before the last."""
     counts, value, bits = [], 0, 0
     for code in (c - 48 for c in text.encode("ascii")):
         if not 0 <= code < 64 or bits > 30:
@@ -152,29 +173,33 @@ def _rle_counts(text: str) -> list[int]:
 
 def _check_segments(records: list[_Record], source: str | Path) -> None:
     """UserError when an object has no usable segmentation."""
-    lacking = [(r, k) for r in records for k, segment in enumerate(r.segments or [None] * len(r.boxes)) if segment is None]
+    lacking = [(r, k) for r in records
+               for k, segment in enumerate(r.segments or [None] * len(r.boxes)) if segment is None]
     if lacking:
         record, k = lacking[0]
-        raise UserError(f"{source}: {len(lacking)} of {sum(len(r.boxes) for r in records)} objects have no segmentation (polygons, or an RLE of the "
-                        f"image's size), the first: object {k + 1} of {record.image}. Masks need one for every object; boxes alone are enough for "
-                        "--detector faster_rcnn_fpn or faster_rcnn_c4.")
+        raise UserError(f"{source}: {len(lacking)} of {sum(len(r.boxes) for r in records)} "
+                        "objects have no segmentation (polygons, or an RLE of the "
+                        f"image's size), the first: object {k + 1} of {record.image}. Masks need one for every object; "
+                        "boxes alone are enough for --detector faster_rcnn_fpn or faster_rcnn_c4.")
 
 
 class _Boxes:
-    """Takes one set's boxes image by image: clips, drops and counts what is empty, and refuses a set with more than 1 % of such."""
+    """Takes one set's boxes image by image: clips, drops and counts what is empty,
+    and refuses a set with more than 1 % of such."""
 
     def __init__(self):
         self.total, self.bad = 0, []
 
     def record(self, image: Path | int, image_id: int, hw: tuple[int, int], rows: list[tuple], where: str | Path,
                segments: list | None = None) -> _Record:
-        """`rows`: (x1, y1, x2, y2, empty in the file's own terms, label, crowd, difficult, area or NaN); `segments`: one per row."""
+        """`rows`: (x1, y1, x2, y2, empty in the file's own terms, label, crowd, difficult,
+        area or NaN); `segments`: one per row."""
         table = np.array(rows, np.float64).reshape(-1, 9)
         boxes = table[:, :4].clip(0, [hw[1], hw[0], hw[1], hw[0]]).astype(np.float32)
         bad = (table[:, 4] > 0) | ~np.isfinite(table[:, :4]).all(1) | (boxes[:, 2:] <= boxes[:, :2]).any(1)
         self.total += len(rows)
-        self.bad += ["{}, object {}: x {:g}..{:g}, y {:g}..{:g} in a {}x{} image".format(where, k + 1, *table[k, [0, 2, 1, 3]], hw[1], hw[0])
-                     for k in np.flatnonzero(bad)]
+        self.bad += ["{}, object {}: x {:g}..{:g}, y {:g}..{:g} in a {}x{} "
+                     "image".format(where, k + 1, *table[k, [0, 2, 1, 3]], hw[1], hw[0]) for k in np.flatnonzero(bad)]
         boxes, (labels, crowd, difficult, areas) = boxes[~bad], table[~bad, 5:].T
         areas = np.where(np.isnan(areas), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64), areas)
         segments = None if segments is None else [s for s, left_out in zip(segments, bad) if not left_out]
@@ -182,33 +207,41 @@ class _Boxes:
 
     def notes(self, source: Path) -> list[str]:
         if len(self.bad) > (0.01 * self.total if self.total >= 100 else 0):
-            raise UserError(f"{source}: {len(self.bad)} of {self.total} boxes are empty or outside their image, the first: {self.bad[0]}. "
-                            "More than 1 % (below 100 boxes: any) points to a wrong format; correct the annotations.")
-        return [f"{source}: {len(self.bad)} of {self.total} boxes left out as empty or outside: {'; '.join(self.bad[:3])}"] if self.bad else []
+            raise UserError(f"{source}: {len(self.bad)} of {self.total} boxes are empty or outside their image, "
+                            f"the first: {self.bad[0]}. More than 1 % (below 100 boxes: any) points to a wrong format; "
+                            "correct the annotations.")
+        return [f"{source}: {len(self.bad)} of {self.total} boxes left out as empty or outside: "
+                f"{'; '.join(self.bad[:3])}"] if self.bad else []
 
 
 def _locate(names: list[str], folders: list[Path], source: Path) -> Path:
-    """The first of `folders` that holds all `names` (may contain subfolders); each directory is listed once. UserError names what is missing."""
+    """The first of `folders` that holds all `names` (may contain subfolders); each directory is listed once.
+    UserError names what is missing."""
     for n in names:
         if ".." in PureWindowsPath(n).parts or PureWindowsPath(n).root or Path(n).drive:  # both kinds of separators
-            raise UserError(f"{source}: the file name {n!r} leads out of the image folder. Give names below it; links in it may lead elsewhere.")
+            raise UserError(f"{source}: the file name {n!r} leads out of the image folder. Give names below it; "
+                            "links in it may lead elsewhere.")
     best: tuple[int, Path, list[str]] | None = None
     for folder in folders:
-        listed = {p: set(os.listdir(folder / p)) if (folder / p).is_dir() else set() for p in {os.path.dirname(n) for n in names}}
+        listed = {p: set(os.listdir(folder / p)) if (folder / p).is_dir() else set()
+                  for p in {os.path.dirname(n) for n in names}}
         missing = [n for n in names if os.path.basename(n) not in listed[os.path.dirname(n)]]
         if not missing:
             return folder
         best = min(best or (len(names) + 1, folder, []), (len(missing), folder, missing), key=lambda b: b[0])
-    raise UserError(f"{source}: {best[0]} of {len(names)} images are not there, the first: {best[1] / best[2][0]}. Looked in "
-                    f"{', '.join(map(str, folders))}; put the images there or give their folder as --data_root.")
+    raise UserError(f"{source}: {best[0]} of {len(names)} images are not there, the first: "
+                    f"{best[1] / best[2][0]}. Looked in {', '.join(map(str, folders))}; "
+                    "put the images there or give their folder as --data_root.")
 
 
 def _label(name: str | None, key: int | str, labels: dict, source: Path) -> int:
-    """labels[(id, name)] where the pair is known, else labels[name]; a class outside is a UserError (the same name may have another id)."""
+    """labels[(id, name)] where the pair is known, else labels[name]; a class outside is a UserError (the same
+    name may have another id)."""
     label = labels.get((key, name), labels.get(name))
     if label is None:
         known = ", ".join(k for k in labels if isinstance(k, str))
-        raise UserError(f"{source}: category {key} ({name or 'not listed'}) is not one of the known: {known}. Relabel it or train with it.")
+        raise UserError(f"{source}: category {key} ({name or 'not listed'}) is not one of the known: {known}. "
+                        "Relabel it or train with it.")
     return label
 
 
@@ -219,17 +252,22 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
-def _open_coco(path: Path, image_folders: list[Path], name: str, categories: list[dict] | None, masks: bool) -> DetectionSet:
+def _open_coco(path: Path, image_folders: list[Path], name: str, categories: list[dict] | None,
+               masks: bool) -> DetectionSet:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        listed = sorted(({"id": _whole(c["id"]), "name": str(c["name"])} for c in content["categories"]), key=lambda c: c["id"])
-        images = sorted(((_whole(i["id"]), _whole(i["height"]), _whole(i["width"]), str(i["file_name"])) for i in content["images"]))
+        listed = sorted(({"id": _whole(c["id"]), "name": str(c["name"])} for c in content["categories"]),
+                        key=lambda c: c["id"])
+        images = sorted(((_whole(i["id"]), _whole(i["height"]), _whole(i["width"]), str(i["file_name"]))
+                         for i in content["images"]))
         categories = [dict(c) for c in categories or listed]
-        labels = {c["name"]: k for k, c in enumerate(categories)} | {(c["id"], c["name"]): k for k, c in enumerate(categories)}
+        labels = {c["name"]: k for k, c in enumerate(categories)} | {(c["id"], c["name"]): k
+                                                                     for k, c in enumerate(categories)}
         rows, names = {i[0]: [] for i in images}, {c["id"]: c["name"] for c in listed}
         segments, sizes = {i: [] for i in rows}, {i[0]: i[1:3] for i in images}
         if len(rows) < len(images) or len(names) < len(listed):
-            raise UserError(f"{path}: an image id or category id occurs twice. Give every image and category its own id.")
+            raise UserError(f"{path}: an image id or category id occurs twice. "
+                            "Give every image and category its own id.")
         if bad := [i for i in images if not (0 < i[1] < 2**31 and 0 < i[2] < 2**31)]:
             raise ValueError(f"image {bad[0][3]} is {bad[0][2]} x {bad[0][1]} px")
         for a in content["annotations"]:
@@ -242,18 +280,22 @@ def _open_coco(path: Path, image_folders: list[Path], name: str, categories: lis
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}. Give an existing COCO json.") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} is no COCO detection json: {type(error).__name__} {error}. It needs images (id, width, height, file_name), "
-                        "annotations (image_id of a listed image, category_id, bbox of 4 numbers) and categories (id, name).") from error
+        raise UserError(f"{path} is no COCO detection json: {type(error).__name__} {error}. It needs images (id, "
+                        "width, height, file_name), annotations (image_id of a listed image, category_id, "
+                        "bbox of 4 numbers) and categories (id, name).") from error
     if not images or not categories:
-        raise UserError(f"{path} lists {len(images)} images and {len(categories)} categories. At least one of each is needed.")
+        raise UserError(f"{path} lists {len(images)} images and {len(categories)} categories. "
+                        "At least one of each is needed.")
     folder, boxes = _locate([i[3] for i in images], image_folders, path), _Boxes()
-    records = [boxes.record(folder / file, image_id, (h, w), rows[image_id], f"image {file}", segments[image_id] if masks else None)
+    records = [boxes.record(folder / file, image_id, (h, w), rows[image_id],
+                            f"image {file}", segments[image_id] if masks else None)
                for image_id, h, w, file in images]
     if masks:
         _check_segments(records, path)
     notes, files = boxes.notes(path), len({i[3] for i in images})
     if files < len(images):
-        notes.append(f"{path}: {len(images) - files} of {len(images)} images name a file that another one names too; each counts for itself.")
+        notes.append(f"{path}: {len(images) - files} of {len(images)} images name a file that another one names too; "
+                     "each counts for itself.")
     return DetectionSet(name, categories, records, notes)
 
 
@@ -262,20 +304,23 @@ def _read_voc(year: Path, file: str) -> tuple[Path, tuple[int, int], str, list[t
     path = year / "Annotations" / f"{os.path.splitext(file)[0]}.xml"
     try:
         content = path.read_bytes()
-        if b"<!ENTITY" in content.replace(b"\0", b""):  # in UTF-16 too; newer versions of expat find what expands without end, older ones do not
+        # in UTF-16 too; newer versions of expat find what expands without end, older ones do not
+        if b"<!ENTITY" in content.replace(b"\0", b""):
             raise ValueError("it defines entities, which no annotation needs")
         tree = ElementTree.fromstring(content)
         hw = int(float(tree.findtext("size/height"))), int(float(tree.findtext("size/width")))
         if min(hw) < 1:
             raise ValueError(f"the image is {hw[1]} x {hw[0]} px")
         objects = [(o.findtext("name").strip(), (o.findtext("difficult") or "0").strip() == "1",
-                    *(float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))) for o in tree.findall("object")]
+                    *(float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")))
+                   for o in tree.findall("object")]
         if not all(o[0] for o in objects):
             raise ValueError("an object's name is empty")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}. Every listed image needs its annotation file.") from error
     except (ElementTree.ParseError, TypeError, ValueError, AttributeError, OverflowError, LookupError) as error:
-        raise UserError(f"{path} is no VOC annotation: {error}. It needs size/width, size/height and per object a name and a bndbox.") from error
+        raise UserError(f"{path} is no VOC annotation: {error}. It needs size/width, "
+                        "size/height and per object a name and a bndbox.") from error
     return path, hw, (tree.findtext("filename") or "").strip(), objects
 
 
@@ -284,23 +329,27 @@ def _open_voc(root: Path, split: str, name: str, categories: list[dict] | None, 
     read = [_read_voc(*image) for image in images]
     if categories is None:  # the classes are those of the train split even where only the test split is asked for
         classes = read if split == "train" else [_read_voc(*image) for image in voc_images(root, "train")]
-        categories = [{"id": k + 1, "name": n} for k, n in enumerate(sorted({o[0] for *_, objects in classes for o in objects}))]
+        categories = [{"id": k + 1, "name": n}
+                      for k, n in enumerate(sorted({o[0] for *_, objects in classes for o in objects}))]
     labels = {c["name"]: k for k, c in enumerate(categories)}
     for (year, file), (path, hw, tag, objects) in zip(images, read):
         renamed += os.path.splitext(tag)[0] != path.stem  # the annotation file's name decides, not its filename tag
-        # Corners count from 1, both inclusive. x1 = x2 would be one pixel wide; no object is: it is a click without a drag, so it counts as empty.
-        rows = [(x1 - 1, y1 - 1, x2, y2, x2 <= x1 or y2 <= y1, _label(n, n, labels, path), False, difficult, float("nan"))
-                for n, difficult, x1, y1, x2, y2 in objects]
+        # Corners count from 1, both inclusive. x1 = x2 would be one pixel wide; no object is:
+        # it is a click without a drag, so it counts as empty.
+        rows = [(x1 - 1, y1 - 1, x2, y2, x2 <= x1 or y2 <= y1, _label(n, n, labels, path), False, difficult,
+                 float("nan")) for n, difficult, x1, y1, x2, y2 in objects]
         records.append(boxes.record(year / "JPEGImages" / file, len(records) + 1, hw, rows, path))
     if not records or not categories:
-        raise UserError(f"{root}: the VOC {split} split has {len(records)} images and {len(categories)} classes. At least one of each is needed.")
+        raise UserError(f"{root}: the VOC {split} split has {len(records)} images and {len(categories)} classes. "
+                        "At least one of each is needed.")
     if masks:
         _check_segments(records, root)
     years, notes = [year.name for year in voc_years(root)], boxes.notes(root)
     if split == "train" and "VOC2012" not in years:
         notes.append(f"{root}: VOC2012 is not there, training on the trainval of {years[0]} alone.")
     if renamed:
-        notes.append(f"{root}: {renamed} annotations name another image in their <filename> tag; the annotation file's own name decides.")
+        notes.append(f"{root}: {renamed} annotations name another image in their <filename> tag; "
+                     "the annotation file's own name decides.")
     return DetectionSet(name, [dict(c) for c in categories], records, notes, voc=True)
 
 
@@ -316,11 +365,13 @@ def _open_synthetic(split: str, n: int, size: int, seed: int, masks: bool) -> De
     return DetectionSet("synthetic", categories, records, [], scenes)
 
 
-def open_detection(data: str, data_root: str | None, split: str, *, categories: list[dict] | None = None, synthetic_images: int = 40,
+def open_detection(data: str, data_root: str | None, split: str, *,
+                   categories: list[dict] | None = None, synthetic_images: int = 40,
                    synthetic_size: int = 160, seed: int = 0, masks: bool = False) -> DetectionSet:
-    """`data`: coco | voc | synthetic | a COCO json (then `split` plays no part) | a folder with train.json and test.json (or val.json), or in VOC
-    layout. `split`: train | test. `categories`: the train set's (or a checkpoint's) when opening test. masks: every object must have a segmentation
-    (COCO, synthetic), which DetectionSet.masks() gives. Raises UserError for all that is wrong."""
+    """`data`: coco | voc | synthetic | a COCO json (then `split` plays no part) | a folder with train.json and
+    test.json (or val.json), or in VOC layout. `split`: train | test. `categories`: the train set's (or a checkpoint's)
+    when opening test. masks: every object must have a segmentation (COCO, synthetic), which DetectionSet.masks() gives.
+    Raises UserError for all that is wrong."""
     part, path = "train" if split == "train" else "val", Path(data).expanduser()
     if data == "synthetic":
         return _open_synthetic("train" if split == "train" else "test", synthetic_images, synthetic_size, seed, masks)
@@ -329,16 +380,18 @@ def open_detection(data: str, data_root: str | None, split: str, *, categories: 
         root = named_root(data, data_root, part, lambda place: (place / annotations).is_file())
         return _open_coco(root / annotations, [root / f"{part}2017"], data, categories, masks)
     if data == "voc":
-        return _open_voc(named_root(data, data_root, part, lambda place: bool(voc_years(place))), split, data, categories, masks)
+        return _open_voc(named_root(data, data_root, part, lambda place: bool(voc_years(place))),
+                         split, data, categories, masks)
     extra = [Path(data_root).expanduser()] if data_root else []
     if path.suffix.lower() == ".json":
         return _open_coco(path, [path.parent, path.parent / "images", *extra], path.stem, categories, masks)
     for file in (path / "train.json",) if split == "train" else (path / "test.json", path / "val.json"):
         if file.is_file():
-            return _open_coco(file, [path, path / "images", file.with_suffix(""), *extra], path.resolve().name, categories, masks)
+            return _open_coco(file, [path, path / "images", file.with_suffix(""), *extra],
+                              path.resolve().name, categories, masks)
     for root in (path / "VOCdevkit", path):
         if voc_years(root):
             return _open_voc(root, split, path.resolve().name, categories, masks)
     wanted = "train.json" if split == "train" else "test.json or val.json"
-    raise UserError(f"--data {data}: no labelled set for the {split} split there. Give coco, voc, synthetic, a COCO json, or a folder with "
-                    f"{wanted} or with VOC2007/{{JPEGImages,Annotations,ImageSets/Main}}.")
+    raise UserError(f"--data {data}: no labelled set for the {split} split there. Give coco, voc, synthetic, a COCO "
+                    f"json, or a folder with {wanted} or with VOC2007/{{JPEGImages,Annotations,ImageSets/Main}}.")

@@ -1,12 +1,15 @@
-"""What a pretraining method is made of: command line, processes, checkpoints, backbone, DETR and R-CNN family, matching, losses, schedules.
+"""What a pretraining method is made of: command line, processes, checkpoints, backbone, DETR and R-CNN family,
+matching, losses, schedules.
 
-Shape legend, used in every file. B images, Q object queries, C classes, D channels, L feature levels, P sampling points per level,
-M attention heads, S = sum over levels of H_l * W_l, n boxes of one image. Batch first everywhere.
-Box formats: `boxes_xyxy` [n, 4] pixels; `boxes` / `pred_boxes` [..., 4] (cx, cy, w, h) as fractions of the image; masks: True = padding.
+Shape legend, used in every file. B images, Q object queries, C classes, D channels, L feature levels, P sampling points
+per level, M attention heads, S = sum over levels of H_l * W_l, n boxes of one image. Batch first everywhere.
+Box formats: `boxes_xyxy` [n, 4] pixels; `boxes` / `pred_boxes` [..., 4] (cx, cy, w, h) as fractions of the
+image; masks: True = padding.
 A target is a dict {"labels": int64 [n], "boxes": float32 [n, 4] cxcywh in 0..1, ...}.
 
-Module names follow the released DETR (Carion et al., ECCV 2020, arXiv 2005.12872), Conditional DETR (Meng et al., ICCV 2021, arXiv 2108.06152) and
-Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159), so that their checkpoints load by name.
+Module names follow the released DETR (Carion et al., ECCV 2020, arXiv 2005.12872), Conditional DETR (Meng et al., ICCV
+2021, arXiv 2108.06152) and Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159),
+so that their checkpoints load by name.
 """
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, Callable, Literal
 
-# Read when torch is loaded: threads must not spin for long on cores that the loader needs; huge pages for large tensors (a DETReg step on CPU: -8 %).
+# Read when torch is loaded: threads must not spin for long on cores that the loader needs;
+# huge pages for large tensors (a DETReg step on CPU: -8 %).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -38,7 +42,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou, sigmoid_focal_loss
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")        # of dimensions of length 1, where strides mean nothing
+# of dimensions of length 1, where strides mean nothing
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
 try:
     import deformops.registry                             # optional: see deformable_attention_for
 except ImportError:
@@ -46,7 +51,8 @@ except ImportError:
 
 
 class UserError(Exception):
-    """Bad input. The message names what was wrong, where, and what to do; a script prints it as one line and exits with 2."""
+    """Bad input. The message names what was wrong, where, and what to do;
+    a script prints it as one line and exits with 2."""
 
 
 # ==== Processes ====================================================================================================
@@ -60,7 +66,8 @@ def world_size() -> int:
 
 
 def setup_distributed(device: str = "auto") -> torch.device:
-    """Join the processes torchrun started (NCCL on CUDA, gloo on CPU); a plain `python script.py` is the same path with one process.
+    """Join the processes torchrun started (NCCL on CUDA, gloo on CPU); a plain `python script.py` is the
+    same path with one process.
 
     A process waits at most $PROCESS_TIMEOUT seconds for the others, 30 minutes by default.
     """
@@ -74,9 +81,11 @@ def setup_distributed(device: str = "auto") -> torch.device:
         except ValueError as error:
             raise UserError(f"PROCESS_TIMEOUT={os.environ['PROCESS_TIMEOUT']}: give a number of seconds") from error
         store, number, count = next(dist.rendezvous("env://", timeout=timeout))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:   # a restart by torchrun finds the addresses of the attempt before in it
+        # a restart by torchrun finds the addresses of the attempt before in it
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=number, world_size=count, timeout=timeout)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=number,
+                                world_size=count, timeout=timeout)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda"):
@@ -98,33 +107,40 @@ def barrier() -> None:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Every process takes rank 0's buffers, the checkpoint's, before it measures: BatchNorm's statistics may be a process's own. Weights agree."""
+    """Every process takes rank 0's buffers, the checkpoint's, before it measures:
+    BatchNorm's statistics may be a process's own. Weights agree."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def wrap_model(model: nn.Module, device: torch.device, *, sync_bn: bool = True, compiled: bool = False) -> nn.Module:
-    """DistributedDataParallel at world size > 1, after turning trained BatchNorm into SyncBatchNorm where CUDA is (it raises on CPU).
+    """DistributedDataParallel at world size > 1, after turning trained BatchNorm into SyncBatchNorm where
+    CUDA is (it raises on CPU).
 
-    sync_bn False: BatchNorm keeps the statistics of each process. Buffers are never sent around: those that must agree are computed alike.
-    compiled: the layers of the transformer and the blocks of a ResNet whose norms learn, by torch.compile, once for all that are alike and for images
-    of any size.
+    sync_bn False: BatchNorm keeps the statistics of each process. Buffers are never sent around:
+    those that must agree are computed alike.
+    compiled: the layers of the transformer and the blocks of a ResNet whose norms learn, by torch.compile,
+    once for all that are alike and for images of any size.
     """
     if world_size() > 1 and device.type == "cuda" and sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules() if compiled else ():
-        if isinstance(module, (DETREncoderLayer, ConditionalDecoderLayer, DeformableEncoderLayer, DeformableDecoderLayer, BasicBlock, Bottleneck)):
+        if isinstance(module, (DETREncoderLayer, ConditionalDecoderLayer, DeformableEncoderLayer,
+                               DeformableDecoderLayer, BasicBlock, Bottleneck)):
             module.compile(dynamic=True)
     if world_size() == 1:
         return model
     ddp = nn.parallel.DistributedDataParallel
-    buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in inspect.signature(ddp).parameters)  # renamed in torch 2.15
-    return ddp(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **{buffers: False})
+    # renamed in torch 2.15
+    buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in inspect.signature(ddp).parameters)
+    return ddp(model, device_ids=[device] if device.type == "cuda" else None,
+               gradient_as_bucket_view=True, **{buffers: False})
 
 
 def gradient_sync(model: nn.Module, last_micro_batch: bool):
-    """Context of one micro-batch's backward: processes average gradients only in the last one of an accumulated batch."""
+    """Context of one micro-batch's backward: processes average gradients only in the last
+    one of an accumulated batch."""
     return contextlib.nullcontext() if last_micro_batch or world_size() == 1 else model.no_sync()
 
 
@@ -151,12 +167,15 @@ class Backbone(nn.Module):
 
     layers: which of layer1..layer4 (strides 4, 8, 16, 32) to return; the network stops after the last of them.
     norm: "frozen" = BatchNorm with constant statistics and affine (released DETR family), "bn" = ordinary BatchNorm.
-    trainable: how many of the five stages (conv1, layer1..layer4) learn, counted from the end; 3 = layer2-4 (DETR family), 0 = none, 5 = all.
+    trainable: how many of the five stages (conv1, layer1..layer4) learn, counted from the end;
+    3 = layer2-4 (DETR family), 0 = none, 5 = all.
     """
 
-    def __init__(self, arch: str = "resnet50", layers: tuple[int, ...] = (2, 3, 4), norm: str = "frozen", trainable: int = 3):
+    def __init__(self, arch: str = "resnet50", layers: tuple[int, ...] = (2, 3, 4),
+                 norm: str = "frozen", trainable: int = 3):
         super().__init__()
-        resnet = getattr(torchvision.models, arch)(weights=None, norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d)
+        resnet = getattr(torchvision.models, arch)(weights=None,
+                                                   norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d)
         stages = dict(resnet.named_children())
         self.body = nn.Sequential()
         for name in ("conv1", "bn1", "relu", "maxpool", *(f"layer{i}" for i in range(1, max(layers) + 1))):
@@ -181,8 +200,8 @@ class Backbone(nn.Module):
 def run_stages(stages: Iterable[tuple[str, nn.Module]], images: Tensor, layers: tuple[str, ...]) -> list[Tensor]:
     """Run a ResNet's children one after another; the outputs of those called `layers`.
 
-    Channels last in memory, a quarter less time for frozen norms on CPU, but not for norms that learn: there the statistics of a map of 112 x 112
-    would be off by 1e-4 rather than 1e-6, for an eighth less time.
+    Channels last in memory, a quarter less time for frozen norms on CPU, but not for norms that learn: there the
+    statistics of a map of 112 x 112 would be off by 1e-4 rather than 1e-6, for an eighth less time.
     """
     stages, outputs = dict(stages), []
     frozen = isinstance(stages.get("bn1"), FrozenBatchNorm2d)
@@ -203,8 +222,8 @@ def run_stages(stages: Iterable[tuple[str, nn.Module]], images: Tensor, layers: 
 
 
 def frozen_block(x: Tensor, block: nn.Module) -> Tensor:
-    """torchvision's BasicBlock or Bottleneck with frozen norms: relu(x + f(x)), f of two or three convolutions; x too is convolved where its shape
-    changes."""
+    """torchvision's BasicBlock or Bottleneck with frozen norms: relu(x + f(x)), f of two or three convolutions;
+    x too is convolved where its shape changes."""
     y, last = x, 3 if isinstance(block, Bottleneck) else 2
     for i in range(1, last + 1):
         y = convolve(y, getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
@@ -214,24 +233,28 @@ def frozen_block(x: Tensor, block: nn.Module) -> Tensor:
 
 
 def convolve(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """norm(conv(x)). A frozen norm is a scale and a shift, and goes into the convolution's weights: two passes over the map fewer."""
+    """norm(conv(x)). A frozen norm is a scale and a shift, and goes into the convolution's weights:
+    two passes over the map fewer."""
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return F.conv2d(x, conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale, conv.stride, conv.padding)
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale,
+                    conv.stride, conv.padding)
 
 
 # ==== Position encoding ============================================================================================
 
 class PositionEmbeddingSine(nn.Module):
-    """Sine encoding of the pixel position, padding not counted (DETR, Sec. A.4). Output [B, 2 * num_pos_feats, H, W]: y block, then x block.
+    """Sine encoding of the pixel position, padding not counted (DETR, Sec. A.4).
+    Output [B, 2 * num_pos_feats, H, W]: y block, then x block.
 
     offset: -0.5 puts positions on pixel centres, as Deformable DETR does; DETR has 0.
     """
 
     def __init__(self, num_pos_feats: int, offset: float = -0.5, normalize: bool = True, temperature: float = 10000.0):
         super().__init__()
-        self.num_pos_feats, self.offset, self.normalize, self.temperature = num_pos_feats, offset, normalize, temperature
+        self.num_pos_feats, self.offset, self.normalize, self.temperature = (num_pos_feats,
+                                                                             offset, normalize, temperature)
 
     def forward(self, mask: Tensor) -> Tensor:                                # [B, H, W] bool
         valid = (~mask).float()
@@ -242,7 +265,8 @@ class PositionEmbeddingSine(nn.Module):
         i = torch.arange(self.num_pos_feats, device=mask.device)
         frequency = self.temperature ** (2 * (i // 2) / self.num_pos_feats)
         axes = []
-        for angle in (y[..., None] / frequency, x[..., None] / frequency):    # [B, H, W, feats]; even channels sin, odd cos
+        # [B, H, W, feats]; even channels sin, odd cos
+        for angle in (y[..., None] / frequency, x[..., None] / frequency):
             axes.append(torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(3))
         return torch.cat(axes, 3).permute(0, 3, 1, 2)
 
@@ -269,19 +293,22 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout. On CPU from 16 random bits per element, as PyTorch's own draws there were a seventh of a DETReg step: p to the next 1/65536."""
+    """nn.Dropout. On CPU from 16 random bits per element, as PyTorch's own draws there were a seventh of a DETReg
+    step: p to the next 1/65536."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not 0 < self.p < 1 or x.device.type != "cpu":
             return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view(x.shape)
+        bits = torch.empty(-(-x.numel() // 4),
+                           dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view(x.shape)
         return torch.where(bits >= round(self.p * 2**16) - 2**15, x, 0.0).mul_(1 / (1 - self.p))
 
 
 class DETREncoderLayer(nn.Module):
     """Self-attention over all pixels, then a feed-forward network (DETR, Sec. A.3).
 
-    post-norm: x = norm(x + f(x)); pre-norm: x = x + f(norm(x)). The position is added to queries and keys only, after the norm.
+    post-norm: x = norm(x + f(x)); pre-norm: x = x + f(norm(x)).
+    The position is added to queries and keys only, after the norm.
     """
 
     def __init__(self, d_model: int, d_ffn: int, dropout: float, n_heads: int, pre_norm: bool):
@@ -311,12 +338,14 @@ class DETRDecoderLayer(DETREncoderLayer):
         self.multihead_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
         self.norm3 = nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, pos: Tensor, padding: Tensor, self_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, pos: Tensor, padding: Tensor,
+                self_mask: Tensor | None) -> Tensor:
         def among_queries(y: Tensor) -> Tensor:
             return self.self_attn(y + query_pos, y + query_pos, y, attn_mask=self_mask, need_weights=False)[0]
 
         def into_image(y: Tensor) -> Tensor:
-            return self.multihead_attn(y + query_pos, memory + pos, memory, key_padding_mask=padding, need_weights=False)[0]
+            return self.multihead_attn(y + query_pos, memory + pos, memory,
+                                       key_padding_mask=padding, need_weights=False)[0]
         x = self.residual(x, self.norm1, among_queries)
         x = self.residual(x, self.norm2, into_image)
         return self.residual(x, self.norm3, self.feed_forward)
@@ -325,15 +354,15 @@ class DETRDecoderLayer(DETREncoderLayer):
 class DETRTransformer(nn.Module):
     """Encoder over the pixels of one map, decoder over object queries (DETR, Fig. 2)."""
 
-    def __init__(self, d_model: int = 256, nhead: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 2048,
-                 dropout: float = 0.1, pre_norm: bool = False):
+    def __init__(self, d_model: int = 256, nhead: int = 8, enc_layers: int = 6, dec_layers: int = 6,
+                 dim_feedforward: int = 2048, dropout: float = 0.1, pre_norm: bool = False):
         super().__init__()
         self.d_model, layer = d_model, (d_model, dim_feedforward, dropout, nhead, pre_norm)
-        self.encoder, self.decoder = nn.Module(), nn.Module()                 # holders of `layers` and `norm`, for the released names
+        self.encoder, self.decoder = nn.Module(), nn.Module()  # holders of `layers` and `norm`, for the released names
         self.encoder.layers = nn.ModuleList(DETREncoderLayer(*layer) for _ in range(enc_layers))
         self.encoder.norm = nn.LayerNorm(d_model) if pre_norm else nn.Identity()
         self.decoder.layers = nn.ModuleList(self.decoder_layer(i, *layer) for i in range(dec_layers))
-        self.decoder.norm = nn.LayerNorm(d_model)                             # on the output of every layer, the next layer sees it without
+        self.decoder.norm = nn.LayerNorm(d_model)  # on the output of every layer, the next layer sees it without
         self.further_modules()
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -352,35 +381,42 @@ class DETRTransformer(nn.Module):
             hs.append(self.decoder.norm(x))
         return torch.stack(hs), None
 
-    def forward(self, source: Tensor, mask: Tensor, position: Tensor, query_embed: Tensor, self_mask: Tensor | None = None):
-        """source, position [B, D, H, W]; mask [B, H, W] True = padding; query_embed [Q, D] or, per image, [B, Q, D]; self_mask [Q, Q] True = query i
-        may not look at query j. Returns hs [layers, B, Q, D], reference points [B, Q, 2] in 0..1 or None, memory [B, D, H, W]."""
+    def forward(self, source: Tensor, mask: Tensor, position: Tensor, query_embed: Tensor,
+                self_mask: Tensor | None = None):
+        """source, position [B, D, H, W]; mask [B, H, W] True = padding; query_embed [Q, D] or, per image, [B, Q, D];
+        self_mask [Q, Q] True = query i may not look at query j. Returns hs [layers, B, Q, D], reference
+        points [B, Q, 2] in 0..1 or None, memory [B, D, H, W]."""
         x, pos, padding = (t.flatten(2).transpose(1, 2) for t in (source, position, mask[:, None]))
         padding = padding[..., 0]                                             # [B, S]
         for layer in self.encoder.layers:
             x = layer(x, pos, padding)
         memory = self.encoder.norm(x)
-        hs, reference = self.decode(query_embed.expand(len(x), *query_embed.shape[-2:]), memory, pos, padding, self_mask)
+        hs, reference = self.decode(query_embed.expand(len(x), *query_embed.shape[-2:]),
+                                    memory, pos, padding, self_mask)
         return hs, reference, memory.transpose(1, 2).unflatten(2, source.shape[-2:])
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, dropout: float, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention of [B, Q, E], [B, S, E], [B, S, D], cut into heads here; mask broadcasts to [B, M, Q, S], True = not seen."""
+    """Scaled dot-product attention of [B, Q, E], [B, S, E], [B, S, D], cut into heads here;
+    mask broadcasts to [B, M, Q, S], True = not seen."""
     query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
     output = F.scaled_dot_product_attention(query, key, value, None if mask is None else ~mask, dropout)
     return output.transpose(1, 2).flatten(2)
 
 
 class ConditionalDecoderLayer(nn.Module):
-    """Decoder layer whose cross-attention compares content with content and place with place (Conditional DETR, Sec. 3.3, Eq. 5).
+    """Decoder layer whose cross-attention compares content with content and place with place
+    (Conditional DETR, Sec. 3.3, Eq. 5).
 
-    Per head, queries are [content; place] and so are keys. The learned position enters the content only in the first layer.
+    Per head, queries are [content; place] and so are keys.
+    The learned position enters the content only in the first layer.
     """
 
     def __init__(self, d_model: int, d_ffn: int, dropout: float, n_heads: int, first: bool):
         super().__init__()
         self.n_heads, self.attention_dropout = n_heads, dropout
-        for name in ("sa_qcontent", "sa_qpos", "sa_kcontent", "sa_kpos", "sa_v", "ca_qcontent", "ca_kcontent", "ca_kpos", "ca_v", "ca_qpos_sine"):
+        for name in ("sa_qcontent", "sa_qpos", "sa_kcontent", "sa_kpos", "sa_v", "ca_qcontent", "ca_kcontent",
+                     "ca_kpos", "ca_v", "ca_qpos_sine"):
             self.add_module(f"{name}_proj", nn.Linear(d_model, d_model))
         self.ca_qpos_proj = nn.Linear(d_model, d_model) if first else None
         self.self_attn, self.cross_attn = (nn.ModuleDict({"out_proj": nn.Linear(d_model, d_model)}) for _ in range(2))
@@ -390,23 +426,28 @@ class ConditionalDecoderLayer(nn.Module):
         for attn in (self.self_attn, self.cross_attn):
             nn.init.zeros_(attn["out_proj"].bias)
 
-    def forward(self, x: Tensor, query_pos: Tensor, place: Tensor, memory: Tensor, pos: Tensor, padding: Tensor, self_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, query_pos: Tensor, place: Tensor, memory: Tensor, pos: Tensor, padding: Tensor,
+                self_mask: Tensor | None) -> Tensor:
         dropout = self.attention_dropout if self.training else 0.0
-        query, key = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos), self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)
+        query, key = (self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_pos),
+                      self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos))
         seen = attention(query, key, self.sa_v_proj(x), self.n_heads, dropout, self_mask)
         x = self.norm1(x + self.dropout(self.self_attn["out_proj"](seen)))
         query, key, key_place = self.ca_qcontent_proj(x), self.ca_kcontent_proj(memory), self.ca_kpos_proj(pos)
         if self.ca_qpos_proj is not None:
             query, key = query + self.ca_qpos_proj(query_pos), key + key_place
-        query, key = (torch.cat([content.unflatten(-1, (self.n_heads, -1)), where.unflatten(-1, (self.n_heads, -1))], -1).flatten(2)
-                      for content, where in ((query, self.ca_qpos_sine_proj(place)), (key, key_place)))           # [B, Q or S, 2D]
+        # [B, Q or S, 2D]
+        query, key = (torch.cat([content.unflatten(-1, (self.n_heads, -1)),
+                                 where.unflatten(-1, (self.n_heads, -1))], -1).flatten(2)
+                      for content, where in ((query, self.ca_qpos_sine_proj(place)), (key, key_place)))
         seen = attention(query, key, self.ca_v_proj(memory), self.n_heads, dropout, padding[:, None, None])
         x = self.norm2(x + self.dropout(self.cross_attn["out_proj"](seen)))
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
 def sine_of_points(points: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
-    """Sine encoding [..., channels] of points (x, y) in 0..1: y half, then x half, sin and cos interleaved (Conditional DETR, Sec. 3.3)."""
+    """Sine encoding [..., channels] of points (x, y) in 0..1: y half, then x half, sin and cos interleaved
+    (Conditional DETR, Sec. 3.3)."""
     half = channels // 2
     frequency = temperature ** (2 * (torch.arange(half, device=points.device) // 2) / half)
     angle = points.flip(-1)[..., None] * 2 * math.pi / frequency              # [..., 2, half]
@@ -414,9 +455,11 @@ def sine_of_points(points: Tensor, channels: int, temperature: float = 10000.0) 
 
 
 class ConditionalTransformer(DETRTransformer):
-    """DETR's encoder with a decoder that looks for each query around a reference point (Conditional DETR, Fig. 3). Post-norm only, as released."""
+    """DETR's encoder with a decoder that looks for each query around a reference point (Conditional DETR, Fig. 3).
+    Post-norm only, as released."""
 
-    def decoder_layer(self, index: int, d_model: int, d_ffn: int, dropout: float, n_heads: int, pre_norm: bool) -> nn.Module:
+    def decoder_layer(self, index: int, d_model: int, d_ffn: int, dropout: float, n_heads: int,
+                      pre_norm: bool) -> nn.Module:
         return ConditionalDecoderLayer(d_model, d_ffn, dropout, n_heads, first=index == 0)
 
     def further_modules(self) -> None:
@@ -425,7 +468,7 @@ class ConditionalTransformer(DETRTransformer):
 
     def decode(self, query_pos: Tensor, memory: Tensor, pos: Tensor, padding: Tensor, self_mask: Tensor | None):
         with torch.autocast(query_pos.device.type, enabled=False):
-            reference = self.decoder.ref_point_head(query_pos.float()).sigmoid()              # [B, Q, 2], the same in all layers
+            reference = self.decoder.ref_point_head(query_pos.float()).sigmoid()  # [B, Q, 2], the same in all layers
             sine = sine_of_points(reference, self.d_model)
         x, hs = torch.zeros_like(query_pos), []
         for i, layer in enumerate(self.decoder.layers):
@@ -437,11 +480,14 @@ class ConditionalTransformer(DETRTransformer):
 
 # ==== Deformable DETR ==============================================================================================
 
-def multi_scale_deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples (Deformable DETR, Eq. 3), without a compiled operator: what the forms below must equal.
+def multi_scale_deformable_attention(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor,
+                                     weights: Tensor) -> Tensor:
+    """Weighted sum of bilinear samples (Deformable DETR, Eq. 3), without a compiled operator:
+    what the forms below must equal.
 
-    value [B, S, M, D]; shapes (H_l, W_l) per level; locations [B, Q, M, L, P, 2] as (x, y), 0..1 spans a level's map, outside counts as zero;
-    weights [B, Q, M, L, P]. Returns [B, Q, M * D]. Levels are accumulated one by one: the samples of all levels never exist together.
+    value [B, S, M, D]; shapes (H_l, W_l) per level; locations [B, Q, M, L, P, 2] as (x, y), 0..1 spans a level's map,
+    outside counts as zero; weights [B, Q, M, L, P]. Returns [B, Q, M * D]. Levels are accumulated one by one: the
+    samples of all levels never exist together.
     """
     B, S, M, D = value.shape
     Q, P = locations.shape[1], locations.shape[4]
@@ -458,9 +504,11 @@ def multi_scale_deformable_attention(value: Tensor, shapes: list[tuple[int, int]
 
 
 @torch.compiler.disable                                  # its sparse products are not for the compiler
-def deformable_attention_on_cpu(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """The same by four times the speed and half the memory (benchmarks/attention.py): bilinear samples are four neighbours each, so a query's output
-    is a weighted sum of 4 L P rows of `value`, and all queries together are its product with a sparse matrix. No sample is ever written down."""
+def deformable_attention_on_cpu(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor,
+                                weights: Tensor) -> Tensor:
+    """The same by four times the speed and half the memory (benchmarks/attention.py): bilinear samples are four
+    neighbours each, so a query's output is a weighted sum of 4 L P rows of `value`, and all queries together are its
+    product with a sparse matrix. No sample is ever written down."""
     B, S, M, D = value.shape
     Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
     height, width = (torch.tensor(side).repeat_interleave(P) for side in zip(*shapes))                   # [L*P]
@@ -468,7 +516,8 @@ def deformable_attention_on_cpu(value: Tensor, shapes: list[tuple[int, int]], lo
     first = (torch.arange(B)[:, None, None] * (S * M) + torch.arange(M)).expand(B, Q, M).reshape(-1, 1).int()
 
     def neighbours(fraction: Tensor, side: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(cell, share of the sample), of the cell below a coordinate and of the one above; a cell outside has no share. [B*Q*M, L*P] each"""
+        """(cell, share of the sample), of the cell below a coordinate and of the one above;
+        a cell outside has no share. [B*Q*M, L*P] each"""
         place = fraction.reshape(-1, L * P) * side - 0.5
         low = place.detach().floor()
         cells, shares = (low, low + 1), (1 - (place - low), place - low)
@@ -486,7 +535,8 @@ def deformable_attention_on_cpu(value: Tensor, shapes: list[tuple[int, int]], lo
 
 
 class WeightedRows(torch.autograd.Function):
-    """output[i] = sum over k of weight[i, k] * rows[index[i, k]]: rows [N, D], index int32 [n, K], weight [n, K] -> [n, D]. On CPU.
+    """output[i] = sum over k of weight[i, k] * rows[index[i, k]]: rows [N, D], index int32 [n, K],
+    weight [n, K] -> [n, D]. On CPU.
 
     PyTorch's own backward of the same sum, embedding_bag's, sorts all indices and takes ten times as long.
     """
@@ -502,27 +552,32 @@ class WeightedRows(torch.autograd.Function):
         rows, index, weight = ctx.saved_tensors
         (n, k), grad = index.shape, grad.contiguous()
         ends = torch.arange(0, n * k + 1, k, dtype=torch.int32)               # the matrix has k entries in every row
-        matrix = scipy.sparse.csr_array((weight.flatten().numpy(), index.flatten().numpy(), ends.numpy()), shape=(n, len(rows)))
-        if k > len(rows):                                                     # fewer rows than neighbours: sampled_addmm refuses such a matrix
+        matrix = scipy.sparse.csr_array((weight.flatten().numpy(), index.flatten().numpy(), ends.numpy()),
+                                        shape=(n, len(rows)))
+        if k > len(rows):  # fewer rows than neighbours: sampled_addmm refuses such a matrix
             products = (grad @ rows.t()).gather(1, index.long())
-        else:                                                                 # grad[i] . rows[index[i, k]] and no other pair
-            pattern = torch.sparse_csr_tensor(ends, index.flatten(), torch.zeros_like(weight).flatten(), matrix.shape, check_invariants=False)
+        else:  # grad[i] . rows[index[i, k]] and no other pair
+            pattern = torch.sparse_csr_tensor(ends, index.flatten(), torch.zeros_like(weight).flatten(),
+                                              matrix.shape, check_invariants=False)
             products = torch.sparse.sampled_addmm(pattern, grad, rows.t(), beta=0.0).values().view(n, k)
         return torch.from_numpy(matrix.T @ grad.numpy()), None, products
 
 
-def deformable_attention_by_deformops(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+def deformable_attention_by_deformops(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor,
+                                      weights: Tensor) -> Tensor:
     """The same by the Triton kernels of the package deformops."""
     table = constant(tuple(shapes), value.device)
     return deformops.registry.msda(value, table, table.prod(1).cumsum(0) - table.prod(1), locations, weights)
 
 
 def deformable_attention_for(device: torch.device) -> Callable[..., Tensor]:
-    """The fastest form there is for a device. CUDA: the Triton kernels of the package deformops (MIT, Python >= 3.12) where it is installed; else, as
-    on all other devices, the first form, which --compile compiles. Nothing has to be built."""
+    """The fastest form there is for a device. CUDA: the Triton kernels of the package deformops (MIT, Python >= 3.12)
+    where it is installed; else, as on all other devices, the first form,
+    which --compile compiles. Nothing has to be built."""
     if device.type == "cpu":
         return deformable_attention_on_cpu
-    return deformable_attention_by_deformops if deformops and device.type == "cuda" else multi_scale_deformable_attention
+    return (deformable_attention_by_deformops if deformops and device.type == "cuda"
+            else multi_scale_deformable_attention)
 
 
 class MSDeformAttn(nn.Module):
@@ -538,7 +593,8 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Head m looks in direction 2 pi m / M, point p at p + 1 pixels; all weights equal (Deformable DETR, Sec. A.3)."""
+        """Head m looks in direction 2 pi m / M, point p at p + 1 pixels;
+        all weights equal (Deformable DETR, Sec. A.3)."""
         angle = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
         direction = direction / direction.abs().max(-1, keepdim=True).values
@@ -553,21 +609,24 @@ class MSDeformAttn(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, query: Tensor, reference_points: Tensor, source: Tensor, shapes: list[tuple[int, int]], mask: Tensor | None) -> Tensor:
-        """query [B, Q, D]; reference_points [B, Q, L, 2 or 4] in 0..1; source [B, S, D]; mask [B, S] True = padding. Returns [B, Q, D]."""
+    def forward(self, query: Tensor, reference_points: Tensor, source: Tensor, shapes: list[tuple[int, int]],
+                mask: Tensor | None) -> Tensor:
+        """query [B, Q, D]; reference_points [B, Q, L, 2 or 4] in 0..1; source [B, S, D];
+        mask [B, S] True = padding. Returns [B, Q, D]."""
         B, Q, _ = query.shape
         M, L, P = self.n_heads, self.n_levels, self.n_points
         value = self.value_proj(source)
         if mask is not None:
             value = value.masked_fill(mask[..., None], 0.0)
-        with torch.autocast(query.device.type, enabled=False):                # bf16 would place samples up to a third of a pixel off
+        with torch.autocast(query.device.type, enabled=False):  # bf16 would place samples up to a third of a pixel off
             offsets = self.sampling_offsets(query.float()).view(B, Q, M, L, P, 2)
             weights = self.attention_weights(query.float()).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
             if reference_points.shape[-1] == 2:
                 size = constant(tuple(shapes), query.device).flip(1).to(offsets)           # (W_l, H_l)
                 locations = reference_points[:, :, None, :, None] + offsets / size[:, None]
-            else:                                                             # a box: offsets are measured in half its size
-                locations = reference_points[:, :, None, :, None, :2] + offsets / P * reference_points[:, :, None, :, None, 2:] * 0.5
+            else:  # a box: offsets are measured in half its size
+                locations = (reference_points[:, :, None, :, None, :2]
+                             + offsets / P * reference_points[:, :, None, :, None, 2:] * 0.5)
             attend = deformable_attention_for(value.device)
             sampled = attend(value.float().unflatten(-1, (M, -1)), shapes, locations, weights)
         return self.output_proj(sampled)
@@ -582,13 +641,15 @@ class DeformableEncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, pos: Tensor, reference_points: Tensor, shapes: list[tuple[int, int]], mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, reference_points: Tensor,
+                shapes: list[tuple[int, int]], mask: Tensor) -> Tensor:
         x = self.norm1(x + self.dropout(self.self_attn(x + pos, reference_points, x, shapes, mask)))
         return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Self-attention among queries (norm2), deformable attention into the image (norm1), feed-forward (norm3): the released numbering."""
+    """Self-attention among queries (norm2), deformable attention into the image (norm1),
+    feed-forward (norm3): the released numbering."""
 
     def __init__(self, d_model: int, d_ffn: int, dropout: float, n_levels: int, n_heads: int, n_points: int):
         super().__init__()
@@ -600,8 +661,8 @@ class DeformableDecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(d_model)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, query_pos: Tensor, reference_points: Tensor, memory: Tensor, shapes: list[tuple[int, int]],
-                mask: Tensor, self_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, query_pos: Tensor, reference_points: Tensor, memory: Tensor,
+                shapes: list[tuple[int, int]], mask: Tensor, self_mask: Tensor | None) -> Tensor:
         q = x + query_pos
         x = self.norm2(x + self.dropout(self.self_attn(q, q, x, attn_mask=self_mask, need_weights=False)[0]))
         x = self.norm1(x + self.dropout(self.cross_attn(x + query_pos, reference_points, memory, shapes, mask)))
@@ -611,13 +672,13 @@ class DeformableDecoderLayer(nn.Module):
 class DeformableTransformer(nn.Module):
     """Encoder over all pixels of all levels, decoder over object queries (Deformable DETR, Sec. 4.1)."""
 
-    def __init__(self, d_model: int = 256, nhead: int = 8, enc_layers: int = 6, dec_layers: int = 6, dim_feedforward: int = 1024,
-                 dropout: float = 0.1, num_feature_levels: int = 4, n_points: int = 4):
+    def __init__(self, d_model: int = 256, nhead: int = 8, enc_layers: int = 6, dec_layers: int = 6,
+                 dim_feedforward: int = 1024, dropout: float = 0.1, num_feature_levels: int = 4, n_points: int = 4):
         super().__init__()
         self.d_model = d_model
         layer = (d_model, dim_feedforward, dropout, num_feature_levels, nhead, n_points)
         self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
-        self.encoder, self.decoder = nn.Module(), nn.Module()                 # holders of `layers`, for the released names
+        self.encoder, self.decoder = nn.Module(), nn.Module()  # holders of `layers`, for the released names
         self.encoder.layers = nn.ModuleList(DeformableEncoderLayer(*layer) for _ in range(enc_layers))
         self.decoder.layers = nn.ModuleList(DeformableDecoderLayer(*layer) for _ in range(dec_layers))
         self.decoder.bbox_embed = None                                        # set by a detector with box refinement
@@ -631,11 +692,14 @@ class DeformableTransformer(nn.Module):
         nn.init.zeros_(self.reference_points.bias)
         nn.init.normal_(self.level_embed)
 
-    def encode(self, x: Tensor, pos: Tensor, valid_ratios: Tensor, shapes: list[tuple[int, int]], mask: Tensor) -> Tensor:
-        """Every pixel attends from its own centre: (i + .5) / valid size of its level, scaled to the valid part of each target level."""
+    def encode(self, x: Tensor, pos: Tensor, valid_ratios: Tensor,
+               shapes: list[tuple[int, int]], mask: Tensor) -> Tensor:
+        """Every pixel attends from its own centre: (i + .5) / valid size of its level,
+        scaled to the valid part of each target level."""
         centres = []
         for level, (H, W) in enumerate(shapes):
-            y, x_ = torch.meshgrid(torch.arange(H, device=x.device) + 0.5, torch.arange(W, device=x.device) + 0.5, indexing="ij")
+            y, x_ = torch.meshgrid(torch.arange(H, device=x.device) + 0.5,
+                                   torch.arange(W, device=x.device) + 0.5, indexing="ij")
             grid = torch.stack([x_.flatten() / W, y.flatten() / H], -1)       # [H*W, 2]
             centres.append(grid[None] / valid_ratios[:, None, level])
         reference_points = torch.cat(centres, 1)[:, :, None] * valid_ratios[:, None]          # [B, S, L, 2]
@@ -643,13 +707,16 @@ class DeformableTransformer(nn.Module):
             x = layer(x, pos, reference_points, shapes, mask)
         return x
 
-    def forward(self, sources: list[Tensor], masks: list[Tensor], positions: list[Tensor], query_embed: Tensor, self_mask: Tensor | None = None):
-        """sources, positions: [B, D, H_l, W_l] per level; masks [B, H_l, W_l]; query_embed [Q, 2D] or, per image, [B, Q, 2D]: position half, then
-        initial content; self_mask [Q, Q] True = query i may not look at j. Returns hs [layers, B, Q, D], initial reference [B, Q, 2], references
-        after each layer [layers, B, Q, 2 or 4], memory [B, S, D]."""
+    def forward(self, sources: list[Tensor], masks: list[Tensor], positions: list[Tensor], query_embed: Tensor,
+                self_mask: Tensor | None = None):
+        """sources, positions: [B, D, H_l, W_l] per level; masks [B, H_l, W_l]; query_embed [Q, 2D] or, per image,
+        [B, Q, 2D]: position half, then initial content; self_mask [Q, Q] True = query i may not look at j. Returns
+        hs [layers, B, Q, D], initial reference [B, Q, 2],
+        references after each layer [layers, B, Q, 2 or 4], memory [B, S, D]."""
         shapes = [tuple(s.shape[-2:]) for s in sources]
         # the part of each map that is image, as (x, y) fractions, read off the first column and row: [B, L, 2]
-        valid_ratios = torch.stack([torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1) for m in masks], 1)
+        valid_ratios = torch.stack([torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], -1)
+                                    for m in masks], 1)
         x = torch.cat([s.flatten(2).transpose(1, 2) for s in sources], 1)                     # [B, S, D]
         pos = torch.cat([p.flatten(2).transpose(1, 2) + e for p, e in zip(positions, self.level_embed)], 1)
         mask = torch.cat([m.flatten(1) for m in masks], 1)                                    # [B, S]
@@ -662,7 +729,7 @@ class DeformableTransformer(nn.Module):
         for i, layer in enumerate(self.decoder.layers):
             scale = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
             query = layer(query, query_pos, reference[:, :, None] * scale[:, None], memory, shapes, mask, self_mask)
-            if self.decoder.bbox_embed is not None:                           # the next layer looks around this layer's box
+            if self.decoder.bbox_embed is not None:  # the next layer looks around this layer's box
                 with torch.no_grad():
                     reference = predict_boxes(self.decoder.bbox_embed[i], query, reference)
             hs.append(query)
@@ -671,7 +738,8 @@ class DeformableTransformer(nn.Module):
 
 
 def predict_boxes(head: nn.Module, query: Tensor, reference: Tensor | None) -> Tensor:
-    """Boxes [..., Q, 4] cxcywh: the head's output is an offset to the reference, if any, in logit space (Deformable DETR, Sec. A.4); fp32."""
+    """Boxes [..., Q, 4] cxcywh: the head's output is an offset to the reference, if any,
+    in logit space (Deformable DETR, Sec. A.4); fp32."""
     with torch.autocast(query.device.type, enabled=False):
         delta = head(query.float())
         if reference is None:                                                 # DETR
@@ -683,28 +751,33 @@ def predict_boxes(head: nn.Module, query: Tensor, reference: Tensor | None) -> T
 # ==== Detectors ====================================================================================================
 
 class Detector(nn.Module):
-    """What the detectors below share. `focal`: the class head is trained with the focal loss and has one row per class (else softmax, with a last
-    row for "no object"), and heads start as Conditional and Deformable DETR start them (else PyTorch's defaults, as DETR).
+    """What the detectors below share. `focal`: the class head is trained with the focal loss and has one row per class
+    (else softmax, with a last row for "no object"), and heads start as Conditional and Deformable DETR start them (else
+    PyTorch's defaults, as DETR).
 
-    forward(images [B, 3, H, W] normalised and zero padded, mask [B, H, W] True = padding, ...) returns pred_logits [B, Q, rows],
-    pred_boxes [B, Q, 4] cxcywh in 0..1, hs [B, Q, D]: the query embeddings behind them; aux_outputs: the same three of every earlier decoder
-    layer; memory: the encoder's output as maps, [[B, D, H_l, W_l], ...].
+    forward(images [B, 3, H, W] normalised and zero padded, mask [B, H, W] True = padding, ...) returns
+    pred_logits [B, Q, rows], pred_boxes [B, Q, 4] cxcywh in 0..1, hs [B, Q, D]: the query embeddings behind them;
+    aux_outputs: the same three of every earlier decoder layer; memory:
+    the encoder's output as maps, [[B, D, H_l, W_l], ...].
     """
 
-    def __init__(self, backbone: Backbone, transformer: nn.Module, num_queries: int, query_width: int, position_offset: float):
+    def __init__(self, backbone: Backbone, transformer: nn.Module, num_queries: int,
+                 query_width: int, position_offset: float):
         super().__init__()
         self.transformer = transformer
         self.query_embed = nn.Embedding(num_queries, query_width)
         self.backbone = nn.Sequential(backbone)                               # released name: backbone.0.body
         self.position = PositionEmbeddingSine(transformer.d_model // 2, offset=position_offset)
 
-    def forward(self, images: Tensor, mask: Tensor, queries: Tensor | None = None, self_mask: Tensor | None = None) -> dict[str, Any]:
-        """queries: instead of the learned object queries, per image (see conditioned_queries); self_mask [Q, Q]: True = query i may not look at j."""
+    def forward(self, images: Tensor, mask: Tensor, queries: Tensor | None = None,
+                self_mask: Tensor | None = None) -> dict[str, Any]:
+        """queries: instead of the learned object queries, per image (see conditioned_queries); self_mask [Q, Q]:
+        True = query i may not look at j."""
         return self.detect(self.backbone[0](images), mask, queries, self_mask)
 
     def conditioned_queries(self, features: Tensor, order: Tensor | None = None) -> Tensor:
-        """Object queries that say what to look for: features [B, n, D] are added to the position half of the first n queries (of `order`),
-        which is all of a query in DETR and Conditional DETR. Returns [B, n, query width]."""
+        """Object queries that say what to look for: features [B, n, D] are added to the position half of the first n
+        queries (of `order`), which is all of a query in DETR and Conditional DETR. Returns [B, n, query width]."""
         queries = self.query_embed.weight if order is None else self.query_embed.weight[order]
         return queries[:features.shape[1]] + F.pad(features, (0, queries.shape[1] - features.shape[2]))
 
@@ -721,10 +794,11 @@ def start_heads(class_embed: nn.Linear, bbox_embed: MLP) -> None:
 
 
 class DETR(Detector):
-    """DETR, or with a ConditionalTransformer Conditional DETR: one map, one class head and one box head for all decoder layers."""
+    """DETR, or with a ConditionalTransformer Conditional DETR:
+    one map, one class head and one box head for all decoder layers."""
 
-    def __init__(self, backbone: Backbone, transformer: DETRTransformer, *, rows: int, focal: bool, num_queries: int = 100,
-                 position_offset: float = 0.0):
+    def __init__(self, backbone: Backbone, transformer: DETRTransformer, *, rows: int, focal: bool,
+                 num_queries: int = 100, position_offset: float = 0.0):
         d = transformer.d_model
         class_embed, bbox_embed = nn.Linear(d, rows), MLP(d, d, 4, 3)
         super().__init__(backbone, transformer, num_queries, d, position_offset)
@@ -733,26 +807,28 @@ class DETR(Detector):
         if focal:
             start_heads(self.class_embed, self.bbox_embed)
 
-    def detect(self, features: list[Tensor], mask: Tensor, queries: Tensor | None = None, self_mask: Tensor | None = None) -> dict[str, Any]:
+    def detect(self, features: list[Tensor], mask: Tensor, queries: Tensor | None = None,
+               self_mask: Tensor | None = None) -> dict[str, Any]:
         source = self.input_proj(features[-1])                                # [B, D, H, W]
         mask = F.interpolate(mask[:, None].float(), size=source.shape[-2:])[:, 0].bool()
         position = self.position(mask).to(source.dtype)
         queries = self.query_embed.weight if queries is None else queries
         hs, reference, memory = self.transformer(source, mask, position, queries, self_mask)
-        layers = [{"pred_logits": self.class_embed(x).float(), "pred_boxes": predict_boxes(self.bbox_embed, x, reference), "hs": x.float()}
-                  for x in hs]
+        layers = [{"pred_logits": self.class_embed(x).float(),
+                   "pred_boxes": predict_boxes(self.bbox_embed, x, reference), "hs": x.float()} for x in hs]
         return self.outputs(layers, [memory])
 
 
 class DeformableDETR(Detector):
     """Deformable DETR: multi- or single-scale, with or without iterative box refinement.
 
-    Without refinement one class head and one box head serve all decoder layers; they appear in `state_dict` once per layer, as in the
-    released checkpoints. A query is 2D wide: what gives its position and reference point, then what it starts from.
+    Without refinement one class head and one box head serve all decoder layers; they appear in `state_dict` once per
+    layer, as in the released checkpoints. A query is 2D wide: what gives its position and reference point,
+    then what it starts from.
     """
 
-    def __init__(self, backbone: Backbone, transformer: DeformableTransformer, *, rows: int, focal: bool = True, num_queries: int = 300,
-                 with_box_refine: bool = False, position_offset: float = -0.5):
+    def __init__(self, backbone: Backbone, transformer: DeformableTransformer, *, rows: int, focal: bool = True,
+                 num_queries: int = 300, with_box_refine: bool = False, position_offset: float = -0.5):
         d, channels = transformer.d_model, backbone.num_channels
         class_embed, bbox_embed = nn.Linear(d, rows), MLP(d, d, 4, 3)
         super().__init__(backbone, transformer, num_queries, 2 * d, position_offset)
@@ -767,14 +843,16 @@ class DeformableDETR(Detector):
         if with_box_refine:
             transformer.decoder.bbox_embed = self.bbox_embed
         projections = [nn.Conv2d(c, d, 1) for c in channels]
-        for extra in range(levels - len(channels)):                           # further levels: stride-2 convolutions, the first on the LAST stage
+        # further levels: stride-2 convolutions, the first on the LAST stage
+        for extra in range(levels - len(channels)):
             projections.append(nn.Conv2d(channels[-1] if extra == 0 else d, d, 3, stride=2, padding=1))
         self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, d)) for conv in projections)
         for conv, _ in self.input_proj:
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
 
-    def detect(self, features: list[Tensor], mask: Tensor, queries: Tensor | None = None, self_mask: Tensor | None = None) -> dict[str, Any]:
+    def detect(self, features: list[Tensor], mask: Tensor, queries: Tensor | None = None,
+               self_mask: Tensor | None = None) -> dict[str, Any]:
         sources = [proj(f) for proj, f in zip(self.input_proj, features)]
         for proj in list(self.input_proj)[len(sources):]:
             sources.append(proj(features[-1] if len(sources) == len(features) else sources[-1]))
@@ -783,11 +861,12 @@ class DeformableDETR(Detector):
         queries = self.query_embed.weight if queries is None else queries
         hs, initial, references, memory = self.transformer(sources, masks, positions, queries, self_mask)
         layers = []
-        for i, x in enumerate(hs):                                            # layer i corrects the reference it was given
+        for i, x in enumerate(hs):  # layer i corrects the reference it was given
             boxes = predict_boxes(self.bbox_embed[i], x, initial if i == 0 else references[i - 1])
             layers.append({"pred_logits": self.class_embed[i](x).float(), "pred_boxes": boxes, "hs": x.float()})
         shapes = [s.shape[-2:] for s in sources]
-        maps = [m.transpose(1, 2).unflatten(2, shape) for m, shape in zip(memory.split([h * w for h, w in shapes], 1), shapes)]
+        maps = [m.transpose(1, 2).unflatten(2, shape)
+                for m, shape in zip(memory.split([h * w for h, w in shapes], 1), shapes)]
         return self.outputs(layers, maps)
 
 
@@ -795,10 +874,12 @@ DETECTORS = Literal["detr", "conditional_detr", "deformable_detr_ss", "deformabl
 
 
 def build_detector(cfg: Any, rows: int, *, focal: bool, position_offset: float | None = None) -> Detector:
-    """The detector a configuration describes (fields detector, arch, backbone_norm, lr_backbone, hidden_dim, ...), weights still random.
+    """The detector a configuration describes (fields detector, arch, backbone_norm, lr_backbone, hidden_dim,
+    ...), weights still random.
 
-    rows: of the class head; focal: see Detector; position_offset: of the sine encoding, None = the detector's own (-0.5 in Deformable DETR, else 0).
-    What of the backbone learns: nothing at lr_backbone 0; layer2-4 under frozen BatchNorm (released); all of it under ordinary BatchNorm.
+    rows: of the class head; focal: see Detector; position_offset: of the sine encoding, None = the detector's own (-0.5
+    in Deformable DETR, else 0). What of the backbone learns: nothing at lr_backbone 0; layer2-4 under frozen BatchNorm
+    (released); all of it under ordinary BatchNorm.
     """
     trainable = 0 if cfg.lr_backbone <= 0 else 5 if cfg.backbone_norm == "bn" else 3
     deformable = cfg.detector.startswith("deformable")
@@ -808,37 +889,41 @@ def build_detector(cfg: Any, rows: int, *, focal: bool, position_offset: float |
     shared = (cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout)
     offset = {} if position_offset is None else {"position_offset": position_offset}
     if deformable:
-        return DeformableDETR(backbone, DeformableTransformer(*shared, levels), rows=rows, focal=focal, num_queries=cfg.num_queries,
-                              with_box_refine=cfg.with_box_refine, **offset)
-    transformer = ConditionalTransformer(*shared) if cfg.detector == "conditional_detr" else DETRTransformer(*shared, cfg.pre_norm)
+        return DeformableDETR(backbone, DeformableTransformer(*shared, levels), rows=rows, focal=focal,
+                              num_queries=cfg.num_queries, with_box_refine=cfg.with_box_refine, **offset)
+    transformer = (ConditionalTransformer(*shared) if cfg.detector == "conditional_detr"
+                   else DETRTransformer(*shared, cfg.pre_norm))
     return DETR(backbone, transformer, rows=rows, focal=focal, num_queries=cfg.num_queries, **offset)
 
 
 def align_start(detector: Detector, to_query: nn.Linear) -> None:
-    """Let a random DETR or Conditional DETR compare queries with the image from the first step: features enter queries as they enter the encoder, and
-    the decoder's keys start as its queries do. Without it a model of the demos' size still answered the same for any image after 600 steps.
+    """Let a random DETR or Conditional DETR compare queries with the image from the first step: features enter queries
+    as they enter the encoder, and the decoder's keys start as its queries do. Without it a model of the demos' size
+    still answered the same for any image after 600 steps.
 
-    Not part of any paper: for the demos. to_query: features [.., C] -> query content. Deformable DETR compares no keys and is left as it is.
+    Not part of any paper: for the demos. to_query: features [.., C] -> query content.
+    Deformable DETR compares no keys and is left as it is.
     """
     if not isinstance(detector, DETR):
         return
     with torch.no_grad():
         to_query.weight.copy_(detector.input_proj.weight[:, :, 0, 0])
         to_query.bias.copy_(detector.input_proj.bias)
-        detector.query_embed.weight.mul_(0.1)                                 # what a query asks for outweighs which query it is
+        detector.query_embed.weight.mul_(0.1)  # what a query asks for outweighs which query it is
         for layer in detector.transformer.decoder.layers:
             if isinstance(layer, ConditionalDecoderLayer):
                 query, keys = layer.ca_qcontent_proj.weight.mul_(2), [layer.ca_kcontent_proj.weight]
                 keys += [layer.ca_qpos_proj.weight] if layer.ca_qpos_proj is not None else []
             else:
                 query, *keys = layer.multihead_attn.in_proj_weight.chunk(3)[:2]
-                query.mul_(2)                                                 # attention sharp enough to see a difference
+                query.mul_(2)  # attention sharp enough to see a difference
             for key in keys:
                 key.copy_(query)
 
 
 class Pretext(nn.Module):
-    """A detector together with the modules that a pretext task adds to it. Checkpoints keep the released names: `detector.` is not part of them."""
+    """A detector together with the modules that a pretext task adds to it. Checkpoints keep the released names:
+    `detector.` is not part of them."""
 
     def __init__(self, detector: Detector):
         super().__init__()
@@ -857,7 +942,8 @@ class Pretext(nn.Module):
 class HungarianMatcher:
     """One-to-one assignment of predictions to targets with the least total cost (DETR, Eq. 1).
 
-    Class cost: minus the softmax probability of the target's class (DETR), or the focal cost (Conditional and Deformable DETR).
+    Class cost: minus the softmax probability of the target's class (DETR),
+    or the focal cost (Conditional and Deformable DETR).
     """
 
     def __init__(self, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0, focal: bool = True):
@@ -873,60 +959,74 @@ class HungarianMatcher:
             negative = 0.75 * p ** 2 * -(1 - p + 1e-8).log()
             class_cost = positive - negative if self.focal else -p
             l1 = torch.cdist(boxes, target["boxes"], p=1)
-            giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(target["boxes"], "cxcywh", "xyxy"))
+            giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"),
+                                       box_convert(target["boxes"], "cxcywh", "xyxy"))
             matrices.append(self.cost_class * class_cost + self.cost_bbox * l1 - self.cost_giou * giou)
         return matrices
 
     def __call__(self, layers: list[dict[str, Tensor]], targets: list[dict]) -> list[list[tuple[Tensor, Tensor]]]:
-        """Per decoder layer, per image: (query indices ascending, target indices), int64 on the outputs' device; min(Q, n) pairs.
+        """Per decoder layer, per image: (query indices ascending, target indices),
+        int64 on the outputs' device; min(Q, n) pairs.
 
-        What a query costs does not depend on the others, so all layers' queries are compared side by side, and one transfer brings all costs of a
-        step from the device, one brings all pairs back.
+        What a query costs does not depend on the others, so all layers' queries are compared side by side, and one
+        transfer brings all costs of a step from the device, one brings all pairs back.
         """
-        costs = self.costs({k: torch.cat([layer[k] for layer in layers], 1) for k in ("pred_logits", "pred_boxes")}, targets)
-        costs = [cost.unflatten(0, (len(layers), len(cost) // len(layers))) for cost in costs]   # per image [layers, Q, n]
+        costs = self.costs({k: torch.cat([layer[k] for layer in layers], 1)
+                            for k in ("pred_logits", "pred_boxes")}, targets)
+        # per image [layers, Q, n]
+        costs = [cost.unflatten(0, (len(layers), len(cost) // len(layers))) for cost in costs]
         flat = torch.cat([c.flatten() for c in costs]).cpu()
         if not np.isfinite(flat.numpy()).all():
             raise FloatingPointError("the matching cost is not finite: the model's outputs have become NaN or infinite")
         costs_on_cpu = [part.view(c.shape).numpy() for part, c in zip(flat.split([c.numel() for c in costs]), costs)]
-        solved = [indices for layer in range(len(layers)) for cost in costs_on_cpu for indices in linear_sum_assignment(cost[layer])]
-        moved = send(torch.from_numpy(np.concatenate(solved)), costs[0].device).split([len(indices) for indices in solved])
+        solved = [indices for layer in range(len(layers)) for cost in costs_on_cpu
+                  for indices in linear_sum_assignment(cost[layer])]
+        moved = send(torch.from_numpy(np.concatenate(solved)),
+                     costs[0].device).split([len(indices) for indices in solved])
         pairs = list(zip(moved[0::2], moved[1::2]))
         return [pairs[i:i + len(targets)] for i in range(0, len(pairs), len(targets))]
 
 
 def normalizer(count: float, device: torch.device) -> Tensor:
-    """What a process divides its summed loss by, so that DDP's average of gradients is the gradient of one process on the whole batch:
-    the count over all processes (at least 1) / world size. A tensor [] that stays on the device: nobody waits for it."""
+    """What a process divides its summed loss by, so that DDP's average of gradients is the gradient of one process on
+    the whole batch: the count over all processes (at least 1) / world size.
+    A tensor [] that stays on the device: nobody waits for it."""
     return all_reduce_sum(torch.full((), float(count), device=device)).clamp(min=1) / world_size()
 
 
 class SetCriterion(nn.Module):
-    """Loss of a set of predictions: matching, then classification, L1 and GIoU on the matched boxes, on every decoder layer.
+    """Loss of a set of predictions: matching, then classification, L1 and GIoU on the matched
+    boxes, on every decoder layer.
 
-    Classification is the focal loss, or (matcher.focal False) softmax cross-entropy with weight `eos_coef` on "no object", the last row.
+    Classification is the focal loss, or (matcher.focal False) softmax cross-entropy with weight `eos_coef` on
+    "no object", the last row.
     weight_feature > 0: every layer's pred_features are also drawn to the `features` of the matched targets.
-    forward returns (losses, pairs): unweighted terms `loss_ce`, `loss_bbox`, `loss_giou`, `loss_feature`, for earlier layer i with suffix `_i`, the
-    log values `class_error` and `cardinality_error`; and the last layer's assignment. `total(losses)` is their weighted sum.
+    forward returns (losses, pairs): unweighted terms `loss_ce`, `loss_bbox`, `loss_giou`, `loss_feature`, for earlier
+    layer i with suffix `_i`, the log values `class_error` and `cardinality_error`; and the last layer's assignment.
+    `total(losses)` is their weighted sum.
     """
 
-    def __init__(self, matcher: HungarianMatcher, weight_class: float = 2.0, weight_bbox: float = 5.0, weight_giou: float = 2.0, *,
-                 weight_feature: float = 0.0, eos_coef: float = 0.1):
+    def __init__(self, matcher: HungarianMatcher, weight_class: float = 2.0, weight_bbox: float = 5.0,
+                 weight_giou: float = 2.0, *, weight_feature: float = 0.0, eos_coef: float = 0.1):
         super().__init__()
         self.matcher, self.eos_coef = matcher, eos_coef
-        self.weight = {"loss_ce": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou, "loss_feature": weight_feature}
+        self.weight = {"loss_ce": weight_class, "loss_bbox": weight_bbox, "loss_giou": weight_giou,
+                       "loss_feature": weight_feature}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum over all layers; a name that has no weight is a log value."""
-        weighted = [value * self.weight[name] for key, value in losses.items() if (name := re.sub(r"_\d+$", "", key)) in self.weight]
+        weighted = [value * self.weight[name]
+                    for key, value in losses.items() if (name := re.sub(r"_\d+$", "", key)) in self.weight]
         return torch.stack(weighted).sum()
 
     def class_weight_sum(self, counts: list[int], num_queries: int) -> float:
-        """What the weighted mean of the softmax loss divides by, for images with these numbers of targets. `normalizer` of it makes the mean
-        independent of how a batch is split; the released codes take the mean of each process (class_weight None below)."""
+        """What the weighted mean of the softmax loss divides by, for images with these numbers of targets. `normalizer`
+        of it makes the mean independent of how a batch is split; the released codes take the mean of each process
+        (class_weight None below)."""
         return sum(min(n, num_queries) + self.eos_coef * max(num_queries - n, 0) for n in counts)
 
-    def forward(self, outputs: dict[str, Any], targets: list[dict], num_boxes: float | Tensor, class_weight: float | Tensor | None = None
+    def forward(self, outputs: dict[str, Any], targets: list[dict], num_boxes: float | Tensor,
+                class_weight: float | Tensor | None = None
                 ) -> tuple[dict[str, Tensor], list]:
         layers = [outputs, *outputs.get("aux_outputs", [])]
         pairs, *aux_pairs = self.matcher(layers, targets)                     # every layer is matched anew
@@ -936,7 +1036,8 @@ class SetCriterion(nn.Module):
             losses |= {f"{k}_{i}": v for k, v in layer_losses.items() if k != "class_error"}
         return losses, pairs
 
-    def losses(self, outputs: dict[str, Tensor], targets: list[dict], pairs: list, num_boxes: float, class_weight: float | None = None
+    def losses(self, outputs: dict[str, Tensor], targets: list[dict], pairs: list, num_boxes: float,
+               class_weight: float | None = None
                ) -> dict[str, Tensor]:
         """The terms of one layer for a given assignment."""
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]         # [B, Q, rows], [B, Q, 4]
@@ -944,7 +1045,8 @@ class SetCriterion(nn.Module):
         labels = torch.cat([t["labels"][j] for t, (_, j) in zip(targets, pairs)])
         target_boxes = torch.cat([t["boxes"][j] for t, (_, j) in zip(targets, pairs)])
         matched = boxes[index]
-        giou = torch.diag(generalized_box_iou(box_convert(matched, "cxcywh", "xyxy"), box_convert(target_boxes, "cxcywh", "xyxy")))
+        giou = torch.diag(generalized_box_iou(box_convert(matched, "cxcywh", "xyxy"),
+                                              box_convert(target_boxes, "cxcywh", "xyxy")))
         losses = {
             "loss_ce": self.class_loss(logits, index, labels, num_boxes, class_weight),
             "loss_bbox": F.l1_loss(matched, target_boxes, reduction="sum") / num_boxes,
@@ -953,7 +1055,8 @@ class SetCriterion(nn.Module):
         if self.weight["loss_feature"]:
             features = torch.cat([t["features"][j] for t, (_, j) in zip(targets, pairs)])
             difference = F.normalize(outputs["pred_features"][index], dim=-1) - F.normalize(features, dim=-1)
-            losses["loss_feature"] = difference.square().sum() / num_boxes    # = mean of 2 - 2 cos: UP-DETR, Eq. (2); Siamese DETR, Eq. (12)
+            # = mean of 2 - 2 cos: UP-DETR, Eq. (2); Siamese DETR, Eq. (12)
+            losses["loss_feature"] = difference.square().sum() / num_boxes
         with torch.no_grad():
             right = (logits[index].argmax(-1) == labels).float()
             losses["class_error"] = 100 - 100 * right.mean() if len(labels) else logits.new_tensor(100.0)
@@ -962,7 +1065,8 @@ class SetCriterion(nn.Module):
             losses["cardinality_error"] = (counted - given).abs().mean()
         return losses
 
-    def class_loss(self, logits: Tensor, index: tuple[Tensor, Tensor], labels: Tensor, num_boxes: float, class_weight: float | None) -> Tensor:
+    def class_loss(self, logits: Tensor, index: tuple[Tensor, Tensor], labels: Tensor, num_boxes: float,
+                   class_weight: float | None) -> Tensor:
         if self.matcher.focal:
             onehot = torch.zeros_like(logits)
             onehot[(*index, labels)] = 1.0
@@ -999,7 +1103,8 @@ def boxes_to_pixels(boxes: Tensor, sizes_hw: Tensor) -> Tensor:
     return box_convert(boxes, "cxcywh", "xyxy") * sizes_hw.to(boxes).flip(-1).repeat(1, 2)[:, None]
 
 
-def post_process(outputs: dict[str, Tensor], sizes_hw: Tensor, top: int = 100, focal: bool = True) -> list[dict[str, Tensor]]:
+def post_process(outputs: dict[str, Tensor], sizes_hw: Tensor, top: int = 100,
+                 focal: bool = True) -> list[dict[str, Tensor]]:
     """Detections of a batch in pixels of the original images (released PostProcess); see top_detections."""
     boxes = boxes_to_pixels(outputs["pred_boxes"], sizes_hw)
     return [top_detections(l, b, top, focal) for l, b in zip(outputs["pred_logits"], boxes)]
@@ -1008,17 +1113,19 @@ def post_process(outputs: dict[str, Tensor], sizes_hw: Tensor, top: int = 100, f
 # ==== Optimisation =================================================================================================
 
 def param_groups(model: nn.Module, lr: float, lr_backbone: float, lr_linear_proj_mult: float = 0.1) -> list[dict]:
-    """The three groups of the released DETReg / Deformable DETR: everything else, backbone, sampling offsets and reference points (the last has
-    no members in DETR and Conditional DETR).
+    """The three groups of the released DETReg / Deformable DETR: everything else, backbone, sampling offsets and
+    reference points (the last has no members in DETR and Conditional DETR).
 
-    Weight decay falls on all parameters, biases and norms included, as released. `base_lr` is what a schedule multiplies.
+    Weight decay falls on all parameters, biases and norms included, as released.
+    `base_lr` is what a schedule multiplies.
     """
     groups = [{"lr": lr}, {"lr": lr_backbone}, {"lr": lr * lr_linear_proj_mult}]
     for group in groups:
         group |= {"base_lr": group["lr"], "names": [], "params": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = groups[1 if "backbone.0" in name else 2 if re.search("reference_points|sampling_offsets", name) else 0]
+            group = groups[1 if "backbone.0" in name
+                           else 2 if re.search("reference_points|sampling_offsets", name) else 0]
             group["names"].append(name)
             group["params"].append(parameter)
     return groups
@@ -1043,15 +1150,17 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def step_schedule(step: int, steps_per_epoch: int, drop_epochs: tuple[float, ...]) -> float:
-    """Learning rate factor: x 0.1 at the start of each epoch in drop_epochs. A pure function of the step: nothing to save, nothing to lose."""
+    """Learning rate factor: x 0.1 at the start of each epoch in drop_epochs. A pure function of the step:
+    nothing to save, nothing to lose."""
     return 0.1 ** sum(step >= drop * steps_per_epoch for drop in drop_epochs)
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, momentum: float) -> None:
-    """average = m average + (1 - m) model, of parameters only: the average's BatchNorm statistics are its own (MoCo; SoCo, released)."""
+    """average = m average + (1 - m) model, of parameters only: the average's BatchNorm statistics are its
+    own (MoCo; SoCo, released)."""
     averages = list(average.parameters())
-    torch._foreach_mul_(averages, momentum)                                  # all at once: two kernels, not two per parameter
+    torch._foreach_mul_(averages, momentum)  # all at once: two kernels, not two per parameter
     torch._foreach_add_(averages, list(model.parameters()), alpha=1 - momentum)
 
 

@@ -1,11 +1,13 @@
-"""Images in, batches out: unlabelled sources, labelled detection sets, synthetic scenes, transforms with boxes, the loader.
+"""Images in, batches out: unlabelled sources, labelled detection sets, synthetic scenes,
+transforms with boxes, the loader.
 
 Sources      open_images(): a folder tree, a .txt list, ImageNet, ImageNet-100, COCO, VOC or drawn scenes; annotation files are never opened.
 Detection    open_detection(): COCO json or VOC xml, classes taken from the files; what could not be used stands in `.notes`.
 Transforms   draw_*() decides with a numpy Generator, apply_*() does it: tests put prescribed draws into the code that training runs.
 Loader       StepSampler + sample_rng(): a sample is a pure function of (seed, epoch, index), whatever the workers, processes or restarts.
 
-Boxes are `boxes_xyxy` in pixels of the image they come with, x2/y2 exclusive (width = x2 - x1), unless a name says otherwise.
+Boxes are `boxes_xyxy` in pixels of the image they come with, x2/y2 exclusive (width = x2 - x1),
+unless a name says otherwise.
 """
 from __future__ import annotations
 
@@ -38,20 +40,25 @@ from run import STOP_SIGNALS, printable, say
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")  # by content. Pillow knows more, and starts Ghostscript for one
+# by content. Pillow knows more, and starts Ghostscript for one
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 # The 100 classes of "ImageNet-100" in the DETReg sense (datasets/category.txt; the list of CMC and solo-learn).
 IMAGENET100 = tuple((
-    "n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797 n01735189 n07831146 n07753275 "
-    "n03085013 n04485082 n02105505 n01983481 n02788148 n03530642 n04435653 n02086910 n02859443 n13040303 n03594734 n02085620 n02099849 "
-    "n01558993 n04493381 n02109047 n04111531 n02877765 n04429376 n02009229 n01978455 n02106550 n01820546 n01692333 n07714571 n02974003 "
-    "n02114855 n03785016 n03764736 n03775546 n02087046 n07836838 n04099969 n04592741 n03891251 n02701002 n03379051 n02259212 n07715103 "
-    "n03947888 n04026417 n02326432 n03637318 n01980166 n02113799 n02086240 n03903868 n02483362 n04127249 n02089973 n03017168 n02093428 "
-    "n02804414 n02396427 n04418357 n02172182 n01729322 n02113978 n03787032 n02089867 n02119022 n03777754 n04238763 n02231487 n03032252 "
-    "n02138441 n02104029 n03837869 n03494278 n04136333 n03794056 n03492542 n02018207 n04067472 n03930630 n03584829 n02123045 n04229816 "
+    "n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797 "
+    "n01735189 n07831146 n07753275 n03085013 n04485082 n02105505 n01983481 n02788148 n03530642 n04435653 "
+    "n02086910 n02859443 n13040303 n03594734 n02085620 n02099849 n01558993 n04493381 n02109047 "
+    "n04111531 n02877765 n04429376 n02009229 n01978455 n02106550 n01820546 n01692333 n07714571 n02974003 "
+    "n02114855 n03785016 n03764736 n03775546 n02087046 n07836838 n04099969 n04592741 n03891251 n02701002 "
+    "n03379051 n02259212 n07715103 n03947888 n04026417 n02326432 n03637318 n01980166 n02113799 n02086240 "
+    "n03903868 n02483362 n04127249 n02089973 n03017168 n02093428 n02804414 n02396427 n04418357 n02172182 n01729322 "
+    "n02113978 n03787032 n02089867 n02119022 n03777754 n04238763 n02231487 n03032252 n02138441 n02104029 n03837869 "
+    "n03494278 n04136333 n03794056 n03492542 n02018207 n04067472 n03930630 n03584829 n02123045 n04229816 "
     "n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 n01855672 n02090622").split())
-_LAYOUT = {"imagenet": "<root>/{split}/<wnid>/*.JPEG", "coco": "<root>/{split}2017/*.jpg (+ annotations/instances_{split}2017.json to fine-tune)",
+_LAYOUT = {"imagenet": "<root>/{split}/<wnid>/*.JPEG",
+           "coco": "<root>/{split}2017/*.jpg (+ annotations/instances_{split}2017.json to fine-tune)",
            "voc": "<root>/VOC2007|VOC2012/{{JPEGImages,Annotations,ImageSets/Main}}"}
-_SUBFOLDERS = {"imagenet": ("", "imagenet", "ILSVRC/Data/CLS-LOC"), "coco": ("", "coco"), "voc": ("VOCdevkit", "", "voc/VOCdevkit", "voc")}
+_SUBFOLDERS = {"imagenet": ("", "imagenet", "ILSVRC/Data/CLS-LOC"), "coco": ("", "coco"),
+               "voc": ("VOCdevkit", "", "voc/VOCdevkit", "voc")}
 
 
 # ==== 1. Unlabelled sources ====
@@ -67,9 +74,10 @@ class UnreadableImage(Exception):
 
 
 def decode_image(path: str | Path, exif: bool = True) -> Image.Image:
-    """A picture file (FORMATS) -> PIL RGB. EXIF rotation applied (unless `exif` is False), alpha composited on white, 16 bit divided by 257 (not
-    clipped), floats stretched to their range; of an animation the first frame. Raises UnreadableImage for what is missing, truncated, corrupt, no
-    image, or above 179 million pixels (Pillow's limit against decompression bombs)."""
+    """A picture file (FORMATS) -> PIL RGB. EXIF rotation applied (unless `exif` is False), alpha composited on white,
+    16 bit divided by 257 (not clipped), floats stretched to their range; of an animation the first frame. Raises
+    UnreadableImage for what is missing, truncated, corrupt, no image, or above 179 million pixels (Pillow's limit
+    against decompression bombs)."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("not a regular file")  # reading a named pipe would wait for ever
@@ -87,18 +95,22 @@ def decode_image(path: str | Path, exif: bool = True) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except Exception as error:  # not only OSError: decoders raise SyntaxError, ValueError, struct.error, ... on corrupt bytes
+    except Exception as error:
+        # not only OSError: decoders raise SyntaxError, ValueError, struct.error, ... on corrupt bytes
         raise UnreadableImage(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
 class ImageFiles:
-    """Image files below `root`: keys are relative posix paths, sorted and unique (absolute only for list entries outside `root`).
+    """Image files below `root`: keys are relative posix paths, sorted and unique (absolute only for
+    list entries outside `root`).
 
-    They are kept as one row of bytes: a million strings would be copied into every loader process, for counting references writes to each."""
+    They are kept as one row of bytes: a million strings would be copied into every loader process,
+    for counting references writes to each."""
 
     def __init__(self, name: str, root: str | Path, keys: Sequence[str]):
         self.name, self.root, keys = name, Path(root), sorted(set(keys))
-        self._text = torch.from_numpy(np.frombuffer("\n".join(keys).encode("utf-8", "surrogateescape"), np.uint8).copy())
+        self._text = torch.from_numpy(np.frombuffer("\n".join(keys).encode("utf-8", "surrogateescape"),
+                                                    np.uint8).copy())
         sizes = np.fromiter((len(k.encode("utf-8", "surrogateescape")) + 1 for k in keys), np.int64, len(keys))
         self._starts = torch.from_numpy(np.concatenate([[0], sizes.cumsum()]))
 
@@ -122,10 +134,11 @@ class ImageFiles:
 
 
 def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
-    """Keys of all images under root/<below>, links followed, but no folder twice. No stat per file: 1.3 M files are found in seconds. Hidden files
-    are no images. UserError for a folder that cannot be listed."""
+    """Keys of all images under root/<below>, links followed, but no folder twice. No stat per file: 1.3 M files are
+    found in seconds. Hidden files are no images. UserError for a folder that cannot be listed."""
     def unlisted(error: OSError):
-        raise UserError(f"{error.filename}: this folder cannot be listed ({error.strerror}). Make it readable, or give a .txt list of the others.")
+        raise UserError(f"{error.filename}: this folder cannot be listed ({error.strerror}). Make it readable, "
+                        "or give a .txt list of the others.")
 
     keys, known = [], set()
     for top in below:
@@ -135,7 +148,8 @@ def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
                 subfolders.clear()
                 continue
             known.add(real)
-            subfolders[:] = sorted(d for d in subfolders if not d.startswith(".") and d != "lost+found")  # the latter is the disk's, and closed
+            # the latter is the disk's, and closed
+            subfolders[:] = sorted(d for d in subfolders if not d.startswith(".") and d != "lost+found")
             prefix = "" if (relative := Path(folder).relative_to(root).as_posix()) == "." else relative + "/"
             keys += [prefix + f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
     return keys
@@ -150,7 +164,8 @@ def read_lines(path: Path, what: str) -> Iterator[str]:
 
 
 def named_root(data: str, data_root: str | None, split: str, accept: Callable[[Path], bool]) -> Path:
-    """The first place where a named set's layout is found: --data_root, else $DATA_ROOT, else data/<set>; UserError lists all tried."""
+    """The first place where a named set's layout is found: --data_root, else $DATA_ROOT, else data/<set>;
+    UserError lists all tried."""
     family = "imagenet" if data.startswith("imagenet") else data
     given, origin = (data_root, "--data_root") if data_root else (os.environ.get("DATA_ROOT"), "$DATA_ROOT")
     root = Path(given or f"data/{family}").expanduser()
@@ -158,7 +173,8 @@ def named_root(data: str, data_root: str | None, split: str, accept: Callable[[P
     for place in places:
         if accept(place):
             return place
-    raise UserError(f"--data {data}: not found in {', '.join(map(str, places))} (root from {origin if given else 'the default'}). Expected layout: "
+    raise UserError(f"--data {data}: not found in {', '.join(map(str, places))} (root "
+                    f"from {origin if given else 'the default'}). Expected layout: "
                     f"{_LAYOUT[family].format(split=split)}. Set --data_root or $DATA_ROOT, or give --data a path.")
 
 
@@ -168,8 +184,9 @@ def _open_imagenet(data: str, data_root: str | None, split: str) -> ImageFiles:
     if data == "imagenet100":
         missing = sorted(set(IMAGENET100) - set(classes))
         if missing:
-            raise UserError(f"--data imagenet100: {len(missing)} of the 100 class folders are missing in {root} ({', '.join(missing[:3])}"
-                            f"{', ...' if len(missing) > 3 else ''}). Add them, or give --data {root} to use every image that is there.")
+            raise UserError(f"--data imagenet100: {len(missing)} of the 100 class folders are missing in {root} "
+                            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Add them, or give "
+                            f"--data {root} to use every image that is there.")
         classes = list(IMAGENET100)
     return ImageFiles(data, root, find_images(root, classes))
 
@@ -184,8 +201,11 @@ def _files_in(folder: Path) -> set[str]:
 
 
 def _open_list(path: Path) -> ImageFiles:
-    """The user's own paths: they may be absolute or lead anywhere, to any of FORMATS. A file named twice counts once."""
-    keys, folders = [], {}  # of each folder named: what a key begins with, and its files. One look at a folder is cheaper than one at every file
+    """The user's own paths: they may be absolute or lead anywhere, to any of FORMATS.
+    A file named twice counts once."""
+    # of each folder named: what a key begins with, and its files.
+    # One look at a folder is cheaper than one at every file
+    keys, folders = [], {}
     for number, line in enumerate(read_lines(path, "the image list"), start=1):
         if (line := line.strip()) and not line.startswith("#"):
             folder, name = os.path.split(line)
@@ -196,20 +216,23 @@ def _open_list(path: Path) -> ImageFiles:
             start, files = folders[folder]
             keys.append(start + name)
             if name not in files and not os.path.isfile(path.parent / keys[-1]):
-                raise UserError(f"{path}, line {number}: {path.parent / keys[-1]} does not exist. Paths are relative to the list's folder; correct "
-                                "or remove the line.")
+                raise UserError(f"{path}, line {number}: {path.parent / keys[-1]} does not exist. "
+                                "Paths are relative to the list's folder; correct or remove the line.")
     folders.clear()
     return ImageFiles(path.name, path.parent, keys)
 
 
-# Where a drawn set begins in the endless row of scenes: pretraining, its held-out part, detection training and test never share one.
-SYNTHETIC_OFFSET = {"images/train": 0, "images/val": 10_000_000, "detection/train": 20_000_000, "detection/test": 30_000_000}
+# Where a drawn set begins in the endless row of scenes: pretraining, its held-out part,
+# detection training and test never share one.
+SYNTHETIC_OFFSET = {"images/train": 0, "images/val": 10_000_000, "detection/train": 20_000_000,
+                    "detection/test": 30_000_000}
 
 
-def open_images(data: str, data_root: str | None, *, split: str = "train", synthetic_images: int = 800, synthetic_size: int = 160,
-                seed: int = 0) -> ImageFiles | SyntheticScenes:
-    """`data`: imagenet100 | imagenet | coco | voc | synthetic | a .txt with one path per line | a folder of images (a name wins over a folder
-    called the same). `split`: train, or val/test = the held-out part of a named set. Raises UserError where nothing usable is found."""
+def open_images(data: str, data_root: str | None, *, split: str = "train", synthetic_images: int = 800,
+                synthetic_size: int = 160, seed: int = 0) -> ImageFiles | SyntheticScenes:
+    """`data`: imagenet100 | imagenet | coco | voc | synthetic | a .txt with one path per line | a folder of images (a
+    name wins over a folder called the same). `split`: train, or val/test = the held-out part of a named set. Raises
+    UserError where nothing usable is found."""
     part = "train" if split == "train" else "val"
     if data == "synthetic":
         return SyntheticScenes(synthetic_images, synthetic_size, seed, SYNTHETIC_OFFSET[f"images/{part}"])
@@ -220,28 +243,34 @@ def open_images(data: str, data_root: str | None, *, split: str = "train", synth
         images = ImageFiles(data, root, find_images(root))
     elif data == "voc":
         root = named_root(data, data_root, part, lambda place: bool(voc_years(place)))
-        images = ImageFiles(data, root, [f"{year.relative_to(root).as_posix()}/JPEGImages/{name}" for year, name in voc_images(root, split)])
+        images = ImageFiles(data, root, [f"{year.relative_to(root).as_posix()}/JPEGImages/{name}"
+                                         for year, name in voc_images(root, split)])
     elif data.lower().endswith(".txt"):
         images = _open_list(Path(data).expanduser())
     elif (root := Path(data).expanduser()).is_dir():
         images = ImageFiles(root.resolve().name, root, find_images(root))
     else:
-        raise UserError(f"--data {data}: no such folder. Give a folder of images, a .txt list, or imagenet100, imagenet, coco, voc, synthetic.")
+        raise UserError(f"--data {data}: no such folder. Give a folder of images, a .txt list, or imagenet100, "
+                        "imagenet, coco, voc, synthetic.")
     if not len(images):
-        raise UserError(f"--data {data}: no images in {images.root}. Looked for {' '.join(EXTENSIONS)} in it and below; give another folder or list.")
+        raise UserError(f"--data {data}: no images in {images.root}. "
+                        f"Looked for {' '.join(EXTENSIONS)} in it and below; give another folder or list.")
     return images
 
 
 def hold_out(source: ImageFiles | SyntheticScenes, count: int, seed: int, data: str) -> tuple[np.ndarray, np.ndarray]:
-    """-> (indices to train on, `count` indices kept for the probe), both sorted. UserError when the probe would take half or more."""
+    """-> (indices to train on, `count` indices kept for the probe), both sorted.
+    UserError when the probe would take half or more."""
     if count and len(source) <= 2 * count:
-        raise UserError(f"{data}: {len(source)} images are too few to hold out {count}; give --probe_images N below half of them, or 0")
+        raise UserError(f"{data}: {len(source)} images are too few to hold out {count}; give "
+                        "--probe_images N below half of them, or 0")
     order = np.random.default_rng(seed).permutation(len(source)) if count else np.arange(len(source))
     return np.sort(order[count:]), np.sort(order[:count])
 
 
 def open_pretraining(cfg) -> tuple:
-    """-> (source, indices to train on, source of the probe, its indices), for a method whose probe needs images but no boxes. `cfg`: its Config.
+    """-> (source, indices to train on, source of the probe, its indices), for a method whose probe needs images but no
+    boxes. `cfg`: its Config.
 
     The probe's cfg.probe_images images: of --probe_data, else unseen synthetic scenes, else held out from training.
     """
@@ -252,7 +281,8 @@ def open_pretraining(cfg) -> tuple:
     if not cfg.probe_data and cfg.data != "synthetic":
         indices, held_out = hold_out(source, cfg.probe_images, cfg.seed, cfg.data)
         return source, indices, source, held_out
-    probe_source = open_images(cfg.probe_data or "synthetic", cfg.data_root, split="val", synthetic_images=cfg.probe_images, **shared)
+    probe_source = open_images(cfg.probe_data or "synthetic", cfg.data_root, split="val",
+                               synthetic_images=cfg.probe_images, **shared)
     if cfg.probe_images and len(probe_source) < 2:
         raise UserError(f"--probe_data {cfg.probe_data}: one image is too few, the row `shuffled` needs at least 2")
     return source, np.arange(len(source)), probe_source, np.arange(min(cfg.probe_images, len(probe_source)))
@@ -260,7 +290,8 @@ def open_pretraining(cfg) -> tuple:
 
 # ==== 2. Synthetic scenes ====
 def _star(r: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """Five tips at radius 1, notches at .45: r against the straight edge from tip to notch, the same in each of ten sectors."""
+    """Five tips at radius 1, notches at .45: r against the straight edge from tip to notch,
+    the same in each of ten sectors."""
     turn, notch = abs((a + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5), 0.45 * np.exp(1j * np.pi / 5)
     return r * (np.cos(turn) * notch.imag + np.sin(turn) * (1 - notch.real)) < notch.imag
 
@@ -280,10 +311,13 @@ _TEXTURES = {  # each class's own family at a frequency f: the weight of the obj
 
 
 class SyntheticScenes:
-    """`n` drawn scenes with boxes: image i is a pure function of (seed, offset + i, size). Same interface as ImageFiles, and scene(i).
+    """`n` drawn scenes with boxes: image i is a pure function of (seed, offset + i, size).
+    Same interface as ImageFiles, and scene(i).
 
-    1-6 textured objects on a smooth colour field with clutter. Boxes are the exact extents of what can be SEEN of an object inside the image.
-    An object is drawn only where 60 % of it are inside the image and every earlier one keeps half of its whole shape in sight."""
+    1-6 textured objects on a smooth colour field with clutter. Boxes are the exact extents of what can be SEEN of
+    an object inside the image.
+    An object is drawn only where 60 % of it are inside the image and every earlier one keeps half of
+    its whole shape in sight."""
 
     CLASSES = tuple(_SHAPES)
 
@@ -343,11 +377,13 @@ class SyntheticScenes:
         for _ in range(int(rng.integers(2, 8))):
             ends = rng.integers(0, s, (2, 2)).tolist()
             cv2.line(clutter, ends[0], ends[1], (field[1, 1] + rng.normal(0, 90, 3)).tolist(), int(rng.integers(1, 3)))
-        noise = cv2.resize(rng.normal(0, 14, (s // 5 + 1, s // 5 + 1)).astype(np.float32), (s, s), interpolation=cv2.INTER_LINEAR)
+        noise = cv2.resize(rng.normal(0, 14, (s // 5 + 1, s // 5 + 1)).astype(np.float32), (s, s),
+                           interpolation=cv2.INTER_LINEAR)
         return cv2.GaussianBlur(0.5 * canvas + 0.5 * clutter, (0, 0), 1.0) + noise[..., None]
 
     def _object(self, rng: np.random.Generator, canvas: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, int]:
-        """-> (label, mask bool [size, size] inside the image, colours float32 [size, size, 3], pixels of the whole shape)."""
+        """-> (label, mask bool [size, size] inside the image, colours float32 [size, size, 3],
+        pixels of the whole shape)."""
         label, s = int(rng.integers(len(self.CLASSES))), self.size
         radius = s * np.exp(rng.uniform(np.log(0.12), np.log(0.55))) / 2
         centre = rng.uniform(0.6 * radius, s - 0.6 * radius, 2)
@@ -390,16 +426,19 @@ def voc_images(root: Path, split: str) -> list[tuple[Path, str]]:
             if stem not in files:
                 raise UserError(f"{source}: no image {stem}.jpg in {year / 'JPEGImages'}. Add it or remove the line.")
             if len(files[stem]) > 1:
-                raise UserError(f"{source}: {stem} may be {' or '.join(files[stem])} in {year / 'JPEGImages'}. Leave one of them there.")
+                raise UserError(f"{source}: {stem} may be {' or '.join(files[stem])} in {year / 'JPEGImages'}. "
+                                "Leave one of them there.")
             found.append((year, files[stem][0]))
         if len(set(stems)) < len(stems):
-            raise UserError(f"{source}: {next(s for s in stems if stems.count(s) > 1)} is listed twice. Remove one of the lines.")
+            raise UserError(f"{source}: {next(s for s in stems if stems.count(s) > 1)} is listed twice. "
+                            "Remove one of the lines.")
     return found
 
 
 # ==== 4. Detection transforms: drawing and applying apart ====
 def resized_hw(hw: tuple[int, int], size: int, max_size: int | None = None) -> tuple[int, int]:
-    """DETR's rule: short side -> `size`, or less where the long side would pass `max_size`; the other side is floored."""
+    """DETR's rule: short side -> `size`, or less where the long side would pass `max_size`;
+    the other side is floored."""
     h, w = hw
     short, long = min(hw), max(hw)
     if max_size and long / short * size > max_size:
@@ -423,12 +462,14 @@ class Geometry:
 def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequence[int], max_size: int | None,
                   crop_scales: Sequence[int] | None = (400, 500, 600), crop_range: tuple[int, int] | None = (384, 600),
                   flip: float = 0.5) -> Geometry:
-    """DETR's augmentation: with p = .5 resize to one of `scales`; else resize to one of `crop_scales` (long side at most 20 times that), cut
-    w, h ~ U{lo..min(side, hi)} at a uniform place, resize to one of `scales`. Without crop_scales or crop_range: never the crop branch."""
+    """DETR's augmentation: with p = .5 resize to one of `scales`; else resize to one of `crop_scales` (long side at
+    most 20 times that), cut w, h ~ U{lo..min(side, hi)} at a uniform place, resize to one of `scales`. Without
+    crop_scales or crop_range: never the crop branch."""
     flipped, first, crop = bool(rng.random() < flip), None, None
     if crop_scales and crop_range and rng.random() < 0.5:
         size = int(rng.choice(crop_scales))
-        first = hw = resized_hw(hw, size, 20 * size)  # released: no maximum, but 1 x 5000 px would become 600 x 3,000,000
+        # released: no maximum, but 1 x 5000 px would become 600 x 3,000,000
+        first = hw = resized_hw(hw, size, 20 * size)
         lo, hi = crop_range
         w, h = (int(rng.integers(min(lo, side), min(side, hi) + 1)) for side in (hw[1], hw[0]))
         crop = int(rng.integers(hw[0] - h + 1)), int(rng.integers(hw[1] - w + 1)), h, w
@@ -436,12 +477,15 @@ def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequ
     return Geometry(flipped, first, crop, resized_hw(hw, int(rng.choice(scales)), max_size))
 
 
-def draw_crop(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+def draw_crop(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, float],
+              ratio: tuple[float, float] = (3 / 4, 4 / 3)
                ) -> tuple[int, int, int, int]:
-    """A random box (x1, y1, x2, y2) of an image of size hw, as torchvision's RandomResizedCrop: its share of the area, then w / h in `ratio`."""
+    """A random box (x1, y1, x2, y2) of an image of size hw, as torchvision's RandomResizedCrop:
+    its share of the area, then w / h in `ratio`."""
     height, width = hw
     for _ in range(10):
-        size, aspect = height * width * rng.uniform(*area), math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        size, aspect = (height * width * rng.uniform(*area),
+                        math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]))))
         w, h = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
         if 0 < w <= width and 0 < h <= height:
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
@@ -459,13 +503,15 @@ def flip_boxes(boxes_xyxy: Tensor, width: float) -> Tensor:
 
 
 def resize_boxes(boxes_xyxy: Tensor, from_hw: tuple[int, int], to_hw: tuple[int, int]) -> Tensor:
-    """[n, 4] of an image of size from_hw -> of the same image at to_hw (the two axes scale by their own exact ratio)."""
+    """[n, 4] of an image of size from_hw -> of the same image at to_hw (the two axes scale
+    by their own exact ratio)."""
     sy, sx = to_hw[0] / from_hw[0], to_hw[1] / from_hw[1]
     return boxes_xyxy * boxes_xyxy.new_tensor([sx, sy, sx, sy])
 
 
 def crop_boxes(boxes_xyxy: Tensor, region: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """Shift and clip [n, 4] to region (top, left, h, w) -> (boxes [m, 4], keep int64 [m]: the indices that are not empty)."""
+    """Shift and clip [n, 4] to region (top, left, h, w) -> (boxes [m, 4], keep int64 [m]:
+    the indices that are not empty)."""
     top, left, h, w = region
     boxes = boxes_xyxy - boxes_xyxy.new_tensor([left, top, left, top])
     boxes = torch.minimum(boxes, boxes.new_tensor([w, h, w, h])).clamp(min=0)
@@ -474,17 +520,20 @@ def crop_boxes(boxes_xyxy: Tensor, region: tuple[int, int, int, int]) -> tuple[T
 
 
 def resize(image: Image.Image, hw: tuple[int, int]) -> Image.Image:
-    """PIL RGB -> PIL RGB of size hw, bilinear and antialiased: Pillow, or for 200 x 200 px and more torch's kernel of the same rule, which takes half
-    the time. Its weights have fewer bits: in 1 of 100 values (a quarter, where the ratio of the sizes makes ties) it is off by one grey level, two in
-    pure noise. The demos are below that size: to the bit."""
+    """PIL RGB -> PIL RGB of size hw, bilinear and antialiased: Pillow, or for 200 x 200 px and more torch's kernel of
+    the same rule, which takes half the time. Its weights have fewer bits: in 1 of 100 values (a quarter, where the
+    ratio of the sizes makes ties) it is off by one grey level, two in pure noise.
+    The demos are below that size: to the bit."""
     if hw[0] * hw[1] < 200 * 200:
         return image.resize(hw[::-1], Image.Resampling.BILINEAR)
     array = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    return Image.fromarray(cv2.merge(list(F.interpolate(array, size=hw, mode="bilinear", antialias=True)[0].contiguous().numpy())))
+    return Image.fromarray(cv2.merge(list(F.interpolate(array, size=hw, mode="bilinear",
+                                                        antialias=True)[0].contiguous().numpy())))
 
 
 def apply_geometry(image: Image.Image, boxes_xyxy: Tensor, geometry: Geometry) -> tuple[Image.Image, Tensor, Tensor]:
-    """-> (image, boxes_xyxy [m, 4] px of it, keep int64 [m]). Antialiased bilinear, as torchvision's resize of a PIL image."""
+    """-> (image, boxes_xyxy [m, 4] px of it, keep int64 [m]). Antialiased bilinear,
+    as torchvision's resize of a PIL image."""
     boxes, keep = boxes_xyxy, torch.arange(len(boxes_xyxy))
     if geometry.flip:
         image, boxes = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flip_boxes(boxes, image.width)
@@ -517,7 +566,8 @@ def normalized_cxcywh(boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
 
 
 _LEVELS = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-_LEVELS = TF.normalize(TF.to_dtype(_LEVELS, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD)).numpy()  # each channel's 256 values
+# each channel's 256 values
+_LEVELS = TF.normalize(TF.to_dtype(_LEVELS, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD)).numpy()
 
 
 def to_normalized_tensor(image: Image.Image) -> Tensor:
@@ -543,48 +593,58 @@ class Photometric:
 
 
 _TURN = (np.array([5, 3, 1]) + np.arange(256)[:, None] * 6 / 255) % 6
-_COLOUR = np.minimum(_TURN, 4 - _TURN).clip(0, 1).astype(np.float32)  # [256, 3]: the share of a hue's saturation that each of R, G, B lacks
+# [256, 3]: the share of a hue's saturation that each of R, G, B lacks
+_COLOUR = np.minimum(_TURN, 4 - _TURN).clip(0, 1).astype(np.float32)
 
 
 def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
-    """PIL RGB -> the same, its hue turned by `shift` of the circle in steps of 1/255: torchvision's values (Pillow's 8-bit HSV and back) in half the
-    time, as the way back is a table."""
+    """PIL RGB -> the same, its hue turned by `shift` of the circle in steps of 1/255: torchvision's values (Pillow's
+    8-bit HSV and back) in half the time, as the way back is a table."""
     hue, saturation, value = cv2.split(np.asarray(image.convert("HSV")))
-    colour, saturation, value = np.roll(_COLOUR, -int(shift * 255), axis=0), saturation.astype(np.float32) / 255, value.astype(np.float32)
-    channels = [(value * (1 - saturation * cv2.LUT(hue, c)) + np.float32(0.5)).astype(np.uint8) for c in np.ascontiguousarray(colour.T)]
+    colour, saturation, value = (np.roll(_COLOUR, -int(shift * 255), axis=0), saturation.astype(np.float32) / 255,
+                                 value.astype(np.float32))
+    channels = [(value * (1 - saturation * cv2.LUT(hue, c)) + np.float32(0.5)).astype(np.uint8)
+                for c in np.ascontiguousarray(colour.T)]
     return Image.fromarray(cv2.merge(channels))
 
 
 def blur(image: Image.Image, sigma: float) -> Image.Image:
-    """Pillow's GaussianBlur(sigma) of PIL RGB, from 100 x 100 px on in a quarter of the time: three times a box along each axis, each time rounded to
-    8 bits. A box is 2 l + 1 pixels and a share of one more at each end, such that three have the variance of the Gaussian. To the bit for nearly all
-    sigmas. Some make ties in the rounding: over U(0.1, 2) one grey level in 1 of 10,000 values; 1.0 itself up to 3. The demos stay with Pillow."""
+    """Pillow's GaussianBlur(sigma) of PIL RGB, from 100 x 100 px on in a quarter of the time: three times a box along
+    each axis, each time rounded to 8 bits. A box is 2 l + 1 pixels and a share of one more at each end, such that three
+    have the variance of the Gaussian. To the bit for nearly all sigmas. Some make ties in the rounding: over U(0.1, 2)
+    one grey level in 1 of 10,000 values; 1.0 itself up to 3. The demos stay with Pillow."""
     if image.width * image.height < 100 * 100:
         return image.filter(ImageFilter.GaussianBlur(sigma))
     variance = sigma ** 2 / 3
     l = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
     end = (2 * l + 1) * (l * (l + 1) - 3 * variance) / (6 * (variance - (l + 1) ** 2))
-    box, array = np.array([[end, *[1] * (2 * l + 1), end]], np.float32) / np.float32(2 * (l + end) + 1), np.asarray(image)
+    box, array = np.array([[end, *[1] * (2 * l + 1), end]],
+                          np.float32) / np.float32(2 * (l + end) + 1), np.asarray(image)
     for kernel in (box, box, box, box.T, box.T, box.T):
         array = cv2.filter2D(array, -1, kernel, borderType=cv2.BORDER_REPLICATE)
     return Image.fromarray(array)
 
 
-_JITTER = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast, "saturation": TF.adjust_saturation, "hue": adjust_hue}
+_JITTER = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast,
+           "saturation": TF.adjust_saturation, "hue": adjust_hue}
 
 
 def draw_photometric(rng: np.random.Generator, spec: Photometric) -> dict:
-    """Plain numbers for apply_photometric. Factors as torchvision's ColorJitter: U(max(0, 1 - s), 1 + s), hue U(-s, s), in a random order."""
+    """Plain numbers for apply_photometric. Factors as torchvision's ColorJitter: U(max(0, 1 - s), 1 + s),
+    hue U(-s, s), in a random order."""
     names, strength = list(_JITTER), [getattr(spec, k) for k in _JITTER]
-    draw = {k: float(rng.uniform(-s, s) if k == "hue" else rng.uniform(max(0, 1 - s), 1 + s)) for k, s in zip(names, strength)}
+    draw = {k: float(rng.uniform(-s, s) if k == "hue" else rng.uniform(max(0, 1 - s), 1 + s))
+            for k, s in zip(names, strength)}
     order = [names[k] for k in rng.permutation(4) if strength[k] > 0]
     jitter, gray, blur, solarize = (rng.random(4) < [spec.p_jitter, spec.p_gray, spec.p_blur, spec.p_solarize]).tolist()
     radius = float(rng.uniform(*spec.blur_radius))
-    return draw | {"order": order if jitter else [], "gray": gray, "blur": radius if blur else None, "solarize": solarize}
+    return draw | {"order": order if jitter else [], "gray": gray,
+                   "blur": radius if blur else None, "solarize": solarize}
 
 
 def apply_photometric(image: Image.Image, draw: dict) -> Image.Image:
-    """PIL RGB -> PIL RGB: the four jitter operations named in draw["order"], grey, PIL Gaussian blur, solarise at 128."""
+    """PIL RGB -> PIL RGB: the four jitter operations named in draw["order"], grey,
+    PIL Gaussian blur, solarise at 128."""
     for name in draw["order"]:
         image = _JITTER[name](image, draw[name])
     if draw["gray"]:
@@ -595,7 +655,8 @@ def apply_photometric(image: Image.Image, draw: dict) -> Image.Image:
 
 
 def cut_patch(image: Image.Image, box_xyxy: Sequence[float], size: int, draw: dict) -> Tensor:
-    """A region (px, rounded as PIL does) squeezed to size x size, aspect not kept, then recoloured by apply_photometric. [3, size, size]"""
+    """A region (px, rounded as PIL does) squeezed to size x size, aspect not kept,
+    then recoloured by apply_photometric. [3, size, size]"""
     region = resize(image.crop(tuple(round(v) for v in box_xyxy)), (size, size))
     return to_normalized_tensor(apply_photometric(region, draw))
 
@@ -603,24 +664,30 @@ def cut_patch(image: Image.Image, box_xyxy: Sequence[float], size: int, draw: di
 # ==== 5. Loader ====
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of all randomness of one sample."""
-    return np.random.default_rng([2, seed, epoch, index])  # [1, ...] shuffles, [3, ...] draws scenes: fixed tags keep the streams apart
+    # [1, ...] shuffles, [3, ...] draws scenes: fixed tags keep the streams apart
+    return np.random.default_rng([2, seed, epoch, index])
 
 
 class StepSampler:
-    """A DataLoader batch_sampler: lists of (epoch, index) for this rank, one per micro-batch, over all steps from start_step on.
+    """A DataLoader batch_sampler: lists of (epoch, index) for this rank, one per micro-batch,
+    over all steps from start_step on.
 
-    An epoch's order depends on (seed, epoch) alone; a step's global batch is the same piece of it whatever world and accumulate are.
-    Micro-batch a of rank r is its piece a * world + r of world * accumulate. The last n % batch_size images of an epoch's order are left out."""
+    An epoch's order depends on (seed, epoch) alone; a step's global batch is the same piece of it whatever
+    world and accumulate are.
+    Micro-batch a of rank r is its piece a * world + r of world * accumulate.
+    The last n % batch_size images of an epoch's order are left out."""
 
-    def __init__(self, n: int, batch_size: int, total_steps: int, *, start_step: int = 0, world: int = 1, rank: int = 0, accumulate: int = 1,
-                 seed: int = 0, shuffle: bool = True):
+    def __init__(self, n: int, batch_size: int, total_steps: int, *, start_step: int = 0, world: int = 1, rank: int = 0,
+                 accumulate: int = 1, seed: int = 0, shuffle: bool = True):
         pieces = world * accumulate
         if batch_size < 1 or batch_size % pieces:
             near = sorted({max(pieces, batch_size // pieces * pieces), (max(batch_size, 0) // pieces + 1) * pieces})
-            raise UserError(f"batch_size {batch_size} (global) is no multiple of {world} processes x {accumulate} accumulated micro-batches = "
+            raise UserError(f"batch_size {batch_size} (global) is no multiple of {world} "
+                            f"processes x {accumulate} accumulated micro-batches = "
                             f"{pieces}. For example {' or '.join(map(str, near))} would work.")
         if n < batch_size:
-            raise UserError(f"{n} images are fewer than one batch of {batch_size}. Give a batch_size of at most {n} or more images.")
+            raise UserError(f"{n} images are fewer than one batch of {batch_size}. "
+                            f"Give a batch_size of at most {n} or more images.")
         self.n, self.batch_size, self.total_steps, self.start_step = n, batch_size, total_steps, start_step
         self.world, self.rank, self.accumulate, self.seed, self.shuffle = world, rank, accumulate, seed, shuffle
         self.steps_per_epoch = n // batch_size
@@ -633,43 +700,49 @@ class StepSampler:
         for step in range(self.start_step, self.total_steps):
             epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != current:
-                current, order = epoch, np.random.default_rng([1, self.seed, epoch]).permutation(self.n) if self.shuffle else np.arange(self.n)
+                current, order = (epoch, np.random.default_rng([1, self.seed, epoch]).permutation(self.n)
+                                  if self.shuffle else np.arange(self.n))
             for a in range(self.accumulate):
                 first = place * self.batch_size + (a * self.world + self.rank) * size
                 yield [(epoch, int(i)) for i in order[first:first + size]]
 
 
 def collate(samples: list[dict]) -> dict:
-    """[{"image" [3, h, w], "target", "skipped", "index" if known}] -> images [B, 3, H, W] zero-padded bottom/right, mask bool [B, H, W] True =
-    padding, lists."""
+    """[{"image" [3, h, w], "target", "skipped", "index" if known}] -> images [B, 3, H, W] zero-padded bottom/right,
+    mask bool [B, H, W] True = padding, lists."""
     heights, widths = zip(*(s["image"].shape[-2:] for s in samples))
     images = samples[0]["image"].new_zeros(len(samples), 3, max(heights), max(widths))
     mask = torch.ones(len(samples), max(heights), max(widths), dtype=torch.bool)
     for k, (sample, h, w) in enumerate(zip(samples, heights, widths)):
         images[k, :, :h, :w], mask[k, :h, :w] = sample["image"], False
-    return {"images": images, "mask": mask, "targets": [s["target"] for s in samples], "skipped": [p for s in samples for p in s["skipped"]],
+    return {"images": images, "mask": mask, "targets": [s["target"] for s in samples],
+            "skipped": [p for s in samples for p in s["skipped"]],
             **({"index": [s["index"] for s in samples]} if "index" in samples[0] else {})}
 
 
 def load_usable(source: ImageFiles | SyntheticScenes | Any, index: int, rng: np.random.Generator, skipped: list,
                 candidates: Sequence[int] | None = None, min_side: int = 1) -> tuple:
-    """-> (what source.load gives, index used). An unreadable image, or one with a side below min_side px, is appended to `skipped`
-    ("path: reason") and another index drawn (from `candidates`, else from the whole source), at most 10 times; then UserError."""
+    """-> (what source.load gives, index used). An unreadable image, or one with a side below min_side px, is appended
+    to `skipped` ("path: reason") and another index drawn (from `candidates`, else from the whole source),
+    at most 10 times; then UserError."""
     for _ in range(11):
         try:
             loaded = source.load(index)
             width, height = (loaded[0] if isinstance(loaded, tuple) else loaded).size
             if min(width, height) < min_side:
-                raise UnreadableImage(source.key(index), f"{width} x {height} pixels, at least {min_side} a side are needed")
+                raise UnreadableImage(source.key(index),
+                                      f"{width} x {height} pixels, at least {min_side} a side are needed")
             return loaded, index
         except UnreadableImage as error:
             skipped.append(str(error))
             index = int(rng.choice(len(source) if candidates is None else candidates))
-    raise UserError(f"11 images in a row cannot be used, the last: {'; '.join(skipped[-3:])}. Repair or remove these files.")
+    raise UserError(f"11 images in a row cannot be used, the last: {'; '.join(skipped[-3:])}. "
+                    "Repair or remove these files.")
 
 
 class SkipCount:
-    """Counts distinct unreadable files on the main process; warns once each on stderr; more than 1 % of `total` is a UserError."""
+    """Counts distinct unreadable files on the main process; warns once each on stderr;
+    more than 1 % of `total` is a UserError."""
 
     def __init__(self, total: int):
         self.total, self.seen = total, []
@@ -681,20 +754,23 @@ class SkipCount:
                 self.seen.append(entry)
                 print(f"warning: skipped {printable(entry)}", file=sys.stderr, flush=True)
         if len(self.seen) > 0.01 * self.total:
-            raise UserError(f"{len(self.seen)} of {self.total} images cannot be read (more than 1 %), the first: {'; '.join(self.seen[:3])}. "
-                            "Repair or remove them.")
+            raise UserError(f"{len(self.seen)} of {self.total} images cannot be read (more than 1 %), the first: "
+                            f"{'; '.join(self.seen[:3])}. Repair or remove them.")
 
     def tell(self) -> None:
-        """The last word of a run: how many files were skipped since it began or continued, over all processes (all of them call this)."""
+        """The last word of a run: how many files were skipped since it began or continued,
+        over all processes (all of them call this)."""
         parts = [self.seen] * world_size()
         if world_size() > 1:
             dist.all_gather_object(parts, self.seen)
         if seen := sorted({entry for part in parts for entry in part}):
-            say(f"skipped {len(seen)} of {self.total} images: {printable('; '.join(seen[:3]))}{'; ...' if len(seen) > 3 else ''}")
+            say(f"skipped {len(seen)} of {self.total} images: "
+                f"{printable('; '.join(seen[:3]))}{'; ...' if len(seen) > 3 else ''}")
 
 
 class _Guarded:
-    """Dataset wrapper: bad input becomes a value, since DataLoader would bury an exception of a worker in a traceback."""
+    """Dataset wrapper: bad input becomes a value, since DataLoader would bury an exception
+    of a worker in a traceback."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -730,13 +806,15 @@ class _Loader(DataLoader):
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    for number in STOP_SIGNALS:  # a cluster sends them to every process of a job, but the main process finishes its step first
+    # a cluster sends them to every process of a job, but the main process finishes its step first
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """At the end of the program. multiprocessing would do it with SIGTERM and wait, for ever after an exception that keeps its loader alive."""
+    """At the end of the program. multiprocessing would do it with SIGTERM and wait, for ever after an exception
+    that keeps its loader alive."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would call their end a failure
     for process in multiprocessing.active_children():
@@ -745,7 +823,8 @@ def _end_workers() -> None:
 
 
 def _allow_open_files() -> None:
-    """Every tensor on its way from a loader process holds an open file, hundreds per batch: where they run out (seen at a limit of 128) it hangs."""
+    """Every tensor on its way from a loader process holds an open file, hundreds per batch:
+    where they run out (seen at a limit of 128) it hangs."""
     try:
         import resource  # absent on Windows
     except ImportError:
@@ -757,8 +836,10 @@ def _allow_open_files() -> None:
 
 
 def make_loader(dataset, sampler, *, num_workers: int, collate: Callable) -> DataLoader:
-    """`sampler` gives the batches (StepSampler). Own generator: the global random state is the same with and without workers."""
+    """`sampler` gives the batches (StepSampler). Own generator:
+    the global random state is the same with and without workers."""
     _allow_open_files()
-    return _Loader(_Guarded(dataset), batch_sampler=sampler, num_workers=num_workers, collate_fn=partial(_collate_or_error, collate),
-                   worker_init_fn=_start_worker, persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+    return _Loader(_Guarded(dataset), batch_sampler=sampler, num_workers=num_workers,
+                   collate_fn=partial(_collate_or_error, collate), worker_init_fn=_start_worker,
+                   persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
                    generator=torch.Generator())

@@ -1,12 +1,14 @@
 """DETReg: unsupervised pretraining of a whole detector with region priors.
 
-Paper: Amir Bar, Xin Wang, Vadim Kantorov, Colorado J Reed, Roei Herzig, Gal Chechik, Anna Rohrbach, Trevor Darrell, Amir Globerson.
+Paper: Amir Bar, Xin Wang, Vadim Kantorov, Colorado J Reed, Roei Herzig, Gal Chechik, Anna Rohrbach,
+    Trevor Darrell, Amir Globerson.
     DETReg: Unsupervised Pretraining with Region Priors for Object Detection. CVPR 2022, arXiv 2106.04550.
 
-Idea: A detector has two jobs, to find objects and to tell them apart; DETReg gives it a label-free version of each. For the first, an old
-    algorithm without learning (selective search) proposes boxes, and the detector is trained to output them as a set, exactly as it would be
-    trained on annotated boxes of one class, "object". For the second, a frozen self-supervised network describes the pixels of every proposed
-    box, and the query that was matched to the box must regress this description. All of the transformer is trained, not the backbone alone.
+Idea: A detector has two jobs, to find objects and to tell them apart; DETReg gives it a label-free version of each. For
+    the first, an old algorithm without learning (selective search) proposes boxes, and the detector is trained to
+    output them as a set, exactly as it would be trained on annotated boxes of one class, "object". For the second, a
+    frozen self-supervised network describes the pixels of every proposed box, and the query that was matched to the box
+    must regress this description. All of the transformer is trained, not the backbone alone.
 
 Diagram:
     image [3, H0, W0] --selective search--> proposals [n, 4] --crop, augment--> patches [n, 3, 128, 128] --frozen SwAV, res3 mean--> z [n, 512]
@@ -34,26 +36,35 @@ Hyperparameters (default; where from):
     schedule      50 epochs, x 0.1 after 40 (ImageNet-1k: 5 epochs, no drop)      Sec. 6; released
 
 Deviations (paper / released code / here):
-    D1  z: "SwAV descriptor" / mean of the res3 output (512-d), not normalised / as released (`--embedding_target swav_head`: 128-d projection).
+    D1  z: "SwAV descriptor" / mean of the res3 output (512-d), not normalised / as released
+        (`--embedding_target swav_head`: 128-d projection).
     D2  f_emb: "2 hidden layers" / one hidden layer / as released.
-    D3  f_cat: 2 outputs / 91, all targets are class 1 / as released, so that released checkpoints load and losses agree.
-    D4  L_emb: sum of L1 norms / mean over matched pairs and channels, last decoder layer only / as released; the mean runs over the pairs of ALL
-        processes and micro-batches (released: of each process, `--embedding_mean local`), so that it does not depend on their number.
+    D3  f_cat: 2 outputs / 91, all targets are class 1 / as released,
+        so that released checkpoints load and losses agree.
+    D4  L_emb: sum of L1 norms / mean over matched pairs and channels, last decoder layer only / as released; the mean
+        runs over the pairs of ALL processes and micro-batches (released: of each process, `--embedding_mean local`), so
+        that it does not depend on their number.
     D5  Batch 28 per GPU / 24 per GPU / 24 x 8; `--preset paper` has 28 x 8.
-    D6  OpenCV orders its boxes by rank = level x C rand(): the released order differs at every call. Here rand() is seeded from (seed, epoch, index):
-        still another order each epoch, but a rerun repeats it. A proposal store freezes ONE order per image.
+    D6  OpenCV orders its boxes by rank = level x C rand(): the released order differs at every call. Here rand() is
+        seeded from (seed, epoch, index): still another order each epoch, but a rerun repeats it. A proposal store
+        freezes ONE order per image.
     D7  OpenCV expects BGR / RGB is passed / RGB, as released.
-    D8  Importance sampling: p_i proportional to -log(i/n) / -ln(i/301)/10 / min(1, M w_i / sum w); the released rule is `importance_released`.
-        Random-K, absent from the released code, is as printed.
-    D9  Fewer than 2 boxes: another image is drawn, without end (released) / at most 10 times, then the full box jittered twice, counted.
+    D8  Importance sampling: p_i proportional to -log(i/n) / -ln(i/301)/10 / min(1, M w_i / sum w); the released rule is
+        `importance_released`. Random-K, absent from the released code, is as printed.
+    D9  Fewer than 2 boxes: another image is drawn, without end (released) / at most 10 times,
+        then the full box jittered twice, counted.
     D10 Number of boxes below the number of processes: clamped to 1 per process (released) / 1 over all processes.
-    D11 The descriptor network stops after res3 (released: res4 and res5 are computed and thrown away); the values are the same.
-    D12 On other detectors: only Siamese DETR's tables / DETR (pre-norm, softmax over 92 rows, class weight 1, 100 queries, 1e-4, 60 epochs) / each
-        detector keeps its own head and loss; Conditional DETR has DETR's schedule and 100 queries. The softmax's weighted mean covers all processes.
+    D11 The descriptor network stops after res3 (released:
+        res4 and res5 are computed and thrown away); the values are the same.
+    D12 On other detectors: only Siamese DETR's tables / DETR (pre-norm, softmax over 92 rows, class weight 1, 100
+        queries, 1e-4, 60 epochs) / each detector keeps its own head and loss; Conditional DETR has DETR's schedule and
+        100 queries. The softmax's weighted mean covers all processes.
 
-Expected: the demo logs, at step 0 and at its end, loss 19.4 -> 7.2, loss_ce 1.07 -> 0.23, loss_bbox 0.51 -> 0.19, loss_giou 0.86 -> 0.46,
-    loss_object_embedding 0.37 -> 0.12; loss_ce falls within the first 20 steps, the box terms to the end. Its table stands in README.md.
-    Paper, Table 6 (COCO val, class-agnostic AP / R@100): 1.0 / 12.7, selective search 0.2 / 10.9. Not rerun here: no ImageNet, no COCO.
+Expected: the demo logs, at step 0 and at its end, loss 19.4 -> 7.2, loss_ce 1.07 -> 0.23, loss_bbox 0.51 -> 0.19,
+    loss_giou 0.86 -> 0.46, loss_object_embedding 0.37 -> 0.12; loss_ce falls within the first 20 steps, the box terms
+    to the end. Its table stands in README.md.
+    Paper, Table 6 (COCO val, class-agnostic AP / R@100): 1.0 / 12.7, selective search 0.2 / 10.9.
+    Not rerun here: no ImageNet, no COCO.
 """
 from __future__ import annotations
 
@@ -161,11 +172,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"batch_size": 224, "num_classes": 2},                          # D5, D3
     "official": {"embedding_mean": "local"},                                 # D4
     "demo": {
-        "data": "synthetic", "synthetic_images": 400, "max_prop": 20, "cache_proposals": True, "proposal_rank": "nms", "scales": (96, 112),
-        "max_size": 144, "crop_scales": (112, 144), "crop_range": (72, 112), "patch_size": 32, "arch": "resnet18", "backbone_weights": "random",
-        "backbone_norm": "bn", "lr_backbone": 6e-4, "hidden_dim": 128, "enc_layers": 2, "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0,
-        "num_queries": 100, "with_box_refine": True, "num_classes": 2, "batch_size": 8, "epochs": 6, "lr_drop": 5, "lr": 6e-4, "num_workers": 2,
-        "log_every": 20, "save_every": 100, "probe_images": 100,
+        "data": "synthetic", "synthetic_images": 400, "max_prop": 20, "cache_proposals": True, "proposal_rank": "nms",
+        "scales": (96, 112), "max_size": 144, "crop_scales": (112, 144), "crop_range": (72, 112), "patch_size": 32,
+        "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 6e-4,
+        "hidden_dim": 128, "enc_layers": 2, "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0,
+        "num_queries": 100, "with_box_refine": True, "num_classes": 2, "batch_size": 8, "epochs": 6, "lr_drop": 5,
+        "lr": 6e-4, "num_workers": 2, "log_every": 20, "save_every": 100, "probe_images": 100,
     },
 }
 
@@ -184,14 +196,16 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 class RegionDataset(torch.utils.data.Dataset):
     """One sample: an augmented image, its proposals as targets, and the augmented crop of every proposal.
 
-    Everything random is a function of (seed, epoch, index). Keys of a sample: image [3, H, W]; target {"boxes" [n, 4] cxcywh, "labels" [n] = 1,
-    "patches" [n, 3, p, p]}; skipped (unreadable files); fallback (1 when no image with two boxes was found, D9).
+    Everything random is a function of (seed, epoch, index). Keys of a sample: image [3, H, W]; target {"boxes" [n, 4]
+    cxcywh, "labels" [n] = 1, "patches" [n, 3, p, p]}; skipped (unreadable files);
+    fallback (1 when no image with two boxes was found, D9).
     """
 
     def __init__(self, cfg: Config, source, indices: np.ndarray, store: proposals.ProposalStore | None):
         self.cfg, self.source, self.indices, self.store = cfg, source, indices, store
         self.generator = proposal_generator(cfg)
-        self.photometric = data.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=0.5)      # "similar augmentations", Sec. 6
+        # "similar augmentations", Sec. 6
+        self.photometric = data.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=0.5)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -220,28 +234,34 @@ class RegionDataset(torch.utils.data.Dataset):
             boxes = torch.from_numpy(self.propose(image, index, epoch, rng))
             if attempt == 10:                                                # D9
                 boxes = jittered_full_boxes((image.height, image.width), rng)
-            geometry = data.draw_geometry(rng, (image.height, image.width), scales=self.cfg.scales, max_size=self.cfg.max_size,
+            geometry = data.draw_geometry(rng, (image.height, image.width),
+                                          scales=self.cfg.scales, max_size=self.cfg.max_size,
                                           crop_scales=self.cfg.crop_scales, crop_range=self.cfg.crop_range)
             view, moved, keep = data.apply_geometry(image, boxes, geometry)
             if len(keep) >= 2 or attempt == 10:
                 break
             position = int(rng.integers(len(self.indices)))
         # a box cut by the crop keeps the descriptor of the whole region; patches are not flipped (released)
-        patches = [data.cut_patch(image, box, self.cfg.patch_size, data.draw_photometric(rng, self.photometric)) for box in boxes[keep].tolist()]
-        target = {"boxes": data.normalized_cxcywh(moved, (view.height, view.width)), "labels": torch.ones(len(keep), dtype=torch.int64),
-                  "patches": torch.stack(patches) if patches else torch.zeros(0, 3, self.cfg.patch_size, self.cfg.patch_size)}
-        return {"image": data.to_normalized_tensor(view), "target": target, "index": index, "skipped": skipped, "fallback": int(attempt == 10)}
+        patches = [data.cut_patch(image, box, self.cfg.patch_size, data.draw_photometric(rng, self.photometric))
+                   for box in boxes[keep].tolist()]
+        target = {"boxes": data.normalized_cxcywh(moved, (view.height, view.width)),
+                  "labels": torch.ones(len(keep), dtype=torch.int64), "patches": torch.stack(patches) if patches
+                  else torch.zeros(0, 3, self.cfg.patch_size, self.cfg.patch_size)}
+        return {"image": data.to_normalized_tensor(view), "target": target, "index": index, "skipped": skipped,
+                "fallback": int(attempt == 10)}
 
 
 def jittered_full_boxes(hw: tuple[int, int], rng: np.random.Generator) -> Tensor:
     """Two boxes that cover at least 80 % of each side. [2, 4] xyxy pixels."""
     scale = torch.tensor([hw[1], hw[0]] * 2, dtype=torch.float32)
-    return torch.from_numpy(np.concatenate([rng.uniform(0, 0.1, (2, 2)), rng.uniform(0.9, 1, (2, 2))], 1).astype(np.float32)) * scale
+    return torch.from_numpy(np.concatenate([rng.uniform(0, 0.1, (2, 2)), rng.uniform(0.9, 1, (2, 2))],
+                                           1).astype(np.float32)) * scale
 
 
 def proposal_generator(cfg: Config) -> proposals.Generator:
     grid = (cfg.proposal_grid or None) if cfg.proposal_method == "selective_search" else None
-    return proposals.Generator(cfg.proposal_method, cfg.proposal_mode, grid, cfg.proposal_rank, cfg.edge_model, cfg.seed)
+    return proposals.Generator(cfg.proposal_method, cfg.proposal_mode, grid, cfg.proposal_rank,
+                               cfg.edge_model, cfg.seed)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -252,7 +272,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class DETReg(common.Pretext):
-    """A detector with f_emb beside its f_cat (class_embed) and f_box (bbox_embed). Adds pred_features [B, Q, embedding_dim]."""
+    """A detector with f_emb beside its f_cat (class_embed) and f_box (bbox_embed).
+    Adds pred_features [B, Q, embedding_dim]."""
 
     def __init__(self, detector: common.Detector, embedding_dim: int = 512):
         super().__init__(detector)
@@ -265,19 +286,21 @@ class DETReg(common.Pretext):
 
 
 class RegionDescriptor(nn.Module):
-    """z of a region crop: spatial mean of the res3 output (stride 8), not normalised (D1, D11). patches [n, 3, p, p] -> [n, D]"""
+    """z of a region crop: spatial mean of the res3 output (stride 8), not normalised (D1, D11).
+    patches [n, 3, p, p] -> [n, D]"""
 
     def __init__(self, backbone: common.Backbone):
         super().__init__()
         self.body = copy.deepcopy(backbone.body[:6])                         # conv1 to layer2
-        self.dim = backbone.num_channels[-1] * 4 // 2 ** int(backbone.layers[-1][-1])                 # 512 for ResNet-50
+        self.dim = backbone.num_channels[-1] * 4 // 2 ** int(backbone.layers[-1][-1])  # 512 for ResNet-50
 
     def forward(self, patches: Tensor) -> Tensor:
         return common.run_stages(self.body.named_children(), patches, ("layer2",))[-1].mean((2, 3))
 
 
 class SwAVDescriptor(nn.Module):
-    """z of a region crop: SwAV's 128-d projection, L2 normalised (D1). The released code leaves BatchNorm in training mode; ours is in eval()."""
+    """z of a region crop: SwAV's 128-d projection, L2 normalised (D1).
+    The released code leaves BatchNorm in training mode; ours is in eval()."""
 
     dim = 128
 
@@ -286,7 +309,8 @@ class SwAVDescriptor(nn.Module):
         for name, module in torchvision.models.resnet50(weights=None).named_children():
             if name != "fc":
                 self.add_module(name, module)
-        self.projection_head = nn.Sequential(nn.Linear(2048, 2048), nn.BatchNorm1d(2048), nn.ReLU(), nn.Linear(2048, 128))
+        self.projection_head = nn.Sequential(nn.Linear(2048, 2048), nn.BatchNorm1d(2048),
+                                             nn.ReLU(), nn.Linear(2048, 128))
 
     def forward(self, patches: Tensor) -> Tensor:
         x = patches
@@ -297,9 +321,10 @@ class SwAVDescriptor(nn.Module):
 
 
 def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
-    """The detector and the frozen descriptor network, both on CPU. Weights are a function of the seed and of --backbone_weights."""
+    """The detector and the frozen descriptor network, both on CPU.
+    Weights are a function of the seed and of --backbone_weights."""
     torch.manual_seed(cfg.seed)
-    focal = cfg.detector != "detr"                                           # each detector keeps its own classification (D12)
+    focal = cfg.detector != "detr"  # each detector keeps its own classification (D12)
     model = DETReg(common.build_detector(cfg, cfg.num_classes if focal else cfg.num_classes + 1, focal=focal))
     backbone = model.detector.backbone[0]
     convert.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.arch)
@@ -308,10 +333,11 @@ def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
         path = convert.backbone_file(cfg.backbone_weights, "resnet50")
         state = convert.state_of(run.read_checkpoint(path), path)
         convert.load_matching(descriptor, state, source=str(path),
-                             drop={r"^prototypes\.": "not part of the descriptor", r"num_batches_tracked$": "a counter nothing reads"})
+                             drop={r"^prototypes\.": "not part of the descriptor",
+                                   r"num_batches_tracked$": "a counter nothing reads"})
     else:
         descriptor = RegionDescriptor(backbone)
-    if descriptor.dim != 512:                                                # the embedding's width follows the target (decisions.md)
+    if descriptor.dim != 512:  # the embedding's width follows the target (decisions.md)
         model.feature_embed = common.MLP(cfg.hidden_dim, cfg.hidden_dim, descriptor.dim, 2)
     return model, descriptor.requires_grad_(False).eval()
 
@@ -320,12 +346,14 @@ def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
 
 
 def build_criterion(cfg: Config) -> common.SetCriterion:
-    matcher = common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, focal=cfg.detector != "detr")     # Eq. (2): L_match, without z
+    # Eq. (2): L_match, without z
+    matcher = common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, focal=cfg.detector != "detr")
     return common.SetCriterion(matcher, cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou)
 
 
 def embedding_loss(features: Tensor, targets: list[dict], pairs: list, num_elements: float) -> Tensor:
-    """Eq. (4) over the matched pairs of the last decoder layer. features [B, Q, D]; targets[i]["features"] [n, D]; num_elements = pairs * D."""
+    """Eq. (4) over the matched pairs of the last decoder layer. features [B, Q, D]; targets[i]["features"] [n, D];
+    num_elements = pairs * D."""
     z_hat = features[common.matched_index(pairs)]
     z = torch.cat([t["features"][j] for t, (_, j) in zip(targets, pairs)])
     return (z_hat - z).abs().sum() / num_elements                            # Eq. (4); a mean, D4
@@ -333,8 +361,10 @@ def embedding_loss(features: Tensor, targets: list[dict], pairs: list, num_eleme
 
 def detreg_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targets: list[dict], num_boxes: float,
                 num_pairs: float, class_weight: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. (3): returns (weighted total, unweighted terms). num_boxes, num_pairs, class_weight: this process's normalisers (common.normalizer)."""
-    losses, pairs = criterion(outputs, targets, num_boxes, class_weight)         # sigma of Eq. (2); lambda_f L_focal + lambda_b L_box of Eq. (3)
+    """Eq. (3): returns (weighted total, unweighted terms). num_boxes, num_pairs, class_weight:
+    this process's normalisers (common.normalizer)."""
+    # sigma of Eq. (2); lambda_f L_focal + lambda_b L_box of Eq. (3)
+    losses, pairs = criterion(outputs, targets, num_boxes, class_weight)
     if cfg.embedding_mean == "local":
         num_pairs = max(sum(len(q) for q, _ in pairs), 1) * cfg.accumulate
     z = outputs["pred_features"]
@@ -345,11 +375,13 @@ def detreg_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targ
 # ==== 5. Training step ====
 
 
-def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: common.SetCriterion, optimizer: torch.optim.Optimizer,
-               micro_batches: list[dict], device: torch.device) -> dict[str, Tensor]:
-    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and the gradient norm.
+def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: common.SetCriterion,
+               optimizer: torch.optim.Optimizer, micro_batches: list[dict], device: torch.device) -> dict[str, Tensor]:
+    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole,
+    the total and the gradient norm.
 
-    Normalisers cover all processes and micro-batches, so the gradient is that of one process on the whole batch (tested).
+    Normalisers cover all processes and micro-batches, so the gradient is that of one process on
+    the whole batch (tested).
     """
     counts = [len(t["labels"]) for batch in micro_batches for t in batch["targets"]]
     num_boxes = common.normalizer(sum(counts), device)
@@ -362,7 +394,8 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
         targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in batch["targets"]]
         with common.gradient_sync(model, i == len(micro_batches) - 1), common.autocast(device, cfg.amp):
             with torch.no_grad():                                            # z_i of every proposal, Sec. 5
-                z = descriptor(torch.cat([t["patches"] for t in targets])).float().split([len(t["labels"]) for t in targets])
+                z = (descriptor(torch.cat([t["patches"] for t in targets])).float()
+                     .split([len(t["labels"]) for t in targets]))
             targets = [{**t, "features": f} for t, f in zip(targets, z)]
             outputs = model(images, mask)
             with torch.autocast(device.type, enabled=False):
@@ -370,7 +403,7 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
                 loss, losses = detreg_loss(cfg, criterion, outputs, targets, num_boxes, num_pairs, class_weight)
             loss.backward()
         for name, value in {"loss": loss, **losses}.items():
-            share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
+            share = 1 / len(micro_batches) if "error" in name else 1  # losses add up, the log values are averaged
             terms[name] = terms.get(name, 0) + share * value.detach()
     terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
     optimizer.step()
@@ -381,7 +414,8 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
 
 
 class HeldOut:
-    """Unlabelled images kept out of training, scored on their own proposals: a stand-in where nobody drew boxes. Same interface as a DetectionSet."""
+    """Unlabelled images kept out of training, scored on their own proposals: a stand-in where nobody drew boxes.
+    Same interface as a DetectionSet."""
 
     def __init__(self, cfg: Config, source, indices: np.ndarray):
         self.source, self.image_ids, generator = source, [], proposal_generator(cfg)
@@ -394,10 +428,12 @@ class HeldOut:
                 continue
             self.image_ids.append(i)
             boxes = generator(image, proposals.image_seed(cfg.seed, source.key(i)))[:cfg.max_prop]
-            self.ground_truth["images"].append({"id": i, "width": image.width, "height": image.height, "file_name": source.key(i)})
+            self.ground_truth["images"].append({"id": i, "width": image.width, "height": image.height,
+                                                "file_name": source.key(i)})
             for x1, y1, x2, y2 in boxes.tolist():
-                self.ground_truth["annotations"].append({"id": len(self.ground_truth["annotations"]) + 1, "image_id": i, "category_id": 1,
-                                                         "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
+                self.ground_truth["annotations"].append({"id": len(self.ground_truth["annotations"]) + 1, "image_id": i,
+                                                         "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1],
+                                                         "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -411,18 +447,21 @@ class HeldOut:
 
 
 def open_probe(cfg: Config, source, held_out: np.ndarray):
-    """The labelled set of --probe_data, unseen synthetic scenes with their true boxes, or the held-out images; None when there is no probe."""
+    """The labelled set of --probe_data, unseen synthetic scenes with their true boxes, or the held-out images;
+    None when there is no probe."""
     if cfg.probe_data:
         return open_detection(cfg.probe_data, cfg.data_root, "test", seed=cfg.seed)
     if not cfg.probe_images:
         return None
     if cfg.data == "synthetic":
-        return open_detection("synthetic", None, "test", synthetic_images=cfg.probe_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
+        return open_detection("synthetic", None, "test", synthetic_images=cfg.probe_images,
+                              synthetic_size=cfg.synthetic_size, seed=cfg.seed)
     return HeldOut(cfg, source, held_out)
 
 
 def probe(cfg: Config, model: nn.Module, train_set: RegionDataset, probe_set, device: torch.device) -> dict[str, Any]:
-    """Class-agnostic AP and AR (Table 6) of the pretrained detector and of four controls, and predictions.png. All processes call it."""
+    """Class-agnostic AP and AR (Table 6) of the pretrained detector and of four controls,
+    and predictions.png. All processes call it."""
     count = min(len(probe_set), cfg.probe_images or len(probe_set))
     truth = probe_set.coco_ground_truth()
     sizes = {i["id"]: (i["height"], i["width"]) for i in truth["images"]}
@@ -432,13 +471,14 @@ def probe(cfg: Config, model: nn.Module, train_set: RegionDataset, probe_set, de
 
     def detect(network: nn.Module, text: str) -> list[dict]:
         found = []
-        for target, logits, boxes_xyxy in evaluation.predict(network, probe_set, size=max(cfg.scales), max_size=cfg.max_size, device=device,
-                                                             batch_size=8, limit=count, num_workers=cfg.num_workers, text=text):
+        for target, logits, boxes_xyxy in evaluation.predict(network, probe_set, size=max(cfg.scales),
+                                                             max_size=cfg.max_size, device=device, batch_size=8,
+                                                             limit=count, num_workers=cfg.num_workers, text=text):
             found += evaluation.class_agnostic_detections(logits, boxes_xyxy, target["image_id"], top=100)
         return evaluation.gather(found)
 
     rng = np.random.default_rng(cfg.seed)
-    pool = []                                                                # relative sizes of training proposals, for random boxes
+    pool = []  # relative sizes of training proposals, for random boxes
     for i in rng.choice(train_set.indices, min(50, len(train_set)), replace=False):
         image, i = data.load_usable(train_set.source, int(i), rng, [], train_set.indices)
         boxes = train_set.propose(image, i, 0, rng)
@@ -450,19 +490,23 @@ def probe(cfg: Config, model: nn.Module, train_set: RegionDataset, probe_set, de
         boxes = proposals.selective_search(np.asarray(image), seed=proposals.image_seed(cfg.seed, "probe", i))[:100]
         searched += evaluation.boxes_as_detections(boxes, target["image_id"])
         rng = np.random.default_rng([cfg.seed, i])
-        drawn += evaluation.boxes_as_detections(proposals.random_boxes(rng, (image.height, image.width), 100, pool), target["image_id"])
+        drawn += evaluation.boxes_as_detections(proposals.random_boxes(rng, (image.height, image.width), 100, pool),
+                                                target["image_id"])
     untrained = build_models(cfg)[0].to(device)
     detections = {"untrained": detect(untrained, "untrained"), "random_boxes": evaluation.gather(drawn), "shuffled": [],
                   "selective_search": evaluation.gather(searched), "pretrained": detect(model, "pretrained")}
     detections["shuffled"] = evaluation.shuffled(detections["pretrained"], ids, sizes)
     if common.rank() != 0:
         return {}
-    metrics = {name: evaluation.detection_metrics(truth, found, class_agnostic=True) for name, found in detections.items()}
+    metrics = {name: evaluation.detection_metrics(truth, found, class_agnostic=True)
+               for name, found in detections.items()}
     draw_predictions(Path(cfg.out) / "predictions.png", probe_set, train_set, detections["pretrained"], truth)
-    return {**metrics, "primary": "AR100", "ground_truth": "held-out proposals" if isinstance(probe_set, HeldOut) else "annotations"}
+    return {**metrics, "primary": "AR100",
+            "ground_truth": "held-out proposals" if isinstance(probe_set, HeldOut) else "annotations"}
 
 
-def draw_predictions(path: Path, probe_set, train_set: RegionDataset, detections: list[dict], truth: dict, rows: int = 6) -> None:
+def draw_predictions(path: Path, probe_set, train_set: RegionDataset, detections: list[dict],
+                     truth: dict, rows: int = 6) -> None:
     """One row per image: ground truth, proposals, and the ten best predictions."""
     images, columns = [], {"ground truth": [], "proposals (first 10)": [], "DETReg (best 10)": []}
     for i in range(min(rows, len(probe_set))):
@@ -483,17 +527,21 @@ def draw_predictions(path: Path, probe_set, train_set: RegionDataset, detections
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = run.parse_config(Config, PRESETS, argv, script="detreg", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+    cfg = run.parse_config(Config, PRESETS, argv, script="detreg",
+                           description=__doc__.split("\n\n")[0], by_data=recipe_of)
     if cfg.num_classes < 2:
         raise UserError(f"--num_classes {cfg.num_classes}: at least 2 rows are needed, the object is row 1 (D3)")
     if cfg.probe_images == 1:
         raise UserError("--probe_images 1: the row `shuffled` needs at least 2 images; 0 means no probe")
     device = common.setup_distributed(cfg.device)
     out = Path(cfg.out)
-    source = data.open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
-    indices, held_out = data.hold_out(source, cfg.probe_images if cfg.data != "synthetic" and not cfg.probe_data else 0, cfg.seed, cfg.data)
+    source = data.open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images,
+                              synthetic_size=cfg.synthetic_size, seed=cfg.seed)
+    indices, held_out = data.hold_out(source, cfg.probe_images if cfg.data != "synthetic" and not cfg.probe_data else 0,
+                                      cfg.seed, cfg.data)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
-    data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
+    # complains about sizes before anything is written
+    data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)
     identity = run.identity("detreg", len(source), source.fingerprint())
     state = run.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
@@ -512,7 +560,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     wrapped, criterion = common.wrap_model(model, device, compiled=cfg.compile), build_criterion(cfg)
     sampler = data.StepSampler(len(indices), cfg.batch_size, total_steps, start_step=start, **sampler_args)
     batches = iter(data.make_loader(train_set, sampler, num_workers=cfg.num_workers, collate=collate))
-    log, skipped, fallbacks, seen = run.Log(out, start, device), data.SkipCount(len(source)), state.get("fallbacks", 0) if state else 0, 0
+    log, skipped, fallbacks, seen = (run.Log(out, start, device), data.SkipCount(len(source)),
+                                     state.get("fallbacks", 0) if state else 0, 0)
     watch = run.FiniteWatch(out, source.key)
     run.tell_plan(cfg, len(indices), "images", steps_per_epoch, start, total_steps, device)
     bar = run.progress(range(start, total_steps), initial=start, total=total_steps, desc="pretraining")
@@ -531,7 +580,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if step % cfg.log_every == 0 or step == total_steps - 1:
             watch.settle()
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr, fallbacks=fallbacks)
-            bar.set_postfix(loss=f"{line['loss']:.2f}", box=f"{line['loss_bbox']:.3f}", z=f"{line['loss_object_embedding']:.3f}")
+            bar.set_postfix(loss=f"{line['loss']:.2f}", box=f"{line['loss_bbox']:.3f}",
+                            z=f"{line['loss_object_embedding']:.3f}")
             seen = 0
         if run.save_due(step + 1, total_steps, cfg.save_every):
             watch.settle()
@@ -546,7 +596,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metrics |= probe(cfg, model, train_set, probe_set, device)
     if common.rank() == 0:
         evaluation.write_json(out / "metrics.json", metrics)
-        run.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if probe_set else ""))
+        run.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json"
+                + (", predictions.png" if probe_set else ""))
     skipped.tell()
     common.barrier()
     return metrics

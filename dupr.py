@@ -1,13 +1,16 @@
-"""DUPR: self-supervised pretraining of a detector's backbone by telling images apart, and patches of images, at every depth of the network.
+"""DUPR: self-supervised pretraining of a detector's backbone by telling images apart, and patches of images,
+at every depth of the network.
 
 Paper: Jian Ding, Enze Xie, Hang Xu, Chenhan Jiang, Zhenguo Li, Ping Luo, Gui-Song Xia.
-    Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors. TPAMI 2022, arXiv 2103.04814. Its code was never released: this is
-    built from the paper, on MoCo v2 (Chen et al., arXiv 2003.04297), whose released numbers and checkpoints it reproduces.
+    Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors. TPAMI 2022, arXiv 2103.04814. Its
+    code was never released: this is built from the paper, on MoCo v2 (Chen et al., arXiv 2003.04297), whose released
+    numbers and checkpoints it reproduces.
 
-Idea: Two random crops of an image overlap; the overlap, seen in both crops, is cut into S x S patches. A patch must be told from the patches of all
-    other images by its features in the other crop (patch re-identification), as MoCo v2 does with whole images. So features keep where things are,
-    which a detector needs and a pooled vector forgets. Both tasks are set at several stages of the ResNet, not only at its end: a detector reads
-    those stages too. As in MoCo, keys come from a slowly moving copy of the network, negatives from queues of earlier keys.
+Idea: Two random crops of an image overlap; the overlap, seen in both crops, is cut into S x S patches. A patch must be
+    told from the patches of all other images by its features in the other crop (patch re-identification), as MoCo v2
+    does with whole images. So features keep where things are, which a detector needs and a pooled vector forgets. Both
+    tasks are set at several stages of the ResNet, not only at its end: a detector reads those stages too. As in MoCo,
+    keys come from a slowly moving copy of the network, negatives from queues of earlier keys.
 
 Diagram:
     image --crop, colours, flip--> view 1 [3, 224, 224], view 2; their overlap: boxes B1, B2 [4] px of each view
@@ -25,8 +28,9 @@ Run:
     python detreg.py --data imagenet100 --backbone_weights out/dupr-imagenet/last.pt      # a backbone for the DETR family
     python figures.py iou-similarity --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data voc      # Fig. 5; affinity, match, neighbours too
 
-    Tables 1 and 2 (with --lr 0.03): --alpha 0 0 0 1 --beta 0 0 0 0 is MoCo v2; --alpha 0 0 1 1 | 1 1 1 1 --beta 0 0 0 0; --beta 0 0 0 0;
-    --beta 0 0 0 1 --roi_sizes 56 28 14 3 | 7; --beta 0 0 0 1; patches only: --alpha 0 0 0 0 --beta 0 0 0 1.
+    Tables 1 and 2 (with --lr 0.03): --alpha 0 0 0 1 --beta 0 0 0 0 is MoCo v2; --alpha 0 0 1 1 | 1 1 1 1 --beta 0 0 0
+        0; --beta 0 0 0 0; --beta 0 0 0 1 --roi_sizes 56 28 14 3 | 7; --beta 0 0 0 1; patches only:
+        --alpha 0 0 0 0 --beta 0 0 0 1.
 
 Hyperparameters (default; where from):
     views         crop of 20..100 % of the area, 224 px, MoCo v2's colours        Sec. 3.2, "we follow [5]"
@@ -37,25 +41,32 @@ Hyperparameters (default; where from):
     schedule      200 epochs, cosine per epoch; key encoder 0.999                 Implementation Details; MoCo
 
 Deviations and choices where the paper is silent (paper / here; the last four are MoCo's):
-    D1  RoI sizes: 14 on conv5, 7 on conv4 in Implementation Details, 7 and 14 in Sec. 4.1 and Table 2 / the latter: equal rows of Table 2 (a), (b)
-        and Table 3 show that the published numbers have it, and it is the size of the maps (`--preset paper`: the former).
-    D2  Eq. (5): sum over patches / mean: with the sum conv4 would weigh 196 images and alpha would not matter, but Table 2 (b), (c) show that it
-        does (`--patch_reduction sum`, `--preset paper`).
-    D3  Eq. (6): the mean of the map itself / through MoCo v2's head of two layers, per level: Table 1's first row is MoCo v2 to the digit.
+    D1  RoI sizes: 14 on conv5, 7 on conv4 in Implementation Details, 7 and 14 in Sec. 4.1 and Table 2 / the latter:
+        equal rows of Table 2 (a), (b) and Table 3 show that the published numbers have it, and it is the size of the
+        maps (`--preset paper`: the former).
+    D2  Eq. (5): sum over patches / mean: with the sum conv4 would weigh 196 images and alpha would not matter, but
+        Table 2 (b), (c) show that it does (`--patch_reduction sum`, `--preset paper`).
+    D3  Eq. (6): the mean of the map itself / through MoCo v2's head of two layers, per level:
+        Table 1's first row is MoCo v2 to the digit.
     D4  Patch head: a 1x1 MLP of unsaid depth / two layers, as the image head; its own weights.
-    D5  Views without overlap (up to 1 % of pairs): not said / the patch loss leaves them out, the image loss keeps them; their keys are patches of
-        the whole view and enter the queue, so that it moves by the same number on every process. `--min_overlap` px: what counts as overlap; the 1 %
-        of pairs below 16 px are several patches off, as RoIAlign clamps at borders, all others 0.05 (conv4) and 0.09 (conv5) on average.
+    D5  Views without overlap (up to 1 % of pairs): not said / the patch loss leaves them out, the image loss keeps
+        them; their keys are patches of the whole view and enter the queue, so that it moves by the same number on every
+        process. `--min_overlap` px: what counts as overlap; the 1 % of pairs below 16 px are several patches off, as
+        RoIAlign clamps at borders, all others 0.05 (conv4) and 0.09 (conv5) on average.
     D6  Flips: not said / a flipped view's grid is mirrored; without it half of the pairs would join wrong places.
-    D7  RoIAlign: not said / aligned: without it the two views of a flipped pair lie half a cell apart in opposite directions.
+    D7  RoIAlign: not said / aligned: without it the two views of a flipped pair lie half a cell
+        apart in opposite directions.
     D8  A level of weight 0 has no head and no queue. The mean over valid pairs is that of all processes.
-    D9  Queue sizes need not be a multiple of the batch (MoCo: asserted); one process runs too, without shuffling (MoCo: refused).
+    D9  Queue sizes need not be a multiple of the batch (MoCo: asserted); one process runs too,
+        without shuffling (MoCo: refused).
     D10 MoCo draws the shuffle on rank 0 and sends it / every process draws it from (seed, step).
     D11 BatchNorm is never synchronised: shuffling the key batch is MoCo's way, and needs statistics of each process.
     D12 The patch loss's gradient: each process has that of its own queries; keys carry none, queues neither.
 
-Expected: at the first step each L_g and L_p starts near ln(queue size + 1) = 11.09 (demo: 6.2) and falls once the queue holds real keys.
-    Paper, Table 3 (Faster R-CNN C4, VOC, AP): 58.5; MoCo v2 57.0; supervised 53.5. Table 9 (Mask R-CNN FPN 1x, COCO): 40.0 / 36.2. Not rerun here.
+Expected: at the first step each L_g and L_p starts near ln(queue size + 1) = 11.09 (demo:
+    6.2) and falls once the queue holds real keys.
+    Paper, Table 3 (Faster R-CNN C4, VOC, AP): 58.5; MoCo v2 57.0; supervised 53.5. Table 9 (Mask R-CNN FPN 1x, COCO):
+    40.0 / 36.2. Not rerun here.
 """
 from __future__ import annotations
 
@@ -139,11 +150,12 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"roi_sizes": (56, 28, 7, 14), "patch_reduction": "sum"},       # D1, D2
     "demo": {
-        "data": "synthetic", "image_size": 64, "roi_sizes": (16, 8, 4, 2), "embedding_dim": 64, "queue_size": 512, "ema_momentum": 0.99,
-        "arch": "resnet18", "batch_size": 32, "epochs": 20, "lr": 0.01, "num_workers": 2, "log_every": 25, "save_every": 250, "probe_images": 200,
+        "data": "synthetic", "image_size": 64, "roi_sizes": (16, 8, 4, 2), "embedding_dim": 64, "queue_size": 512,
+        "ema_momentum": 0.99, "arch": "resnet18", "batch_size": 32, "epochs": 20, "lr": 0.01, "num_workers": 2,
+        "log_every": 25, "save_every": 250, "probe_images": 200,
     },
 }
-LEVELS = ("conv2", "conv3", "conv4", "conv5")                                # the paper's names of layer1..layer4; strides 4, 8, 16, 32
+LEVELS = ("conv2", "conv3", "conv4", "conv5")  # the paper's names of layer1..layer4; strides 4, 8, 16, 32
 
 
 def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
@@ -155,9 +167,11 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 COLOURS = data.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=0.5)                          # MoCo v2
 
 
-def draw_view(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, ...], spec: data.Photometric) -> dict[str, Any]:
+def draw_view(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, ...],
+              spec: data.Photometric) -> dict[str, Any]:
     """What happens to one view: crop (x1, y1, x2, y2) px of the image, colours, flip."""
-    return {"crop": data.draw_crop(rng, hw, tuple(area)), "colours": data.draw_photometric(rng, spec), "flip": bool(rng.random() < 0.5)}
+    return {"crop": data.draw_crop(rng, hw, tuple(area)), "colours": data.draw_photometric(rng, spec),
+            "flip": bool(rng.random() < 0.5)}
 
 
 def apply_view(image: Image.Image, draw: dict[str, Any], size: int) -> Tensor:
@@ -167,10 +181,13 @@ def apply_view(image: Image.Image, draw: dict[str, Any], size: int) -> Tensor:
     return data.to_normalized_tensor(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw["flip"] else view)
 
 
-def overlap_boxes(crops: list[tuple[float, ...]], flips: list[bool], size: int, min_overlap: float = 1.0) -> tuple[Tensor, bool]:
-    """B1, B2 of Sec. 3.2: the overlap of two crops (x1, y1, x2, y2) of an image, as boxes [2, 4] xyxy px of the two views, after their flips.
+def overlap_boxes(crops: list[tuple[float, ...]], flips: list[bool], size: int,
+                  min_overlap: float = 1.0) -> tuple[Tensor, bool]:
+    """B1, B2 of Sec. 3.2: the overlap of two crops (x1, y1, x2, y2) of an image, as boxes [2, 4] xyxy px of the two
+    views, after their flips.
 
-    Returns (boxes, whether there is an overlap with sides of at least min_overlap px in both views). Without one the boxes are the whole views (D5).
+    Returns (boxes, whether there is an overlap with sides of at least min_overlap px in both views).
+    Without one the boxes are the whole views (D5).
     """
     crop = torch.tensor(crops, dtype=torch.float64)                          # [2, 4]
     both = torch.cat([crop[:, :2].max(0).values, crop[:, 2:].min(0).values])
@@ -185,7 +202,8 @@ def overlap_boxes(crops: list[tuple[float, ...]], flips: list[bool], size: int, 
 class TwoCropsDataset(torch.utils.data.Dataset):
     """One sample: two views of an image and their overlap in each. Random as a function of (seed, epoch, index).
 
-    Keys: views [2, 3, S, S], boxes [2, 4] xyxy px of each view, flips bool [2], valid, index of the image, skipped (unreadable files).
+    Keys: views [2, 3, S, S], boxes [2, 4] xyxy px of each view, flips bool [2], valid, index of the image,
+    skipped (unreadable files).
     """
 
     def __init__(self, cfg: Config, source, indices: np.ndarray):
@@ -200,7 +218,8 @@ class TwoCropsDataset(torch.utils.data.Dataset):
         skipped: list[str] = []
         image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices)
         draws = [draw_view(rng, (image.height, image.width), cfg.crop_area, self.photometric) for _ in range(2)]
-        boxes, valid = overlap_boxes([d["crop"] for d in draws], [d["flip"] for d in draws], cfg.image_size, cfg.min_overlap)
+        boxes, valid = overlap_boxes([d["crop"] for d in draws], [d["flip"] for d in draws],
+                                     cfg.image_size, cfg.min_overlap)
         return {"views": torch.stack([apply_view(image, d, cfg.image_size) for d in draws]), "boxes": boxes,
                 "flips": torch.tensor([d["flip"] for d in draws]), "valid": valid, "index": index, "skipped": skipped}
 
@@ -216,13 +235,14 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Encoder(nn.Module):
-    """A ResNet with an image head and a patch head on every level that has a weight. The body keeps torchvision's names (conv1, bn1, layer1, ..).
+    """A ResNet with an image head and a patch head on every level that has a weight.
+    The body keeps torchvision's names (conv1, bn1, layer1, ..).
 
     body: modules that are run one after another; levels: {name of a child of body: (level's name, channels, stride)}.
     """
 
-    def __init__(self, body: nn.Module, levels: dict[str, tuple[str, int, int]], alpha: dict[str, float], beta: dict[str, float],
-                 roi_sizes: dict[str, int], dim: int, mlp: bool = True):
+    def __init__(self, body: nn.Module, levels: dict[str, tuple[str, int, int]], alpha: dict[str, float],
+                 beta: dict[str, float], roi_sizes: dict[str, int], dim: int, mlp: bool = True):
         super().__init__()
         self.stages, self.levels, self.roi_sizes = [name for name, _ in body.named_children()], levels, roi_sizes
         for name, stage in body.named_children():
@@ -233,7 +253,8 @@ class Encoder(nn.Module):
                 hidden = [nn.Linear(channels, channels), nn.ReLU()] if mlp else []
                 self.image_heads[level] = nn.Sequential(*hidden, nn.Linear(channels, dim))
             if beta[level] > 0:                                              # g of Eq. (3) and (4); D4
-                self.patch_heads[level] = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, dim, 1))
+                self.patch_heads[level] = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU(),
+                                                        nn.Conv2d(channels, dim, 1))
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Maps [B, C, H/s, W/s] of the levels, f of Eq. (3)."""
@@ -241,13 +262,16 @@ class Encoder(nn.Module):
         return {level: out for (level, _, _), out in zip(self.levels.values(), outputs)}
 
     def forward(self, images: Tensor, boxes: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """images [B, 3, S, S], boxes [B, 4] xyxy px -> v {level: [B, dim]} and r {level: [B, dim, S, S]}, unit length, grids not mirrored."""
+        """images [B, 3, S, S], boxes [B, 4] xyxy px -> v {level: [B, dim]} and r {level:
+        [B, dim, S, S]}, unit length, grids not mirrored."""
         maps = self.features(images)
-        v = {level: F.normalize(head(maps[level].mean((2, 3))).float(), dim=1) for level, head in self.image_heads.items()}
+        v = {level: F.normalize(head(maps[level].mean((2, 3))).float(), dim=1)
+             for level, head in self.image_heads.items()}
         r = {}
         for level, _, stride in self.levels.values():
-            if level in self.patch_heads:                                    # MLP(RoIAlign(f, B)), Eq. (3) of view 1, Eq. (4) of view 2; D7
-                patches = roi_align(maps[level].float(), list(boxes[:, None]), self.roi_sizes[level], 1 / stride, sampling_ratio=-1, aligned=True)
+            if level in self.patch_heads:  # MLP(RoIAlign(f, B)), Eq. (3) of view 1, Eq. (4) of view 2; D7
+                patches = roi_align(maps[level].float(), list(boxes[:, None]), self.roi_sizes[level], 1 / stride,
+                                    sampling_ratio=-1, aligned=True)
                 r[level] = F.normalize(self.patch_heads[level](patches).float(), dim=1)
         return v, r
 
@@ -276,17 +300,21 @@ class DUPR(nn.Module):
         super().__init__()
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
-        kinds = [f"{kind}_{level}" for kind, heads in (("image", encoder.image_heads), ("patch", encoder.patch_heads)) for level in heads]
+        kinds = [f"{kind}_{level}"
+                 for kind, heads in (("image", encoder.image_heads), ("patch", encoder.patch_heads)) for level in heads]
         self.queues = nn.ModuleDict({kind: Queue(dim, queue_size) for kind in kinds})
 
     def update_key_encoder(self, momentum: float) -> None:
         """k = m k + (1 - m) q."""
         common.update_average(self.encoder_k, self.encoder_q, momentum)
 
-    def forward(self, views: Tensor, boxes: Tensor, flips: Tensor, permutation: Tensor | None = None) -> tuple[dict, dict]:
-        """views [B, 2, 3, S, S], boxes [B, 2, 4], flips [B, 2] of this process; permutation: of all processes' images (see encode_keys).
+    def forward(self, views: Tensor, boxes: Tensor, flips: Tensor,
+                permutation: Tensor | None = None) -> tuple[dict, dict]:
+        """views [B, 2, 3, S, S], boxes [B, 2, 4], flips [B, 2] of this process; permutation:
+        of all processes' images (see encode_keys).
 
-        Returns queries of view 1 and keys of view 2, {"image_<level>": [B, dim], "patch_<level>": [B, dim, S, S]}: (i, j) of both is the same place.
+        Returns queries of view 1 and keys of view 2, {"image_<level>": [B, dim], "patch_<level>": [B, dim, S, S]}:
+        (i, j) of both is the same place.
         """
         queries = named(*self.encoder_q(views[:, 0], boxes[:, 0]), flips[:, 0])
         with torch.no_grad():
@@ -294,7 +322,8 @@ class DUPR(nn.Module):
         return queries, keys
 
     def encode_keys(self, images: Tensor, boxes: Tensor, permutation: Tensor | None) -> tuple[dict, dict]:
-        """The key encoder on images of mixed processes, so that its BatchNorm tells nothing about a query's batch (shuffle-BN, MoCo, Sec. 3.3).
+        """The key encoder on images of mixed processes, so that its BatchNorm tells nothing about a query's batch
+        (shuffle-BN, MoCo, Sec. 3.3).
 
         Boxes go with their images. With one process, or permutation None, nothing is shuffled: it would change nothing.
         """
@@ -308,8 +337,8 @@ class DUPR(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: dict[str, Tensor], positions: dict[str, Tensor]) -> None:
-        """Keys of all processes, in rank order, so that every process has the same queues. positions {"patch_<level>": [B, n]}: which of the S * S
-        patches of each image enter."""
+        """Keys of all processes, in rank order, so that every process has the same queues. positions {"patch_<level>":
+        [B, n]}: which of the S * S patches of each image enter."""
         for kind, key in keys.items():
             if kind in positions:
                 rows = key.flatten(2).transpose(1, 2)                        # [B, S * S, dim]
@@ -323,7 +352,8 @@ def mirror(grid: Tensor, flips: Tensor) -> Tensor:
 
 
 def named(v: dict[str, Tensor], r: dict[str, Tensor], flips: Tensor) -> dict[str, Tensor]:
-    return {f"image_{level}": e for level, e in v.items()} | {f"patch_{level}": mirror(e, flips) for level, e in r.items()}
+    return {f"image_{level}": e for level, e in v.items()} | {f"patch_{level}": mirror(e, flips)
+                                                              for level, e in r.items()}
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -352,7 +382,7 @@ def draw_positions(keys: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 def build_model(cfg: Config) -> DUPR:
     """Weights follow from the seed and --backbone_weights."""
     torch.manual_seed(cfg.seed)
-    last = max(i for i in range(4) if cfg.alpha[i] or cfg.beta[i])           # stages behind the last loss would learn nothing
+    last = max(i for i in range(4) if cfg.alpha[i] or cfg.beta[i])  # stages behind the last loss would learn nothing
     backbone = common.Backbone(cfg.arch, tuple(range(1, last + 2)), "bn", trainable=5)
     convert.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.arch)
     levels = {f"layer{i + 1}": (LEVELS[i], backbone.num_channels[i], 4 * 2 ** i) for i in range(last + 1)}
@@ -364,32 +394,37 @@ def build_model(cfg: Config) -> DUPR:
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float, rows: int = 2048) -> Tensor:
-    """Eq. (1): [n] losses of queries [n, dim] whose positives are keys [n, dim] and whose negatives are the columns of queue [dim, K].
+    """Eq. (1): [n] losses of queries [n, dim] whose positives are keys [n, dim] and whose negatives are the
+    columns of queue [dim, K].
 
-    The n x K logits of conv4's patches are 1.6 GB at 32 images: only `rows` queries' are held at a time, and computed again for the gradient.
+    The n x K logits of conv4's patches are 1.6 GB at 32 images: only `rows` queries' are held at a time,
+    and computed again for the gradient.
     """
     def negatives(part: Tensor) -> Tensor:                                   # log of the sum over the queue, [rows]
         return (part @ queue / temperature).logsumexp(1)
     positive = (query * key).sum(1) / temperature
     chunked = len(query) > rows and torch.is_grad_enabled()
-    parts = [checkpoint(negatives, part, use_reentrant=False) if chunked else negatives(part) for part in query.split(rows)]
+    parts = [checkpoint(negatives, part, use_reentrant=False) if chunked else negatives(part)
+             for part in query.split(rows)]
     return torch.logaddexp(positive, torch.cat(parts)) - positive
 
 
-def dupr_loss(cfg: Config, queries: dict[str, Tensor], keys: dict[str, Tensor], queues: dict[str, Queue], valid: Tensor, num_valid: float
+def dupr_loss(cfg: Config, queries: dict[str, Tensor], keys: dict[str, Tensor], queues: dict[str, Queue],
+              valid: Tensor, num_valid: float
               ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. (2): returns (weighted total, unweighted terms image_<level>, patch_<level>). valid bool [B]: pairs with an overlap (D5);
-    num_valid: their number over all processes / processes."""
+    """Eq. (2): returns (weighted total, unweighted terms image_<level>, patch_<level>). valid bool [B]: pairs with an
+    overlap (D5); num_valid: their number over all processes / processes."""
     total, terms = torch.zeros((), device=valid.device), {}
     for level, alpha, beta in zip(LEVELS, cfg.alpha, cfg.beta):
         if alpha > 0:                                                        # Eq. (6)
             kind = f"image_{level}"
             terms[kind] = info_nce(queries[kind], keys[kind], queues[kind].keys, cfg.temperature, cfg.logit_rows).mean()
             total = total + alpha * terms[kind]
-        if beta > 0:                                                         # Eq. (5): a patch against itself in view 2 and patches of other images
+        if beta > 0:  # Eq. (5): a patch against itself in view 2 and patches of other images
             kind = f"patch_{level}"
-            q, k = (e[kind].permute(0, 2, 3, 1).flatten(0, 2) for e in (queries, keys))                       # [B * S * S, dim]
-            losses = info_nce(q, k, queues[kind].keys, cfg.temperature, cfg.logit_rows).view(len(valid), -1)  # [B, S * S]
+            q, k = (e[kind].permute(0, 2, 3, 1).flatten(0, 2) for e in (queries, keys))  # [B * S * S, dim]
+            # [B, S * S]
+            losses = info_nce(q, k, queues[kind].keys, cfg.temperature, cfg.logit_rows).view(len(valid), -1)
             pairs = losses.mean(1) if cfg.patch_reduction == "mean" else losses.sum(1)                        # D2
             terms[kind] = (pairs * valid).sum() / num_valid
             total = total + beta * terms[kind]
@@ -409,10 +444,12 @@ def lr_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
 
 def build_optimizer(cfg: Config, model: DUPR) -> torch.optim.Optimizer:
     groups = [{"params": list(model.encoder_q.parameters()), "base_lr": cfg.lr}]
-    return torch.optim.SGD(groups, cfg.lr, momentum=cfg.sgd_momentum, weight_decay=cfg.weight_decay, fused=common.can_fuse(model))
+    return torch.optim.SGD(groups, cfg.lr, momentum=cfg.sgd_momentum, weight_decay=cfg.weight_decay,
+                           fused=common.can_fuse(model))
 
 
-def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], step: int, device: torch.device
+def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any],
+               step: int, device: torch.device
                ) -> dict[str, Tensor]:
     """One step in MoCo's order. Returns the unweighted loss terms, the total and the gradient norm."""
     module = getattr(model, "module", model)
@@ -422,7 +459,7 @@ def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
     permutation = common.send(draw_permutation(cfg.seed, step, len(views) * common.world_size()), device)
     with common.autocast(device, cfg.amp):
         queries, keys = model(views, boxes, flips, permutation)
-    loss, terms = dupr_loss(cfg, queries, keys, module.queues, valid, num_valid)                              # against the queues as they were
+    loss, terms = dupr_loss(cfg, queries, keys, module.queues, valid, num_valid)  # against the queues as they were
     optimizer.zero_grad()
     loss.backward()
     norm = common.clip_gradients(model, 0)
@@ -435,12 +472,16 @@ def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 @torch.no_grad()
-def match_patches(model: DUPR, probe_set: TwoCropsDataset, num_workers: int, device: torch.device, other: bool = False, text: str = "") -> list[dict]:
-    """Are the patches of view 1 found again in view 2 of unseen images? By their r, Eq. (3), from the query encoder; queues play no part.
+def match_patches(model: DUPR, probe_set: TwoCropsDataset, num_workers: int, device: torch.device, other: bool = False,
+                  text: str = "") -> list[dict]:
+    """Are the patches of view 1 found again in view 2 of unseen images? By their r, Eq. (3),
+    from the query encoder; queues play no part.
 
-    Per image with an overlap {"index", "patch_<level>", "own_<level>": shares of its S * S patches that are right, "image_<level>", "found" [S * S]}.
-    patch: the most alike of all patches of the batch's images is the one at the same place of the same image; own, found: of those of its image;
-    image: view 2 is the most alike of the batch's. other: view 1 is that of the next image, so what a patch's place gives away is left in `own`.
+    Per image with an overlap {"index", "patch_<level>", "own_<level>": shares of its S * S patches that are right,
+    "image_<level>", "found" [S * S]}.
+    patch: the most alike of all patches of the batch's images is the one at the same place of the same image; own,
+    found: of those of its image; image: view 2 is the most alike of the batch's. other: view 1 is that of the next
+    image, so what a patch's place gives away is left in `own`.
     """
     model.eval()
     found = []
@@ -451,14 +492,16 @@ def match_patches(model: DUPR, probe_set: TwoCropsDataset, num_workers: int, dev
             first = {kind: e.roll(-1, 0) for kind, e in first.items()}
         rows = [{"index": index, "valid": bool(v)} for index, v in zip(batch["index"], batch["valid"])]
         for kind, q in first.items():
-            q, k = (e.flatten(2).transpose(1, 2) if e.dim() == 4 else e[:, None] for e in (q, second[kind]))  # [B, S * S, dim], or [B, 1, dim]
+            # [B, S * S, dim], or [B, 1, dim]
+            q, k = (e.flatten(2).transpose(1, 2) if e.dim() == 4 else e[:, None] for e in (q, second[kind]))
             places = q.shape[1]
             for i, row in enumerate(rows):
-                similarity = torch.einsum("pc,kqc->pkq", q[i], k).cpu()      # of each patch to every patch of every image
+                similarity = torch.einsum("pc,kqc->pkq", q[i], k).cpu()  # of each patch to every patch of every image
                 row[kind] = (similarity.flatten(1).argmax(1) == i * places + torch.arange(places)).float().mean().item()
                 if kind.startswith("patch"):
                     best = similarity[:, i].argmax(1)                        # [S * S]
-                    row |= {kind.replace("patch", "own"): (best == torch.arange(places)).float().mean().item(), "found": best.tolist()}
+                    row |= {kind.replace("patch", "own"): (best == torch.arange(places)).float().mean().item(),
+                            "found": best.tolist()}
         found += [row for row in rows if row["valid"]]
     return evaluation.gather(found)
 
@@ -468,14 +511,16 @@ def match_metrics(rows: list[dict]) -> dict[str, float]:
     if not rows:
         raise UserError("no two views of any probe image overlap: give more --probe_images")
     mean = {k: float(np.mean([row[k] for row in rows])) for k in rows[0] if "_" in k}
-    over = {name: [v for k, v in mean.items() if k.startswith(start)] for name, start in (("patch", "patch_"), ("own_image", "own_"))}
+    over = {name: [v for k, v in mean.items() if k.startswith(start)]
+            for name, start in (("patch", "patch_"), ("own_image", "own_"))}
     last = [v for k, v in mean.items() if k.startswith("image_")][-1:]
-    return ({name: float(np.mean(v)) for name, v in over.items() if v} | {k: v for k, v in mean.items() if not k.startswith("image_")}
-            | ({"image": last[0]} if last else {}))
+    return ({name: float(np.mean(v)) for name, v in over.items() if v}
+            | {k: v for k, v in mean.items() if not k.startswith("image_")} | ({"image": last[0]} if last else {}))
 
 
 def probe(cfg: Config, model: DUPR, probe_source, held_out: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """Accuracy of finding the corresponding patch, before and after, and predictions.png. `shuffled`: see match_patches, other."""
+    """Accuracy of finding the corresponding patch, before and after, and predictions.png. `shuffled`:
+    see match_patches, other."""
     probe_set = TwoCropsDataset(cfg, probe_source, held_out)
     untrained = build_model(cfg).to(device)
     rows = {"untrained": match_patches(untrained, probe_set, cfg.num_workers, device, text="untrained"),
@@ -485,7 +530,8 @@ def probe(cfg: Config, model: DUPR, probe_source, held_out: np.ndarray, device: 
         return {}
     if any(cfg.beta):
         draw_matches(Path(cfg.out) / "predictions.png", cfg, probe_set, rows["pretrained"])
-    return {name: match_metrics(found) for name, found in rows.items()} | {"primary": "patch" if any(cfg.beta) else "image"}
+    return ({name: match_metrics(found) for name, found in rows.items()}
+            | {"primary": "patch" if any(cfg.beta) else "image"})
 
 
 def patch_boxes(box: Tensor, flip: bool, size: int) -> Tensor:
@@ -496,8 +542,10 @@ def patch_boxes(box: Tensor, flip: bool, size: int) -> Tensor:
     return cells.view(size, size, 4).flip(1).flatten(0, 1) if flip else cells
 
 
-def draw_matches(path: Path, cfg: Config, probe_set: TwoCropsDataset, rows: list[dict], count: int = 6, shown: int = 4) -> None:
-    """One row per image: patches of view 1, where they are in view 2, and where the features of the last level found them."""
+def draw_matches(path: Path, cfg: Config, probe_set: TwoCropsDataset, rows: list[dict],
+                 count: int = 6, shown: int = 4) -> None:
+    """One row per image: patches of view 1, where they are in view 2, and where the features of
+    the last level found them."""
     size = next(s for s, b in zip(cfg.roi_sizes[::-1], cfg.beta[::-1]) if b > 0)
     found = {row["index"]: row["found"] for row in rows}
     images, columns = [], {"patches of view 1": [], "the same in view 2": [], "DUPR in view 2": []}
@@ -523,14 +571,16 @@ def check(cfg: Config) -> None:
     for name in ("alpha", "beta", "roi_sizes"):
         values = getattr(cfg, name)
         if len(values) != 4 or min(values) < (1 if name == "roi_sizes" else 0):
-            raise UserError(f"--{name} {' '.join(map(str, values))}: give four values, for conv2, conv3, conv4 and conv5, none below "
-                            + ("1" if name == "roi_sizes" else "0"))
+            raise UserError(f"--{name} {' '.join(map(str, values))}: give four values, for conv2, conv3, "
+                            "conv4 and conv5, none below " + ("1" if name == "roi_sizes" else "0"))
     if not any(cfg.alpha) and not any(cfg.beta):
         raise UserError("--alpha and --beta are all 0: there is nothing to learn; give at least one level a weight")
     if cfg.accumulate > 1:
-        raise UserError(f"--accumulate {cfg.accumulate}: DUPR needs the whole batch at once (BatchNorm, queues); give a smaller --batch_size")
+        raise UserError(f"--accumulate {cfg.accumulate}: DUPR needs the whole batch at once (BatchNorm, queues); "
+                        "give a smaller --batch_size")
     if not (len(cfg.crop_area) == 2 and 0 < cfg.crop_area[0] <= cfg.crop_area[1] <= 1):
-        raise UserError(f"--crop_area {' '.join(map(str, cfg.crop_area))}: give the smallest and the largest share, 0 < smallest <= largest <= 1")
+        raise UserError(f"--crop_area {' '.join(map(str, cfg.crop_area))}: give the smallest and the largest share, "
+                        "0 < smallest <= largest <= 1")
     if cfg.image_size < 32:
         raise UserError(f"--image_size {cfg.image_size}: a view needs at least 32 pixels a side, the stride of conv5")
     if cfg.min_overlap > cfg.image_size:
@@ -538,17 +588,20 @@ def check(cfg: Config) -> None:
     if not 0 <= cfg.ema_momentum <= 1 or cfg.temperature <= 0:
         raise UserError(f"--ema_momentum {cfg.ema_momentum} must lie in 0..1, --temperature {cfg.temperature} above 0")
     if cfg.batch_size == common.world_size():
-        raise UserError(f"--batch_size {cfg.batch_size}: one image per process, but BatchNorm needs two; give a larger one")
+        raise UserError(f"--batch_size {cfg.batch_size}: one image per process, "
+                        "but BatchNorm needs two; give a larger one")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = run.parse_config(Config, PRESETS, argv, script="dupr", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+    cfg = run.parse_config(Config, PRESETS, argv, script="dupr",
+                           description=__doc__.split("\n\n")[0], by_data=recipe_of)
     device = common.setup_distributed(cfg.device)
     check(cfg)
     out = Path(cfg.out)
     source, indices, probe_source, held_out = data.open_pretraining(cfg)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
-    data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
+    # complains about sizes before anything is written
+    data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)
     identity = run.identity("dupr", len(source), source.fingerprint())
     state = run.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
@@ -581,7 +634,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if step % cfg.log_every == 0 or step == total_steps - 1:
             watch.settle()
             line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
-            bar.set_postfix(loss=f"{line['loss']:.2f}", **{k.replace("_conv", ""): f"{v:.2f}" for k, v in line.items() if k.endswith("conv5")})
+            bar.set_postfix(loss=f"{line['loss']:.2f}",
+                            **{k.replace("_conv", ""): f"{v:.2f}" for k, v in line.items() if k.endswith("conv5")})
             seen = 0
         if run.save_due(step + 1, total_steps, cfg.save_every):
             watch.settle()
@@ -602,7 +656,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def summary(metrics: dict[str, Any]) -> str:
     columns = next((list(row) for row in metrics.values() if isinstance(row, dict)), [])
-    return evaluation.probe_table(metrics, columns, "share of patches found again in another view, among those of up to 9 unseen images (")
+    return evaluation.probe_table(metrics, columns, "share of patches found again in another view, "
+                                  "among those of up to 9 unseen images (")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Detector numbers and pictures: COCO, VOC07 and class-agnostic metrics, their control, gathering over processes, tables, figures.
+"""Detector numbers and pictures: COCO, VOC07 and class-agnostic metrics, their control,
+gathering over processes, tables, figures.
 
-Detections are COCO results, one dict per box: {"image_id", "category_id", "bbox": [x, y, w, h] in 0-based pixels, "score"}; with masks also
-"segmentation", a compressed RLE.
-Ground truth is a COCO-format dict {"images", "annotations", "categories"}. The images and categories it lists are the ones evaluated:
-annotations outside them are left out. Metrics are fractions 0..1, nan where there is nothing to measure.
+Detections are COCO results, one dict per box: {"image_id", "category_id", "bbox": [x, y, w, h] in 0-based pixels,
+"score"}; with masks also "segmentation", a compressed RLE.
+Ground truth is a COCO-format dict {"images", "annotations", "categories"}. The images and categories it lists are the
+ones evaluated: annotations outside them are left out. Metrics are fractions 0..1,
+nan where there is nothing to measure.
 
-A difficult object is an annotation with `difficult` or `ignore` = 1: it is no miss when not found, and no box on it is a mistake.
-On VOC, DETReg, SoCo and DUPR print VOC07_*; UP-DETR prints COCO's AP, which differs (101 points, at most 100 boxes per image).
+A difficult object is an annotation with `difficult` or `ignore` = 1: it is no miss when not found,
+and no box on it is a mistake.
+On VOC, DETReg, SoCo and DUPR print VOC07_*; UP-DETR prints COCO's AP, which differs (101 points,
+at most 100 boxes per image).
 """
 import contextlib
 import io
@@ -41,9 +45,10 @@ TILE, GAP, HEADER = 240, 8, 30  # pixels of a contact sheet: height of an image,
 class _BoxEval(COCOeval):
     """COCOeval in which a difficult object is ignored like a crowd region, but overlaps like an object.
 
-    pycocotools overwrites `ignore` from `iscrowd`, and `iscrowd` does two things: any number of detections may match it unpunished (wanted
-    for difficult objects) and its overlap becomes intersection / detection area (not wanted). So `iscrowd` is the union of both
-    flags, except while overlaps are computed, where it is the annotation's own (`crowd`).
+    pycocotools overwrites `ignore` from `iscrowd`, and `iscrowd` does two things: any number of detections may match it
+    unpunished (wanted for difficult objects) and its overlap becomes intersection / detection area (not wanted). So
+    `iscrowd` is the union of both flags, except while overlaps are computed,
+    where it is the annotation's own (`crowd`).
     """
 
     def computeIoU(self, imgId, catId):
@@ -67,18 +72,24 @@ def _check_detections(ground_truth: dict, detections: list[dict]) -> None:
         raise UserError(f"detections for {len(unknown)} image ids that the ground truth lacks, e.g. {unknown[0]}: "
                         "pass the ground truth of the images that were evaluated")
     if detections and not np.isfinite(np.array([[*d["bbox"], d["score"]] for d in detections], dtype=float)).all():
-        raise UserError("a detection has a box or score that is not finite: the model's outputs are broken (nan in its weights?)")
+        raise UserError("a detection has a box or score that is not finite: "
+                        "the model's outputs are broken (nan in its weights?)")
 
 
 def _coco(ground_truth: dict, items: list[dict], categories: list[dict], class_agnostic: bool, iou_type: str) -> COCO:
-    """Objects or detections as an indexed COCO, in copies. Ids count from 1: COCOeval marks "unmatched" with 0 and would lose an object of id 0."""
+    """Objects or detections as an indexed COCO, in copies. Ids count from 1:
+    COCOeval marks "unmatched" with 0 and would lose an object of id 0."""
     annotations = []
     for i, a in enumerate(items, 1):
-        box_or_mask = float(mask_area(a["segmentation"])) if iou_type == "segm" and "score" in a else a["bbox"][2] * a["bbox"][3]
-        area = a["area"] if "area" in a and "score" not in a else box_or_mask  # a detection's area is that of its box or mask
+        box_or_mask = (float(mask_area(a["segmentation"])) if iou_type == "segm" and "score" in a
+                       else a["bbox"][2] * a["bbox"][3])
+        # a detection's area is that of its box or mask
+        area = a["area"] if "area" in a and "score" not in a else box_or_mask
         crowd = int(a.get("iscrowd", 0))
-        annotations.append({"id": i, "image_id": a["image_id"], "category_id": 1 if class_agnostic else a["category_id"], "bbox": list(a["bbox"]),
-                            "area": area, "score": a.get("score"), "crowd": crowd, "iscrowd": int(crowd or _is_difficult(a))}
+        annotations.append({"id": i, "image_id": a["image_id"],
+                            "category_id": 1 if class_agnostic else a["category_id"], "bbox": list(a["bbox"]),
+                            "area": area, "score": a.get("score"), "crowd": crowd,
+                            "iscrowd": int(crowd or _is_difficult(a))}
                            | ({"segmentation": a["segmentation"]} if iou_type == "segm" else {}))
     coco = COCO()
     coco.dataset = {"images": ground_truth["images"], "annotations": annotations, "categories": categories}
@@ -92,24 +103,27 @@ def _valid_mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else math.nan
 
 
-def detection_metrics(ground_truth: dict, detections: list[dict], *, class_agnostic: bool = False, max_dets: tuple = (1, 10, 100),
+def detection_metrics(ground_truth: dict, detections: list[dict], *,
+                      class_agnostic: bool = False, max_dets: tuple = (1, 10, 100),
                       per_class: bool = False, iou_type: str = "bbox") -> dict[str, float]:
-    """COCO metrics of boxes, or (iou_type "segm") of masks, then every item has a "segmentation": AP, AP50, AP75, APs, APm, APl, one AR<k> per k of
-    `max_dets`, ARs, ARm, ARl. AP and the size rows use the largest k.
+    """COCO metrics of boxes, or (iou_type "segm") of masks, then every item has a "segmentation": AP, AP50, AP75, APs,
+    APm, APl, one AR<k> per k of `max_dets`, ARs, ARm, ARl. AP and the size rows use the largest k.
 
-    class_agnostic: all categories are one (DETReg Table 6: COCOeval with useCats = 0). per_class adds "per_class": {name: AP}.
+    class_agnostic: all categories are one (DETReg Table 6: COCOeval with useCats = 0).
+    per_class adds "per_class": {name: AP}.
     A missing `area` is that of the box. Inputs are not modified. UserError: see _check_detections.
     """
     _check_detections(ground_truth, detections)
     categories = [{"id": 1, "name": "object"}] if class_agnostic else ground_truth["categories"]
     with contextlib.redirect_stdout(io.StringIO()):
-        run = _BoxEval(*(_coco(ground_truth, items, categories, class_agnostic, iou_type) for items in (ground_truth["annotations"], detections)),
-                       iou_type)
+        run = _BoxEval(*(_coco(ground_truth, items, categories, class_agnostic, iou_type)
+                         for items in (ground_truth["annotations"], detections)), iou_type)
         run.params.maxDets = sorted(max_dets)
         run.params.useCats = int(not class_agnostic)
         run.evaluate()
         run.accumulate()
-    precision, recall = run.eval["precision"], run.eval["recall"]  # [IoU, recall, class, area, max_dets], [IoU, class, area, max_dets]
+    # [IoU, recall, class, area, max_dets], [IoU, class, area, max_dets]
+    precision, recall = run.eval["precision"], run.eval["recall"]
     metrics = {f"AP{name}": _valid_mean(precision[i, ..., 0, -1]) for name, i in (("", slice(None)), (50, 0), (75, 5))}
     metrics |= {f"AP{size}": _valid_mean(precision[..., i, -1]) for i, size in enumerate("sml", 1)}
     metrics |= {f"AR{k}": _valid_mean(recall[:, :, 0, i]) for i, k in enumerate(sorted(max_dets))}
@@ -136,7 +150,8 @@ def _voc07_class_ap(objects: list[dict], boxes: list[dict], thresholds: tuple, r
     objects_xywh, of_image = np.array([a["bbox"] for a in objects], dtype=float), defaultdict(list)
     for j, a in enumerate(objects):
         of_image[a["image_id"]].append(j)
-    best, overlap = np.full(len(boxes), -1), np.zeros(len(boxes))  # per detection, best score first: the object it overlaps most, taken or not
+    # per detection, best score first: the object it overlaps most, taken or not
+    best, overlap = np.full(len(boxes), -1), np.zeros(len(boxes))
     for place, i in enumerate(np.argsort(-scores, kind="stable")):
         if theirs := of_image.get(boxes[i]["image_id"]):
             ious = iou(boxes_xywh[i:i + 1], objects_xywh[theirs], [0] * len(theirs))[0]
@@ -144,7 +159,8 @@ def _voc07_class_ap(objects: list[dict], boxes: list[dict], thresholds: tuple, r
     results = []
     for threshold in thresholds:
         hit = np.flatnonzero(overlap > threshold)
-        first = np.unique(best[hit], return_index=True)[1]  # the first detection of an object finds it, later ones are mistakes
+        # the first detection of an object finds it, later ones are mistakes
+        first = np.unique(best[hit], return_index=True)[1]
         true, counts = np.zeros(len(boxes), dtype=bool), np.ones(len(boxes), dtype=bool)
         true[hit[first]] = True
         counts[hit] = ~difficult[best[hit]]
@@ -154,15 +170,21 @@ def _voc07_class_ap(objects: list[dict], boxes: list[dict], thresholds: tuple, r
     return results
 
 
-def voc07_metrics(ground_truth: dict, detections: list[dict], thresholds: tuple = IOU_THRESHOLDS, *, rounded: bool = False) -> dict[str, float]:
-    """The VOC 2007 metric: 11-point AP, mean over the classes that have a countable object; VOC07_AP is the mean over `thresholds`.
+def voc07_metrics(ground_truth: dict, detections: list[dict], thresholds: tuple = IOU_THRESHOLDS, *,
+                  rounded: bool = False) -> dict[str, float]:
+    """The VOC 2007 metric: 11-point AP, mean over the classes that have a countable object;
+    VOC07_AP is the mean over `thresholds`.
 
-    A detection looks at the object of its class and image with the largest IoU, and finds it if IoU > threshold (strictly) and no
-    better-scored one has: otherwise it is a mistake. Equal scores keep the order given. Crowd objects are taken as difficult ones.
-    IoU: the devkit's sides are x2 - x1 + 1 between inclusive 1-based corners, which detectron2 and DETReg write as (x + 1, y + 1, x + w, y + h),
-    the inverse of loading (xmin - 1, ymin - 1, xmax, ymax). The offsets cancel: it IS the plain IoU of the 0-based xywh boxes.
-    rounded: scores to 3 decimals and corners to 1, as the released DETReg and detectron2 write them to text (this makes ties).
-    Recall is compared with exact tenths; the released np.arange(0, 1.1, .1) holds 0.30000000000000004 and misses a recall of exactly .3.
+    A detection looks at the object of its class and image with the largest IoU, and finds it if IoU > threshold
+    (strictly) and no better-scored one has: otherwise it is a mistake. Equal scores keep the order given. Crowd objects
+    are taken as difficult ones.
+    IoU: the devkit's sides are x2 - x1 + 1 between inclusive 1-based corners, which detectron2 and DETReg write as (x
+    + 1, y + 1, x + w, y + h), the inverse of loading (xmin - 1, ymin - 1, xmax, ymax). The offsets cancel: it IS the
+    plain IoU of the 0-based xywh boxes.
+    rounded: scores to 3 decimals and corners to 1, as the released DETReg and detectron2 write them
+    to text (this makes ties).
+    Recall is compared with exact tenths; the released np.arange(0, 1.1, .1) holds 0.30000000000000004 and
+    misses a recall of exactly .3.
     """
     _check_detections(ground_truth, detections)
     images = {image["id"] for image in ground_truth["images"]}
@@ -179,8 +201,10 @@ def voc07_metrics(ground_truth: dict, detections: list[dict], thresholds: tuple 
 
 # ==== 3. Detections: class-agnostic, from boxes, the control ====
 
-def class_agnostic_scores(logits: torch.Tensor, boxes_xyxy: torch.Tensor, object_class: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """DETReg Table 6 (coco_eval_proposals.py, process_loaded): the score is the LOGIT of `object_class`, boxes are clamped at 0 only.
+def class_agnostic_scores(logits: torch.Tensor, boxes_xyxy: torch.Tensor,
+                          object_class: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """DETReg Table 6 (coco_eval_proposals.py, process_loaded): the score is the LOGIT of `object_class`,
+    boxes are clamped at 0 only.
 
     logits [Q, C], boxes_xyxy [Q, 4] pixels -> scores [Q] descending, boxes_xywh [Q, 4] in the same order.
     """
@@ -192,39 +216,49 @@ def class_agnostic_scores(logits: torch.Tensor, boxes_xyxy: torch.Tensor, object
 
 def class_agnostic_detections(logits: torch.Tensor, boxes_xyxy: torch.Tensor, image_id: int, *, object_class: int = 1,
                               top: int | None = None) -> list[dict]:
-    """The `top` (None: all) best class-agnostic detections of one image, category_id 1. Shapes: see class_agnostic_scores."""
+    """The `top` (None: all) best class-agnostic detections of one image, category_id 1. Shapes:
+    see class_agnostic_scores."""
     scores, boxes_xywh = class_agnostic_scores(logits.detach(), boxes_xyxy.detach(), object_class)
     return [{"image_id": image_id, "category_id": 1, "bbox": box, "score": score}
             for box, score in zip(boxes_xywh[:top].tolist(), scores[:top].tolist())]
 
 
 def boxes_as_detections(boxes_xyxy, image_id: int, scores=None, category_id: int = 1) -> list[dict]:
-    """Boxes [n, 4] px, best first, as detections. scores None: 1, 1/2, 1/3, ..., so that over all images the first boxes come first.
+    """Boxes [n, 4] px, best first, as detections. scores None: 1, 1/2, 1/3, ..., so that over all images
+    the first boxes come first.
 
-    The released selective search baseline scores every box 1 (pass ones): the same AR, but AP then depends on the order of the images.
+    The released selective search baseline scores every box 1 (pass ones):
+    the same AR, but AP then depends on the order of the images.
     """
     boxes_xywh = box_convert(torch.as_tensor(boxes_xyxy, dtype=torch.float64).reshape(-1, 4), "xyxy", "xywh").tolist()
-    scores = [1 / (i + 1) for i in range(len(boxes_xywh))] if scores is None else torch.as_tensor(scores, dtype=torch.float64).tolist()
+    scores = ([1 / (i + 1) for i in range(len(boxes_xywh))] if scores is None
+              else torch.as_tensor(scores, dtype=torch.float64).tolist())
     if len(scores) != len(boxes_xywh):
         raise UserError(f"image {image_id}: {len(scores)} scores for {len(boxes_xywh)} boxes")
-    return [{"image_id": image_id, "category_id": category_id, "bbox": box, "score": score} for box, score in zip(boxes_xywh, scores)]
+    return [{"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+            for box, score in zip(boxes_xywh, scores)]
 
 
 def shuffled(detections: list[dict], image_ids: list, sizes: dict) -> list[dict]:
-    """The control that knows the images' statistics but not the image: image i's detections are scored on image i + 1 (cyclic).
+    """The control that knows the images' statistics but not the image:
+    image i's detections are scored on image i + 1 (cyclic).
 
-    image_ids: all evaluated images, each once, at least 2, so that none keeps its own. sizes: id -> (h, w) px; boxes are rescaled.
+    image_ids: all evaluated images, each once, at least 2, so that none keeps its own. sizes:
+    id -> (h, w) px; boxes are rescaled.
     """
     image_ids = list(image_ids)
     if len(image_ids) < 2 or len(set(image_ids)) < len(image_ids):
-        raise UserError(f"the shuffled control needs 2 or more images, each once; got {len(image_ids)}, {len(set(image_ids))} different")
+        raise UserError(f"the shuffled control needs 2 or more images, each once; got {len(image_ids)}, "
+                        f"{len(set(image_ids))} different")
     following = dict(zip(image_ids, image_ids[1:] + image_ids[:1]))
     if missing := {d["image_id"] for d in detections} - following.keys() | following.keys() - sizes.keys():
-        raise UserError(f"the shuffled control lacks the id or size of {len(missing)} images, e.g. {min(map(str, missing))}")
+        raise UserError(f"the shuffled control lacks the id or size of {len(missing)} images, e.g. "
+                        f"{min(map(str, missing))}")
 
     def move(d: dict) -> dict:
         (h, w), (new_h, new_w) = sizes[d["image_id"]], sizes[following[d["image_id"]]]
-        return {**d, "image_id": following[d["image_id"]], "bbox": [v * s for v, s in zip(d["bbox"], (new_w / w, new_h / h) * 2)]}
+        return {**d, "image_id": following[d["image_id"]],
+                "bbox": [v * s for v, s in zip(d["bbox"], (new_w / w, new_h / h) * 2)]}
 
     return [move(d) for d in detections]
 
@@ -232,12 +266,14 @@ def shuffled(detections: list[dict], image_ids: list, sizes: dict) -> list[dict]
 # ==== 4. Processes, tables, files ====
 
 def rank_slice(n: int) -> range:
-    """The images of 0..n-1 that this process evaluates: each exactly once over all processes, contiguous, so gather() restores the order."""
+    """The images of 0..n-1 that this process evaluates: each exactly once over all processes, contiguous,
+    so gather() restores the order."""
     return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def gather(items: list) -> list:
-    """All processes' lists, of any lengths, concatenated in rank order, on every process. Items are pickled: keep them plain."""
+    """All processes' lists, of any lengths, concatenated in rank order, on every process.
+    Items are pickled: keep them plain."""
     parts = [items] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, items)
@@ -245,7 +281,8 @@ def gather(items: list) -> list:
 
 
 class _Resized(torch.utils.data.Dataset):
-    """The images of a labelled set at evaluation size, as samples of data.collate; an unreadable image is an error that names it."""
+    """The images of a labelled set at evaluation size, as samples of data.collate;
+    an unreadable image is an error that names it."""
 
     def __init__(self, labelled, indices: range, size: int, max_size: int):
         self.labelled, self.indices, self.size, self.max_size = labelled, indices, size, max_size
@@ -260,12 +297,14 @@ class _Resized(torch.utils.data.Dataset):
         return {"image": data.to_normalized_tensor(view), "target": target, "skipped": []}
 
 
-def each_batch(model: torch.nn.Module, labelled, *, size: int, max_size: int, batch_size: int = 8, limit: int | None = None, num_workers: int = 0,
-               text: str = "") -> Iterator[dict]:
-    """data.collate's batches of this process's slice of a labelled set, at evaluation size; meanwhile the model is in eval mode. See predict()."""
+def each_batch(model: torch.nn.Module, labelled, *, size: int, max_size: int, batch_size: int = 8,
+               limit: int | None = None, num_workers: int = 0, text: str = "") -> Iterator[dict]:
+    """data.collate's batches of this process's slice of a labelled set, at evaluation size;
+    meanwhile the model is in eval mode. See predict()."""
     indices = rank_slice(min(len(labelled), limit or len(labelled)))
     batches = [list(range(i, min(i + batch_size, len(indices)))) for i in range(0, len(indices), batch_size)]
-    loader = data.make_loader(_Resized(labelled, indices, size, max_size), batches, num_workers=num_workers, collate=data.collate)
+    loader = data.make_loader(_Resized(labelled, indices, size, max_size), batches,
+                              num_workers=num_workers, collate=data.collate)
     training = model.training
     model.eval()
     yield from progress(loader, desc=text)
@@ -273,11 +312,14 @@ def each_batch(model: torch.nn.Module, labelled, *, size: int, max_size: int, ba
 
 
 @torch.no_grad()
-def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int, device: torch.device, batch_size: int = 8, limit: int | None = None,
+def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int,
+            device: torch.device, batch_size: int = 8, limit: int | None = None,
             num_workers: int = 0, text: str = "") -> Iterator[tuple[dict, torch.Tensor, torch.Tensor]]:
-    """Run a detector (in eval mode) over this process's slice of a labelled set: yields (target, logits [Q, C], boxes_xyxy [Q, 4] in pixels of the
-    original image), on CPU. size, max_size: short and longest side the images are resized to; limit: only the first images of the set."""
-    for batch in each_batch(model, labelled, size=size, max_size=max_size, batch_size=batch_size, limit=limit, num_workers=num_workers, text=text):
+    """Run a detector (in eval mode) over this process's slice of a labelled set: yields (target, logits [Q, C],
+    boxes_xyxy [Q, 4] in pixels of the original image), on CPU. size, max_size: short and longest side the images are
+    resized to; limit: only the first images of the set."""
+    for batch in each_batch(model, labelled, size=size, max_size=max_size, batch_size=batch_size, limit=limit,
+                            num_workers=num_workers, text=text):
         outputs = model(batch["images"].to(device), batch["mask"].to(device))
         sizes = torch.stack([t["orig_size"] for t in batch["targets"]])
         boxes = boxes_to_pixels(outputs["pred_boxes"].cpu(), sizes)
@@ -285,7 +327,8 @@ def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int, devic
 
 
 def batches(probe_set, num_workers: int, text: str = "", size: int = 8, collate=data.collate) -> Iterator[dict]:
-    """This process's slice of a probe's samples (keys (0, i)), in batches of 2 to size + 1; files it had to leave out are named."""
+    """This process's slice of a probe's samples (keys (0, i)), in batches of 2 to size + 1;
+    files it had to leave out are named."""
     indices = list(rank_slice(len(probe_set)))
     keys = [[(0, i) for i in indices[k:k + size]] for k in range(0, len(indices), size)]
     if len(keys) > 1 and len(keys[-1]) == 1:                                 # the shuffled control needs two images
@@ -298,7 +341,8 @@ def batches(probe_set, num_workers: int, text: str = "", size: int = 8, collate=
 
 # ==== 5. What was asked for: one group of queries per region ====
 
-def most_confident(logits: torch.Tensor, boxes: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def most_confident(logits: torch.Tensor, boxes: torch.Tensor,
+                   groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best box of each group of consecutive queries (UP-DETR, Fig. 5): softmax without "no object", the last class.
 
     logits [B, Q, C], boxes [B, Q, 4] -> scores [B, groups], boxes [B, groups, 4], query indices [B, groups]; on CPU.
@@ -311,7 +355,8 @@ def most_confident(logits: torch.Tensor, boxes: torch.Tensor, groups: int) -> tu
 
 def found_metrics(rows: list[dict]) -> dict[str, float]:
     """Rows with "true" and "found" boxes [n, 4] cxcywh -> their mean IoU, and the share of IoUs >= 0.5."""
-    true, found = (box_convert(torch.cat([torch.tensor(row[k]).reshape(-1, 4) for row in rows]), "cxcywh", "xyxy") for k in ("true", "found"))
+    true, found = (box_convert(torch.cat([torch.tensor(row[k]).reshape(-1, 4) for row in rows]), "cxcywh", "xyxy")
+                   for k in ("true", "found"))
     overlap = (torch.minimum(true[:, 2:], found[:, 2:]) - torch.maximum(true[:, :2], found[:, :2])).clamp(min=0).prod(1)
     ious = overlap / ((true[:, 2:] - true[:, :2]).prod(1) + (found[:, 2:] - found[:, :2]).prod(1) - overlap)
     return {"IoU": float(ious.mean()), "recall50": float((ious >= 0.5).float().mean())}
@@ -321,7 +366,8 @@ def probe_table(metrics: dict, columns: list[str], title: str) -> str:
     """The before/after table of metrics.json, or one line when there was no probe."""
     rows = {name: row for name, row in metrics.items() if isinstance(row, dict)}
     if not rows:
-        return f"finished after {metrics['steps']} steps (no probe: give --probe_images N, and --probe_data for other images)"
+        return (f"finished after {metrics['steps']} steps (no probe: give --probe_images N, and "
+                "--probe_data for other images)")
     return metrics_table(rows, columns, title=f"{title}primary: {metrics['primary']})")
 
 
@@ -332,7 +378,8 @@ def picture(tensor: torch.Tensor) -> Image.Image:
 
 
 def draw_found(path, source, rows: list[dict], titles: tuple[str, str]) -> None:
-    """PNG: what was asked for beside what was found, in equal colours. rows: {"index" in source, "true", "found" cxcywh, "score"}."""
+    """PNG: what was asked for beside what was found, in equal colours. rows: {"index" in source, "true",
+    "found" cxcywh, "score"}."""
     images = [source.load(row["index"]) for row in rows]
     columns: dict[str, list] = {title: [] for title in titles}
     for image, row in zip(images, rows):
@@ -344,13 +391,15 @@ def draw_found(path, source, rows: list[dict], titles: tuple[str, str]) -> None:
 
 
 def metrics_table(rows: dict[str, dict], columns: list[str], title: str = "") -> str:
-    """Aligned text under the line `title`: fractions with 3 decimals (as COCO logs), nan and missing as "-", integers and text as they are."""
+    """Aligned text under the line `title`: fractions with 3 decimals (as COCO logs), nan and missing as "-",
+    integers and text as they are."""
     def cell(value) -> str:
         return "-" if value is None or value != value else f"{value:.3f}" if isinstance(value, float) else str(value)
 
     cells = [["", *columns]] + [[name, *(cell(values.get(c)) for c in columns)] for name, values in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in cells]
+    lines = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+             for line in cells]
     return "\n".join([title, *lines] if title else lines)
 
 
@@ -366,7 +415,8 @@ def plain(obj):
 
 
 def write_json(path, obj) -> None:
-    """Write `obj` at `path`, all or nothing: a reader never sees half a file. nan becomes null; missing folders are made."""
+    """Write `obj` at `path`, all or nothing: a reader never sees half a file. nan becomes null;
+    missing folders are made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(path), (json.dumps(plain(obj), indent=1, default=str, allow_nan=False) + "\n").encode())
 
@@ -376,14 +426,18 @@ def write_json(path, obj) -> None:
 def _tile(image: Image.Image, boxes_xyxy, labels: list[str] | None, max_boxes: int) -> Image.Image:
     """The image at height TILE (at most 2 TILE wide) with its first `max_boxes` boxes; the first lies on top."""
     scale = min(TILE / image.height, 2 * TILE / image.width)
-    tile = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+    tile = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))),
+                                       Image.Resampling.LANCZOS)
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(11)
-    boxes = (torch.as_tensor(boxes_xyxy).detach().cpu().double().reshape(-1, 4)[:max_boxes].nan_to_num() * scale).round().tolist()
+    boxes = (torch.as_tensor(boxes_xyxy).detach().cpu().double().reshape(-1, 4)[:max_boxes].nan_to_num()
+             * scale).round().tolist()
     limits = (tile.width - 1, tile.height - 1) * 2
     corners = [[int(min(max(v, 0), limit)) for v, limit in zip(box, limits)] for box in boxes]
-    ranked = [(i, PALETTE[i % len(PALETTE)], *box) for i, box in enumerate(corners) if box[2] > box[0] and box[3] > box[1]][::-1]
+    ranked = [(i, PALETTE[i % len(PALETTE)], *box)
+              for i, box in enumerate(corners) if box[2] > box[0] and box[3] > box[1]][::-1]
     for _, colour, x1, y1, x2, y2 in ranked:
-        draw.rectangle([x1, y1, x2, y2], outline="black", width=4)  # a dark edge on both sides keeps the colour apart from the picture
+        # a dark edge on both sides keeps the colour apart from the picture
+        draw.rectangle([x1, y1, x2, y2], outline="black", width=4)
         draw.rectangle([x1 + 1, y1 + 1, max(x2 - 1, x1 + 1), max(y2 - 1, y1 + 1)], outline=colour, width=2)
     for i, colour, x1, y1, *_ in ranked if labels is not None else ():  # after all boxes, so that none crosses a label
         text = printable(labels[i])
@@ -397,16 +451,20 @@ def _tile(image: Image.Image, boxes_xyxy, labels: list[str] | None, max_boxes: i
 def draw_boxes_figure(path, images: list, columns: dict[str, list], max_boxes: int = 10) -> None:
     """PNG contact sheet: one row per image, one column per entry of `columns`, its key as the title.
 
-    images: PIL images. columns: title -> one (boxes_xyxy [n, 4] px of that image, labels of length n or None, and, if the column shows another
-    picture than its row's, that PIL image) per image; the first `max_boxes` are drawn, boxes of equal rank in equal colours across columns.
+    images: PIL images. columns: title -> one (boxes_xyxy [n, 4] px of that image, labels of length n or None, and, if
+    the column shows another picture than its row's, that PIL image) per image; the first `max_boxes` are drawn, boxes
+    of equal rank in equal colours across columns.
     """
     if not images or any(len(entries) != len(images) for entries in columns.values()):
         raise UserError(f"a figure needs images and as many entries per column: {len(images)} images, "
                         f"columns {({title: len(entries) for title, entries in columns.items()})}")
     font = ImageFont.load_default(16)
-    tiles = [[_tile((*entries[i], image)[2], *entries[i][:2], max_boxes) for entries in columns.values()] for i, image in enumerate(images)]
-    widths = [max(math.ceil(font.getlength(title)), *(row[c].width for row in tiles)) for c, title in enumerate(columns)]
-    sheet = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1), HEADER + sum(row[0].height + GAP for row in tiles)), "white")
+    tiles = [[_tile((*entries[i], image)[2], *entries[i][:2], max_boxes) for entries in columns.values()]
+             for i, image in enumerate(images)]
+    widths = [max(math.ceil(font.getlength(title)), *(row[c].width for row in tiles))
+              for c, title in enumerate(columns)]
+    sheet = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1),
+                              HEADER + sum(row[0].height + GAP for row in tiles)), "white")
     draw, x = ImageDraw.Draw(sheet), GAP
     for c, (title, w) in enumerate(zip(columns, widths)):
         draw.text((x + w / 2, HEADER / 2), title, "black", font, anchor="mm")

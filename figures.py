@@ -1,32 +1,39 @@
 """The papers' figures and analyses, from a checkpoint; one subcommand each.
 
     python figures.py localize --checkpoint out/updetr-imagenet/last.pt --image IMAGE --patches 10,20,110,140 200,50,320,210
-        UP-DETR, Fig. 5: where the pretrained model finds query patches, without any fine-tuning. The patches are cut from the image itself, or from
-        --patch_image: the same object in another picture. Boxes below the confidence --threshold (paper: 0.9) are not drawn; every result is printed.
+        UP-DETR, Fig. 5: where the pretrained model finds query patches, without any fine-tuning. The patches are cut
+        from the image itself, or from --patch_image: the same object in another picture. Boxes below the confidence
+        --threshold (paper: 0.9) are not drawn; every result is printed.
 
     python figures.py iou-similarity --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 random --data coco
-        DUPR (arXiv 2103.04814), Sec. 4.7, Fig. 5: how alike the conv4 features of an object and of boxes around it are, by their IoU. A detector
-        wants a steep curve.
+        DUPR (arXiv 2103.04814), Sec. 4.7, Fig. 5: how alike the conv4 features of an object and of boxes around it are,
+        by their IoU. A detector wants a steep curve.
     python figures.py affinity --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data coco
-        DUPR, Fig. 9: to which place of an object in view 1 each of its places in view 2 is most alike, on conv5. Ideal: the identity.
+        DUPR, Fig. 9: to which place of an object in view 1 each of its places in view 2 is most alike,
+        on conv5. Ideal: the identity.
     python figures.py match --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data imagenet
-        DUPR, Fig. 10: which conv4 patch of view 2 is most alike to each patch of view 1, and how far that is from the true one.
+        DUPR, Fig. 10: which conv4 patch of view 2 is most alike to each patch of view 1,
+        and how far that is from the true one.
     python figures.py neighbours --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data imagenet
         DUPR, Sec. 4.8, Fig. 6: the images whose conv5 maps are most alike to a query's, place by place.
 
-DUPR's four take any file with a ResNet in it, and random, imagenet, moco_v2, swav; all see the same images and draws. NAME=FILE names a checkpoint;
-else it is called as its file or, when that is last.pt, as its folder. Each command writes a picture and, beside it, its numbers as json.
+DUPR's four take any file with a ResNet in it, and random, imagenet, moco_v2, swav; all see the same images and draws.
+NAME=FILE names a checkpoint; else it is called as its file or, when that is last.pt, as its folder. Each command writes
+a picture and, beside it, its numbers as json.
 
-Deviations of `localize` (paper / released notebook / here): the threshold is 0.9 / none / 0.9; patches: not said / recoloured / as they are.
-Choices where DUPR's paper is silent (paper / here):
+Deviations of `localize` (paper / released notebook / here): the threshold is 0.9 / none / 0.9; patches: not said /
+recoloured / as they are. Choices where DUPR's paper is silent (paper / here):
     images          with boxes: 1000 of ImageNet val; else not said / of any set, drawn by --seed
     iou-similarity  input: not said / short side 448 px, the long one at most twice that. S: not said / 14. RoIs: "20 with different IoUs" per image /
-                    per object, one in each IoU bin of width 0.05: its box shifted and scaled until it falls into the bin, inside the image
+                    per object, one in each IoU bin of width 0.05: its box shifted and scaled until it falls into
+                    the bin, inside the image
     affinity        object: ImageNet's / the largest of an image. Crop: keeps its box whole / and covers 20..100 % of the image, as MoCo's, or all
-                    where 100 draws cut the box. In numbers: not done / mean of the diagonal, share of columns with their maximum on it
+                    where 100 draws cut the box. In numbers: not done / mean of the diagonal,
+                    share of columns with their maximum on it
     match           views: "the settings in [17]", MoCo / MoCo v2's, from which DUPR learns. In numbers: not done / over all patches whose true place
-                    lies in view 2, the share found within 1 patch of it and the median distance, centre to centre (a ResNet's map lies up to half
-                    a cell to the left: measured 0.3 patches in flipped pairs); `shuffled`: view 2 of the image before, what the place alone gives
+                    lies in view 2, the share found within 1 patch of it and the median distance, centre to centre (a
+                    ResNet's map lies up to half a cell to the left: measured 0.3 patches in flipped pairs); `shuffled`:
+                    view 2 of the image before, what the place alone gives
     neighbours      input: not said / 224 px centre, short side 256. "Normalised conv5 map" / Eq. (8): mean over positions of the cosines
 """
 from __future__ import annotations
@@ -65,24 +72,28 @@ PLAIN = {"order": [], "gray": False, "blur": None, "solarize": False}        # c
 STAGES = {"conv4": (3, 16), "conv5": (4, 32)}                                # DUPR's name: torchvision's layer, stride
 COLOURS = dupr.COLOURS
 CROP_AREA = (0.2, 1.0)                                                       # MoCo v2
-S, BINS = 14, 20                                                             # side of a region's grid of features; bins of IoU
-MIN_SIDE = 16                                                                # px: an image or view below it shows nothing
+S, BINS = 14, 20  # side of a region's grid of features; bins of IoU
+MIN_SIDE = 16  # px: an image or view below it shows nothing
 SHOWN = 4                                                                    # images of a picture
 
 
 # ==== UP-DETR, Fig. 5 ====
 
 def load_updetr(path: str, num_patches: int) -> tuple[updetr.UPDETR, int]:
-    """A pretrained UP-DETR, ours or released, and the side of its query patches. num_patches: M of a file that does not say it."""
+    """A pretrained UP-DETR, ours or released, and the side of its query patches. num_patches:
+    M of a file that does not say it."""
     found = convert.open_checkpoint(path)
     state, config = found.state, found.config
     if "patch2query.weight" not in state or found.method != "updetr":
-        what = f" but of {found.method}.py" if "patch2query.weight" in state else " (no patch2query: it was fine-tuned, or is another method's)"
+        what = (f" but of {found.method}.py" if "patch2query.weight" in state
+                else " (no patch2query: it was fine-tuned, or is another method's)")
         raise UserError(f"{path}: not a checkpoint of UP-DETR's pretraining{what}")
     cfg = SimpleNamespace(**{"nheads": 8, "dropout": 0.0, "lr_backbone": 0.0, **convert.architecture(state, path)})
-    cfg.nheads, num_patches = config.get("nheads", cfg.nheads), config.get("num_patches", min(num_patches, cfg.num_queries))
+    cfg.nheads, num_patches = (config.get("nheads", cfg.nheads),
+                               config.get("num_patches", min(num_patches, cfg.num_queries)))
     if cfg.num_queries % num_patches:
-        raise UserError(f"--num_patches {num_patches}: {path} has {cfg.num_queries} queries, which do not divide into so many groups")
+        raise UserError(f"--num_patches {num_patches}: {path} has {cfg.num_queries} queries, "
+                        "which do not divide into so many groups")
     model = updetr.UPDETR(common.build_detector(cfg, 3, focal=False), num_patches, config.get("attention_mask", True),
                           "feature_align.layers.0.weight" in state)
     convert.load_matching(model, state, drop={}, source=path)
@@ -90,9 +101,11 @@ def load_updetr(path: str, num_patches: int) -> tuple[updetr.UPDETR, int]:
 
 
 @torch.no_grad()
-def find(model: updetr.UPDETR, patch_size: int, image: Image.Image, origin: Image.Image, boxes: list[tuple[float, ...]], size: int
+def find(model: updetr.UPDETR, patch_size: int, image: Image.Image, origin: Image.Image,
+         boxes: list[tuple[float, ...]], size: int
          ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (scores [n], boxes_xyxy [n, 4] px of `image`) of the patches that `boxes` (xyxy px) cut out of `origin`, at most M in one pass."""
+    """-> (scores [n], boxes_xyxy [n, 4] px of `image`) of the patches that `boxes` (xyxy px) cut out of
+    `origin`, at most M in one pass."""
     height, width = data.resized_hw((image.height, image.width), size)
     tensor = data.to_normalized_tensor(image.resize((width, height), Image.Resampling.BILINEAR))[None]
     patches = torch.stack([data.cut_patch(origin, box, patch_size, PLAIN) for box in boxes])
@@ -102,7 +115,8 @@ def find(model: updetr.UPDETR, patch_size: int, image: Image.Image, origin: Imag
         score, box, _ = evaluation.most_confident(outputs["pred_logits"], outputs["pred_boxes"], len(part))
         scores.append(score[0])
         found.append(box[0])
-    return torch.cat(scores), box_convert(torch.cat(found), "cxcywh", "xyxy") * torch.tensor([image.width, image.height] * 2)
+    return (torch.cat(scores),
+            box_convert(torch.cat(found), "cxcywh", "xyxy") * torch.tensor([image.width, image.height] * 2))
 
 
 def parse_box(text: str) -> tuple[float, ...]:
@@ -110,7 +124,8 @@ def parse_box(text: str) -> tuple[float, ...]:
         box = tuple(float(v) for v in text.split(","))
     except ValueError:
         box = ()
-    if len(box) != 4 or not all(map(math.isfinite, box)) or min(round(box[2]) - round(box[0]), round(box[3]) - round(box[1])) < 1:
+    if (len(box) != 4 or not all(map(math.isfinite, box))
+        or min(round(box[2]) - round(box[0]), round(box[3]) - round(box[1])) < 1):
         raise UserError(f"--patches {text}: a patch is x1,y1,x2,y2 in pixels, with x1 < x2 and y1 < y2")
     return box
 
@@ -128,7 +143,8 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
     boxes = [parse_box(text) for text in args.patches]
     for text, (x1, y1, x2, y2) in zip(args.patches, boxes):
         if x1 < 0 or y1 < 0 or x2 > origin.width or y2 > origin.height:
-            raise UserError(f"--patches {text}: reaches out of {args.patch_image or args.image}, which is {origin.width} x {origin.height} pixels")
+            raise UserError(f"--patches {text}: reaches out of {args.patch_image or args.image}, "
+                            f"which is {origin.width} x {origin.height} pixels")
     if args.num_patches < 1:
         raise UserError(f"--num_patches {args.num_patches}: must be at least 1")
     model, patch_size = load_updetr(args.checkpoint, args.num_patches)
@@ -139,8 +155,8 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
     sure = scores > args.threshold
     shown = torch.where(sure[:, None], found, float("nan"))                  # colours stay those of the patches
     names = [str(i + 1) for i in range(len(boxes))]
-    columns = {"query patches": [(torch.tensor(boxes), names, origin)],
-               f"found (confidence > {args.threshold:g})": [(shown, [f"{n}: {s:.2f}" for n, s in zip(names, scores.tolist())])]}
+    columns = {"query patches": [(torch.tensor(boxes), names, origin)], f"found (confidence > {args.threshold:g})":
+               [(shown, [f"{n}: {s:.2f}" for n, s in zip(names, scores.tolist())])]}
     evaluation.draw_boxes_figure(args.out, [image], columns, max_boxes=len(boxes))
     run.say(f"wrote {args.out}: {int(sure.sum())} of {len(boxes)} patches found with confidence > {args.threshold:g}")
     return {"scores": scores, "boxes": found}
@@ -149,39 +165,46 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
 # ==== DUPR: backbones, images, equations ====
 
 def open_backbones(args: argparse.Namespace, stage: str) -> dict[str, common.Backbone]:
-    """--checkpoint -> {name: a ResNet that returns `stage`, BatchNorm with constant statistics}. `random` is as deep as --arch or the first file."""
+    """--checkpoint -> {name: a ResNet that returns `stage`, BatchNorm with constant statistics}.
+    `random` is as deep as --arch or the first file."""
     found: dict[str, tuple[str | None, dict, str]] = {}
     layer = STAGES[stage][0]
     for text in args.checkpoint:
         name, weights = (None, text) if Path(text).is_file() else re.fullmatch("(?s)(?:([^=/]+)=)?(.*)", text).groups()
         path = convert.backbone_file(weights, args.arch or "resnet50")
         known = weights in ("random", "imagenet", *convert.BACKBONE_URLS)
-        name = name or (weights if known else path.resolve().parent.name if path.stem == "last" else Path(path.name.removesuffix(".tar")).stem)
+        name = name or (weights if known else path.resolve().parent.name if path.stem == "last"
+                        else Path(path.name.removesuffix(".tar")).stem)
         if name in found:
-            raise UserError(f"--checkpoint {text}: another one is called {name} too; give it a name with NAME={weights}")
+            raise UserError(f"--checkpoint {text}: another one is called {name} too; "
+                            f"give it a name with NAME={weights}")
         found[name] = (None, {}, "random")
         if weights != "random":
             file = convert.open_checkpoint(path)
             state = file.resnet()
             if f"layer{layer}.0.conv1.weight" not in state:
-                raise UserError(f"{path}: its ResNet ends before {stage}, at which this figure looks; give a checkpoint that has it")
+                raise UserError(f"{path}: its ResNet ends before {stage}, at which this figure looks; "
+                                "give a checkpoint that has it")
             found[name] = (convert.resnet_name(state, "", path), state, f"{path} ({file.what})")
     default = args.arch or next((arch for arch, _, _ in found.values() if arch), "resnet50")
     backbones = {}
     for name, (arch, state, source) in found.items():
         torch.manual_seed(args.seed)
         backbone = common.Backbone(arch or default, (layer,), "frozen", trainable=0)
-        if arch:                                                             # later stages and the counters of batches play no part
+        if arch:  # later stages and the counters of batches play no part
             used = {child for child, _ in backbone.body.named_children()}
-            state = {k: v for k, v in state.items() if k.split(".")[0] in used and not k.endswith("num_batches_tracked")}
+            state = {k: v
+                     for k, v in state.items() if k.split(".")[0] in used and not k.endswith("num_batches_tracked")}
             convert.load_matching(backbone.body, state, drop={}, source=source)
         backbones[name] = backbone.eval().to(args.device)
     return backbones
 
 
 def region_features(feature: Tensor, boxes: Sequence[Tensor], stage: str) -> Tensor:
-    """RoIAlign of `boxes`, [n, 4] xyxy px of the input per image of `feature` -> [all n, C, S * S], positions row by row."""
-    return roi_align(feature, [b.to(feature) for b in boxes], S, 1 / STAGES[stage][1], sampling_ratio=-1, aligned=True).flatten(2)
+    """RoIAlign of `boxes`, [n, 4] xyxy px of the input per image of `feature`
+    -> [all n, C, S * S], positions row by row."""
+    return roi_align(feature, [b.to(feature) for b in boxes], S, 1 / STAGES[stage][1],
+                     sampling_ratio=-1, aligned=True).flatten(2)
 
 
 def iou_similarity(q: Tensor, k: Tensor) -> Tensor:
@@ -205,14 +228,16 @@ def match(f1: Tensor, f2: Tensor) -> Tensor:
 
 
 def sample(source: Any, candidates: Sequence[int], count: int, args: argparse.Namespace) -> Iterator[tuple[int, Any]]:
-    """(index, what source.load gives) of up to `count` of the `candidates`, in an order drawn from the seed; unusable files are left out."""
+    """(index, what source.load gives) of up to `count` of the `candidates`, in an order drawn from the seed;
+    unusable files are left out."""
     skipped, order = data.SkipCount(len(source)), np.random.default_rng(args.seed).permutation(candidates).tolist()
     bar = run.progress(None, total=min(count, len(order)), desc=args.figure)
     for index in order:
         try:
             loaded = source.load(index)
             if isinstance(loaded, Image.Image) and min(loaded.size) < MIN_SIDE:
-                raise data.UnreadableImage(source.key(index), f"{loaded.width} x {loaded.height} pixels, at least {MIN_SIDE} a side are needed")
+                raise data.UnreadableImage(source.key(index), f"{loaded.width} x {loaded.height} pixels, "
+                                           f"at least {MIN_SIDE} a side are needed")
         except data.UnreadableImage as error:
             skipped.add([str(error)])
             continue
@@ -229,7 +254,8 @@ def open_source(args: argparse.Namespace, least: int) -> Any:
     split = "train" if args.split == "train" else "val"
     source = data.open_images(args.data, args.data_root, split=split, synthetic_images=args.images, seed=args.seed)
     if min(len(source), args.images) < least:
-        raise UserError(f"--data {args.data}: {min(len(source), args.images)} images, at least {least} are needed; give more, or a larger --images")
+        raise UserError(f"--data {args.data}: {min(len(source), args.images)} images, at least {least} are needed; "
+                        "give more, or a larger --images")
     return source
 
 
@@ -238,24 +264,30 @@ def open_objects(args: argparse.Namespace) -> tuple[DetectionSet, list[int]]:
     labelled = open_detection(args.data, args.data_root, args.split, synthetic_images=args.images, seed=args.seed)
     usable = [i for i, r in enumerate(labelled.records) if min(r.hw) >= MIN_SIDE and not (r.crowd | r.difficult).all()]
     if not usable:
-        raise UserError(f"--data {args.data}: none of the {len(labelled)} images of its {args.split} split has a box to look at; give another set")
+        raise UserError(f"--data {args.data}: none of the {len(labelled)} images of its {args.split} split has a box "
+                        "to look at; give another set")
     return labelled, usable
 
 
 def finish(args: argparse.Namespace, result: dict[str, Any], rows: dict[str, dict], title: str) -> dict[str, Any]:
     """Write the numbers beside the picture, print `rows`; returns what the json holds."""
-    result = {"figure": args.figure, "data": args.data, "split": args.split, "seed": args.seed, "size": args.size, **result}
+    result = {"figure": args.figure, "data": args.data, "split": args.split, "seed": args.seed,
+              "size": args.size, **result}
     evaluation.write_json(args.out.with_suffix(".json"), result)
-    run.say(evaluation.metrics_table(rows, list(next(iter(rows.values()))), title) + f"\nwrote {args.out}, {args.out.with_suffix('.json')}")
+    run.say(evaluation.metrics_table(rows, list(next(iter(rows.values()))), title)
+            + f"\nwrote {args.out}, {args.out.with_suffix('.json')}")
     return result
 
 
 # ==== DUPR, Fig. 5: similarity by IoU ====
 
-def sample_rois(rng: np.random.Generator, box: Tensor, hw: tuple[int, int], rounds: int = 20, tries: int = 2000) -> tuple[Tensor, Tensor]:
-    """One RoI in each IoU bin with `box` [4] xyxy px of an image of size hw: the box shifted and scaled, less or more, until it falls into the bin.
+def sample_rois(rng: np.random.Generator, box: Tensor, hw: tuple[int, int], rounds: int = 20,
+                tries: int = 2000) -> tuple[Tensor, Tensor]:
+    """One RoI in each IoU bin with `box` [4] xyxy px of an image of size hw: the box shifted and scaled, less or more,
+    until it falls into the bin.
 
-    Returns (boxes_xyxy float64 [n, 4] inside the image, their bins int64 [n]). A bin that rounds * tries draws do not reach is left out.
+    Returns (boxes_xyxy float64 [n, 4] inside the image, their bins int64 [n]).
+    A bin that rounds * tries draws do not reach is left out.
     """
     box, limit, found = box.double().numpy(), np.array(hw[::-1] * 2), {}
     centre, side = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
@@ -270,21 +302,23 @@ def sample_rois(rng: np.random.Generator, box: Tensor, hw: tuple[int, int], roun
         found = dict(zip(bins.tolist(), rois[first])) | found                # the first that came stays
         if len(found) == BINS:
             break
-    return torch.from_numpy(np.array([found[k] for k in sorted(found)]).reshape(-1, 4)), torch.tensor(sorted(found), dtype=torch.int64)
+    return (torch.from_numpy(np.array([found[k] for k in sorted(found)]).reshape(-1, 4)),
+            torch.tensor(sorted(found), dtype=torch.int64))
 
 
 @torch.no_grad()
 def draw_iou_similarity(args: argparse.Namespace) -> dict[str, Any]:
-    """{"bins": edges [21], "counts": RoIs [20], "checkpoints": {name: {"similarity" [20], "above_0.5", "below_0.3", "difference"}}, ...}: the paper's
-    two ranges, means over their bins, nan where there is none."""
+    """{"bins": edges [21], "counts": RoIs [20], "checkpoints": {name: {"similarity" [20], "above_0.5", "below_0.3",
+    "difference"}}, ...}: the paper's two ranges, means over their bins, nan where there is none."""
     (labelled, usable), backbones = open_objects(args), open_backbones(args, "conv4")
-    sums, counts, images, objects = {name: torch.zeros(BINS).double() for name in backbones}, torch.zeros(BINS).long(), 0, 0
+    sums, counts, images, objects = ({name: torch.zeros(BINS).double() for name in backbones},
+                                     torch.zeros(BINS).long(), 0, 0)
     for index, (image, target) in sample(labelled, usable, args.images, args):
         hw, rng, images = (image.height, image.width), data.sample_rng(args.seed, 0, index), images + 1
         size = data.resized_hw(hw, args.size, 2 * args.size)
         tensor = data.to_normalized_tensor(image.resize(size[::-1], Image.Resampling.BILINEAR))[None].to(args.device)
         maps = {name: backbone(tensor)[0] for name, backbone in backbones.items()}
-        for box in target["boxes_xyxy"][~target["ignore"]].double():         # one at a time: its 21 regions of conv4 are 17 MB
+        for box in target["boxes_xyxy"][~target["ignore"]].double():  # one at a time: its 21 regions of conv4 are 17 MB
             rois, bins = sample_rois(rng, box, hw)
             boxes = data.resize_boxes(torch.cat([box[None], rois]), hw, size)
             counts[bins], objects = counts[bins] + 1, objects + 1
@@ -296,18 +330,23 @@ def draw_iou_similarity(args: argparse.Namespace) -> dict[str, Any]:
         high, low = values[edges[:-1] >= 0.5].nanmean().item(), values[edges[1:] <= 0.3].nanmean().item()
         found[name] = {"similarity": values.tolist(), "above_0.5": high, "below_0.3": low, "difference": high - low}
     middles = ((edges[:-1] + edges[1:]) / 2).tolist()
-    draw_curves(args.out, {name: [(x, y) for x, y in zip(middles, row["similarity"]) if y == y] for name, row in found.items()})
+    draw_curves(args.out,
+                {name: [(x, y) for x, y in zip(middles, row["similarity"]) if y == y] for name, row in found.items()})
     rows = {name: {k: v for k, v in row.items() if k != "similarity"} for name, row in found.items()}
-    return finish(args, {"images": images, "objects": objects, "bins": edges, "counts": counts, "checkpoints": found}, rows,
+    return finish(args,
+                  {"images": images, "objects": objects, "bins": edges, "counts": counts, "checkpoints": found}, rows,
                   f"similarity of RoI and object, Eq. (8), by their IoU: conv4, {objects} objects of {images} images")
 
 
 def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
-    """PNG of Fig. 5 (b): similarity over IoU, one line per checkpoint. Drawn at twice its size and reduced, for smooth lines."""
+    """PNG of Fig. 5 (b): similarity over IoU, one line per checkpoint.
+    Drawn at twice its size and reduced, for smooth lines."""
     left, top, right, bottom, font = 130, 80, 1500, 940, ImageFont.load_default(28)
     values = [y for points in curves.values() for _, y in points]
-    step = next(s for s in (m * 10.0 ** e for e in range(-4, 1) for m in (1, 2, 5)) if max(values) - min(values) <= 6 * s)
-    low, high = math.floor(round(min(values) / step, 3)), math.ceil(round(max(values) / step, 3))             # first and last tick, in steps
+    step = next(s for s in (m * 10.0 ** e for e in range(-4, 1) for m in (1, 2, 5))
+                if max(values) - min(values) <= 6 * s)
+    # first and last tick, in steps
+    low, high = math.floor(round(min(values) / step, 3)), math.ceil(round(max(values) / step, 3))
     high = max(high, low + 1)
     sheet = Image.new("RGB", (right + 60, bottom + 120), "white")
     draw = ImageDraw.Draw(sheet)
@@ -326,11 +365,12 @@ def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> Non
     draw.text((20, 20), "similarity, Eq. (8)", "black", font)
     colours = [c for c in evaluation.PALETTE if c != "#ffe119"]              # yellow is hard to see on white
     for i, (name, points) in enumerate(curves.items()):
-        colour, places, y = colours[i % len(colours)], [place(x, v / step) for x, v in points], bottom - 40 * (len(curves) - i)
+        colour, places, y = (colours[i % len(colours)], [place(x, v / step) for x, v in points],
+                             bottom - 40 * (len(curves) - i))
         draw.line(places, colour, 6, joint="curve")
         for at in places:
             draw.circle(at, 8, colour)
-        draw.line([right - 400, y, right - 340, y], colour, 6)               # at the lower right no rising curve comes by
+        draw.line([right - 400, y, right - 340, y], colour, 6)  # at the lower right no rising curve comes by
         draw.text((right - 324, y), name, "black", font, anchor="lm")
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(path, format="PNG")
@@ -338,8 +378,10 @@ def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> Non
 
 # ==== DUPR, Fig. 9: affinity of an object in two views ====
 
-def draw_box_view(rng: np.random.Generator, hw: tuple[int, int], box: Tensor, size: int) -> tuple[dict[str, Any], Tensor]:
-    """A view of an image of size hw that keeps `box` [4] xyxy px whole: (what dupr.apply_view does; the box in the view, px of its size x size)."""
+def draw_box_view(rng: np.random.Generator, hw: tuple[int, int], box: Tensor,
+                  size: int) -> tuple[dict[str, Any], Tensor]:
+    """A view of an image of size hw that keeps `box` [4] xyxy px whole: (what dupr.apply_view does;
+    the box in the view, px of its size x size)."""
     x1, y1, x2, y2 = box.tolist()
     area = max(CROP_AREA[0], (x2 - x1) * (y2 - y1) / math.prod(hw)), CROP_AREA[1]
     crops = (data.draw_crop(rng, hw, area) for _ in range(100))
@@ -356,7 +398,8 @@ def heat_map(values: Tensor) -> Image.Image:
 
 @torch.no_grad()
 def draw_affinity(args: argparse.Namespace) -> dict[str, Any]:
-    """{"images", "checkpoints": {name: {"diagonal": its mean, "accuracy": share of columns whose maximum lies on it}}, ...}, means over images."""
+    """{"images", "checkpoints": {name: {"diagonal": its mean, "accuracy":
+    share of columns whose maximum lies on it}}, ...}, means over images."""
     if not 0 < args.tau < math.inf:
         raise UserError(f"--tau {args.tau}: must be above 0")
     (labelled, usable), backbones = open_objects(args), open_backbones(args, "conv5")
@@ -366,8 +409,9 @@ def draw_affinity(args: argparse.Namespace) -> dict[str, Any]:
         boxes, rng = target["boxes_xyxy"][~target["ignore"]], data.sample_rng(args.seed, 0, index)
         box = boxes[(boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()]
         draws, rois = zip(*(draw_box_view(rng, (image.height, image.width), box, args.size) for _ in range(2)))
-        views = torch.stack([dupr.apply_view(image, d, args.size) for d in draws]).to(args.device)           # [2, 3, H, W]
-        matrices = {name: affinity(*region_features(b(views)[0], [r[None] for r in rois], "conv5"), args.tau) for name, b in backbones.items()}
+        views = torch.stack([dupr.apply_view(image, d, args.size) for d in draws]).to(args.device)  # [2, 3, H, W]
+        matrices = {name: affinity(*region_features(b(views)[0], [r[None] for r in rois], "conv5"), args.tau)
+                    for name, b in backbones.items()}
         for name, matrix in matrices.items():                                # [S * S, S * S]
             right = matrix.argmax(0) == torch.arange(S * S, device=matrix.device)
             found[name].append((matrix.diagonal().mean().item(), right.float().mean().item()))
@@ -378,7 +422,8 @@ def draw_affinity(args: argparse.Namespace) -> dict[str, Any]:
                 column.append(tile)
     means = {name: dict(zip(("diagonal", "accuracy"), np.mean(values, 0).tolist())) for name, values in found.items()}
     titles = {name: f"{name}: {row['accuracy']:.1%} on the diagonal" for name, row in means.items()}
-    evaluation.draw_boxes_figure(args.out, [tile[2] for tile in columns["view 1"]], {titles.get(k, k): tiles for k, tiles in columns.items()})
+    evaluation.draw_boxes_figure(args.out, [tile[2] for tile in columns["view 1"]],
+                                 {titles.get(k, k): tiles for k, tiles in columns.items()})
     images = len(next(iter(found.values())))
     return finish(args, {"images": images, "tau": args.tau, "checkpoints": means}, means,
                   f"affinity of an object's {S * S} places in two views, Eq. (9): conv5, {images} images")
@@ -387,9 +432,11 @@ def draw_affinity(args: argparse.Namespace) -> dict[str, Any]:
 # ==== DUPR, Fig. 10: matching patches of two views ====
 
 def true_places(boxes: Tensor, flips: Sequence[bool], size: int, grid: int) -> tuple[Tensor, Tensor]:
-    """Where the grid x grid patches of view 1 lie in view 2, of size px both. boxes [2, 4] xyxy px: their overlap in each (dupr.overlap_boxes).
+    """Where the grid x grid patches of view 1 lie in view 2, of size px both. boxes [2, 4] xyxy px:
+    their overlap in each (dupr.overlap_boxes).
 
-    Returns (x, y [grid * grid, 2] in patches: (j, i) is the centre of view 2's patch in row i, column j; whether they lie in view 2, bool).
+    Returns (x, y [grid * grid, 2] in patches: (j, i) is the centre of view 2's patch in row i, column j;
+    whether they lie in view 2, bool).
     """
     stride, steps = size / grid, torch.arange(grid, dtype=torch.float64)
     centres = (torch.cartesian_prod(steps, steps).flip(1) + 0.5) * stride    # x, y px of view 1, row by row
@@ -412,14 +459,16 @@ def match_numbers(found: list[Tensor]) -> dict[str, float]:
 
 
 def draw_lines(views: Sequence[Image.Image], patches: Tensor, best: Tensor, off: Tensor, grid: int) -> Image.Image:
-    """View 1 beside view 2, and lines from some `patches` to where they were found; cyan: at most 1 patch off, yellow: 3, red: more."""
+    """View 1 beside view 2, and lines from some `patches` to where they were found; cyan:
+    at most 1 patch off, yellow: 3, red: more."""
     size, gap = views[0].width, 12
     sheet = Image.new("RGB", (2 * size + gap, size), "white")
     sheet.paste(views[0], (0, 0))
     sheet.paste(views[1], (size + gap, 0))
     draw, stride = ImageDraw.Draw(sheet), size / grid
     for p, q, distance in zip(patches.tolist(), best[patches].tolist(), off[patches].tolist()):
-        ends = [((k % grid + 0.5) * stride + shift, (k // grid + 0.5) * stride) for k, shift in ((p, 0), (q, size + gap))]
+        ends = [((k % grid + 0.5) * stride + shift, (k // grid + 0.5) * stride)
+                for k, shift in ((p, 0), (q, size + gap))]
         colour = "#42d4f4" if distance <= 1 else "#ffe119" if distance <= 3 else "#e6194b"
         draw.line(ends, colour, 3)
         for end in ends:
@@ -429,7 +478,8 @@ def draw_lines(views: Sequence[Image.Image], patches: Tensor, best: Tensor, off:
 
 @torch.no_grad()
 def draw_match(args: argparse.Namespace) -> dict[str, Any]:
-    """{"images", "patches", "checkpoints": {name: {"within_1", "median_distance", "shuffled": the same with view 2 of another image}}, ...}."""
+    """{"images", "patches", "checkpoints": {name: {"within_1", "median_distance", "shuffled":
+    the same with view 2 of another image}}, ...}."""
     source, backbones, grid = open_source(args, least=2), open_backbones(args, "conv4"), args.size // STAGES["conv4"][1]
     right, wrong, tiles = ({name: [] for name in backbones} for _ in range(3))
     before: dict[str, Tensor] = {}
@@ -441,7 +491,7 @@ def draw_match(args: argparse.Namespace) -> dict[str, Any]:
         places, inside = true_places(boxes, flips, args.size, grid)
         if not valid or not inside.any():
             continue
-        views = torch.stack([dupr.apply_view(image, d, args.size) for d in draws]).to(args.device)           # [2, 3, H, W]
+        views = torch.stack([dupr.apply_view(image, d, args.size) for d in draws]).to(args.device)  # [2, 3, H, W]
         shown = torch.from_numpy(rng.permutation(inside.nonzero()[:, 0].numpy())[:20])
         for name, backbone in backbones.items():
             f1, f2 = backbone(views)[0].flatten(2)                           # [C, grid * grid]
@@ -452,18 +502,22 @@ def draw_match(args: argparse.Namespace) -> dict[str, Any]:
                 wrong[name].append(distances(match(f1, before[name]).cpu(), places, grid)[inside])
             before[name] = f2
             if len(tiles[name]) < SHOWN:
-                tiles[name].append(((), None, draw_lines([evaluation.picture(v) for v in views.cpu()], shown, best, off, grid)))
+                tiles[name].append(((), None,
+                                    draw_lines([evaluation.picture(v) for v in views.cpu()], shown, best, off, grid)))
     first = right[next(iter(right))]
     if len(first) < 2:
-        raise UserError(f"--data {args.data}: the views of only {len(first)} images overlap, but 2 are needed; give more --images or another --seed")
+        raise UserError(f"--data {args.data}: the views of only {len(first)} images overlap, but 2 are needed; "
+                        "give more --images or another --seed")
     found = {name: {**match_numbers(right[name]), "shuffled": match_numbers(wrong[name])} for name in backbones}
-    columns = {f"{name}: {row['within_1']:.1%} within 1 patch (cyan; yellow: 3)": tiles[name] for name, row in found.items()}
+    columns = {f"{name}: {row['within_1']:.1%} within 1 patch (cyan; yellow: 3)": tiles[name]
+               for name, row in found.items()}
     evaluation.draw_boxes_figure(args.out, [tile[2] for tile in next(iter(tiles.values()))], columns)
     patches = sum(map(len, first))
     rows = {f"{name}{what}": {k: row[k] for k in ("within_1", "median_distance")}
             for name, numbers in found.items() for what, row in (("", numbers), (", shuffled", numbers["shuffled"]))}
     return finish(args, {"images": len(first), "patches": patches, "grid": grid, "checkpoints": found}, rows,
-                  f"patches of view 1 found in view 2 (distances in patches): conv4, {patches} patches of {len(first)} images")
+                  "patches of view 1 found in view 2 (distances in patches): conv4, "
+                  f"{patches} patches of {len(first)} images")
 
 
 # ==== DUPR, Fig. 6: nearest neighbours ====
@@ -481,8 +535,9 @@ def map_similarity(q: Tensor, k: Tensor) -> Tensor:
 
 
 def same_folder(keys: dict[int, str], neighbours: dict[int, list[int]]) -> float | None:
-    """Share of neighbours {query: indices} from the query's class folder, over queries whose folder holds other images too. keys: all that was
-    searched. None where there is nothing to count, or folders are not ImageNet's (n01440764, ...)."""
+    """Share of neighbours {query: indices} from the query's class folder, over queries whose folder holds other images
+    too. keys: all that was searched. None where there is nothing to count,
+    or folders are not ImageNet's (n01440764, ...)."""
     folders = {index: Path(key).parent.name for index, key in keys.items()}
     if not all(re.fullmatch(r"n\d{8}", folder) for folder in folders.values()):
         return None
@@ -493,8 +548,9 @@ def same_folder(keys: dict[int, str], neighbours: dict[int, list[int]]) -> float
 
 @torch.no_grad()
 def draw_neighbours(args: argparse.Namespace) -> dict[str, Any]:
-    """{"images", "queries": [{"index", "key", "neighbours": {name: [{"index", "key", "similarity"}]}}], "checkpoints": {name: {"similarity": mean of
-    the neighbours', "same_folder"}}, ...}. Images go by in chunks, only the queries' maps are kept: with 100,000 numbers each, all are too many."""
+    """{"images", "queries": [{"index", "key", "neighbours": {name: [{"index", "key", "similarity"}]}}], "checkpoints":
+    {name: {"similarity": mean of the neighbours', "same_folder"}}, ...}. Images go by in chunks, only the queries' maps
+    are kept: with 100,000 numbers each, all are too many."""
     if min(args.top, args.queries) < 1:
         raise UserError(f"--top {args.top}, --queries {args.queries}: both must be at least 1")
     source = open_source(args, least=max(args.top + 1, args.queries))
@@ -504,8 +560,10 @@ def draw_neighbours(args: argparse.Namespace) -> dict[str, Any]:
     def chunks(count: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         loaded = sample(source, everything, count, args)
         while chunk := list(itertools.islice(loaded, 16)):
-            tensor = torch.stack([data.to_normalized_tensor(centre_crop(image, args.size)) for _, image in chunk]).to(args.device)
-            yield [index for index, _ in chunk], {name: backbone(tensor)[0].flatten(2) for name, backbone in backbones.items()}
+            tensor = torch.stack([data.to_normalized_tensor(centre_crop(image, args.size))
+                                  for _, image in chunk]).to(args.device)
+            yield [index for index, _ in chunk], {name: backbone(tensor)[0].flatten(2)
+                                                  for name, backbone in backbones.items()}
 
     for _, features in chunks(args.queries):                                 # the first of those below
         for name, feature in features.items():
@@ -522,7 +580,8 @@ def draw_neighbours(args: argparse.Namespace) -> dict[str, Any]:
         values, places = similarity.topk(args.top)
         near = [[indices[p] for p in line] for line in places.tolist()]
         for row, found, scores in zip(rows, near, values.tolist()):
-            row["neighbours"][name] = [{"index": i, "key": keys[i], "similarity": score} for i, score in zip(found, scores)]
+            row["neighbours"][name] = [{"index": i, "key": keys[i], "similarity": score}
+                                       for i, score in zip(found, scores)]
         means[name] = {"similarity": values.mean().item(), "same_folder": same_folder(keys, dict(zip(queries, near)))}
 
     def tile(index: int, text: str) -> tuple:
@@ -544,21 +603,28 @@ def draw_neighbours(args: argparse.Namespace) -> dict[str, Any]:
 
 # ==== Main ====
 
-def add_analysis(commands: Any, figure: str, run: Callable, text: str, images: int, size: int = 448) -> argparse.ArgumentParser:
+def add_analysis(commands: Any, figure: str, run: Callable, text: str, images: int,
+                 size: int = 448) -> argparse.ArgumentParser:
     """A subcommand on backbones, with the flags that all of them have."""
     command = commands.add_parser(figure, help=text)
     command.set_defaults(run=run, figure=figure)
-    command.add_argument("--checkpoint", required=True, nargs="+", metavar="[NAME=]FILE", help="or random, imagenet, moco_v2, swav; any number")
-    command.add_argument("--data", required=True, help="as finetune.py's (iou-similarity, affinity) or dupr.py's (match, neighbours)")
-    command.add_argument("--data_root", "--data-root", help="where a named data set lies; else $DATA_ROOT, else data/<name>")
-    command.add_argument("--split", choices=("test", "train"), default="test", help="which part of a data set that has them (default: test)")
-    command.add_argument("--images", type=int, default=images, help=f"how many images, drawn by --seed (default: {images})")
+    command.add_argument("--checkpoint", required=True, nargs="+", metavar="[NAME=]FILE",
+                         help="or random, imagenet, moco_v2, swav; any number")
+    command.add_argument("--data", required=True,
+                         help="as finetune.py's (iou-similarity, affinity) or dupr.py's (match, neighbours)")
+    command.add_argument("--data_root", "--data-root",
+                         help="where a named data set lies; else $DATA_ROOT, else data/<name>")
+    command.add_argument("--split", choices=("test", "train"), default="test",
+                         help="which part of a data set that has them (default: test)")
+    command.add_argument("--images", type=int, default=images,
+                         help=f"how many images, drawn by --seed (default: {images})")
     command.add_argument("--size", type=int, default=size, help=f"side of the input, pixels (default: {size})")
     command.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "resnet101"),
                          help="of imagenet (default: resnet50) and random (default: as the first file)")
     command.add_argument("--seed", type=int, default=42, help="everything random follows from it (default: 42)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    command.add_argument("--out", type=Path, default=Path(f"out/{figure}.png"), help=f"picture to write (default: out/{figure}.png)")
+    command.add_argument("--out", type=Path, default=Path(f"out/{figure}.png"),
+                         help=f"picture to write (default: out/{figure}.png)")
     return command
 
 
@@ -574,23 +640,32 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="figures.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="figures.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
     command = commands.add_parser("localize", help="UP-DETR, Fig. 5: find query patches in an image")
     command.set_defaults(run=localize)
     command.add_argument("--checkpoint", required=True, help="last.pt of updetr.py, or the released file")
     command.add_argument("--image", required=True, help="where to look")
-    command.add_argument("--patches", required=True, nargs="+", metavar="X1,Y1,X2,Y2", help="what to look for: boxes in pixels")
+    command.add_argument("--patches", required=True, nargs="+", metavar="X1,Y1,X2,Y2",
+                         help="what to look for: boxes in pixels")
     command.add_argument("--patch_image", "--patch-image", help="the image the patches are cut from (default: --image)")
-    command.add_argument("--threshold", type=float, default=0.9, help="least confidence of a box that is drawn (default: 0.9)")
-    command.add_argument("--size", type=int, default=420, help="short side the image is resized to, pixels (default: 420, released)")
-    command.add_argument("--num_patches", "--num-patches", type=int, default=10, help="M of a file that does not say it (default: 10, released)")
-    command.add_argument("--out", type=Path, default=Path("out/localize.png"), help="picture to write (default: out/localize.png)")
-    add_analysis(commands, "iou-similarity", draw_iou_similarity, "DUPR, Fig. 5: similarity of boxes to an object, by IoU", images=1000)
-    command = add_analysis(commands, "affinity", draw_affinity, "DUPR, Fig. 9: affinity of an object's places in two views", images=100)
+    command.add_argument("--threshold", type=float, default=0.9,
+                         help="least confidence of a box that is drawn (default: 0.9)")
+    command.add_argument("--size", type=int, default=420,
+                         help="short side the image is resized to, pixels (default: 420, released)")
+    command.add_argument("--num_patches", "--num-patches", type=int, default=10,
+                         help="M of a file that does not say it (default: 10, released)")
+    command.add_argument("--out", type=Path, default=Path("out/localize.png"),
+                         help="picture to write (default: out/localize.png)")
+    add_analysis(commands, "iou-similarity", draw_iou_similarity,
+                 "DUPR, Fig. 5: similarity of boxes to an object, by IoU", images=1000)
+    command = add_analysis(commands, "affinity", draw_affinity,
+                           "DUPR, Fig. 9: affinity of an object's places in two views", images=100)
     command.add_argument("--tau", type=float, default=0.001, help="temperature of Eq. (9) (default: 0.001)")
     add_analysis(commands, "match", draw_match, "DUPR, Fig. 10: patches of one view, found in another", images=100)
-    command = add_analysis(commands, "neighbours", draw_neighbours, "DUPR, Fig. 6: nearest neighbours of images", images=5000, size=224)
+    command = add_analysis(commands, "neighbours", draw_neighbours,
+                           "DUPR, Fig. 6: nearest neighbours of images", images=5000, size=224)
     command.add_argument("--top", type=int, default=4, help="neighbours of a query (default: 4)")
     command.add_argument("--queries", type=int, default=8, help="how many of the images are queries (default: 8)")
     args = parser.parse_args(argv)

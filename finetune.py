@@ -1,9 +1,10 @@
 """Fine-tuning: any checkpoint -> a detector -> COCO and VOC numbers.
 
-Idea: the pretrained detector loses its class head and its pretext heads, gets a class head with one row per category of the labelled set, and is
-    trained as the detector's own paper trains it: DETR with softmax and "no object" (Carion et al., ECCV 2020, arXiv 2005.12872), Conditional DETR
-    (Meng et al., ICCV 2021, arXiv 2108.06152) and Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159) with the focal loss; Faster and Mask
-    R-CNN, RetinaNet and FCOS, torchvision's, as SoCo and DUPR train detectron2's, from what the checkpoint has: backbone, pyramid, box head.
+Idea: the pretrained detector loses its class head and its pretext heads, gets a class head with one row per category of
+    the labelled set, and is trained as the detector's own paper trains it: DETR with softmax and "no object" (Carion et
+    al., ECCV 2020, arXiv 2005.12872), Conditional DETR (Meng et al., ICCV 2021, arXiv 2108.06152) and Deformable DETR
+    (Zhu et al., ICLR 2021, arXiv 2010.04159) with the focal loss; Faster and Mask R-CNN, RetinaNet and FCOS,
+    torchvision's, as SoCo and DUPR train detectron2's, from what the checkpoint has: backbone, pyramid, box head.
 
 Run:
     python finetune.py --preset demo --init_from out/detreg-demo/last.pt          # 40 labelled synthetic images, 2.5 minutes on 2 cores
@@ -18,7 +19,8 @@ Run:
     python finetune.py --data coco --init_from FILE --eval_only                   # numbers of a fine-tuned detector
     python finetune.py --data coco --init_from FILE --class_agnostic              # of a pretrained one: DETReg, Table 6; Siamese DETR, Table 5
 
-Detector and architecture are read off the checkpoint (pre- or post-norm too); the class list comes from the annotation files and is saved.
+Detector and architecture are read off the checkpoint (pre- or post-norm too);
+the class list comes from the annotation files and is saved.
 
 Schedules (epochs / drop at), batch 32; learning rate, that of the backbone:
                          COCO                        VOC
@@ -26,33 +28,45 @@ Schedules (epochs / drop at), batch 32; learning rate, that of the backbone:
     conditional_detr     50 / 40, 1e-4, 5e-5         50 / 40                   Siamese DETR, Sec. 4
     deformable_detr(_ss) 50 / 40, 2e-4, 2e-5         100 / 70                  DETReg, released
     `--protocol siamese`: detr COCO 150 / 120; all detectors on VOC, or a share of it, 50 / 40 (Siamese DETR, Sec. 4)
-    Shares of labels (DETReg, released for Deformable DETR): COCO, any detector: 1 % 2000 epochs, 2 % 1000, 5 % 500, 10 % 400, never dropped,
-    batch 24; `--protocol semi_supervised`: 1-2 % 200 / 150, 5-10 % 100 / 40 (DETReg, Sec. 6.1); `--protocol low_data`: 150, no drop (Fig. 3);
-    VOC, Deformable DETR: 10 % 200 / 150, batch 8.
-    R-CNN family (steps; SGD 0.02, one-stage 0.01; batch 16): COCO 90k (`--schedule 2x, 4x`: 180k, 360k), drops after 2/3 and 8/9, warm-up 1000;
-    VOC 24k, 3/4 and 11/12, warm-up 100; other data 50 epochs, 2/3 and 8/9, warm-up 100.
-    `--protocol dupr` (DUPR, MoCo, scratch, supervised; the default): 2fc head without norm; 1-2 % of COCO 15k, larger shares 60k.
-    `--protocol soco` (default of a SoCo checkpoint): 4conv1fc, BatchNorm in the heads, weight decay 2.5e-5 on COCO; shares of COCO (Mini COCO
-    5, 10 %) 90k; RetinaNet and FCOS 12 epochs, drops after 8 and 11, warm-up 500, 800 px (mmdetection's defaults).
+    Shares of labels (DETReg, released for Deformable DETR): COCO, any detector: 1 % 2000 epochs, 2 % 1000, 5 % 500, 10
+        % 400, never dropped, batch 24; `--protocol semi_supervised`: 1-2 % 200 / 150, 5-10 % 100 / 40 (DETReg,
+        Sec. 6.1); `--protocol low_data`: 150, no drop (Fig. 3); VOC, Deformable DETR: 10 % 200 / 150, batch 8.
+    R-CNN family (steps; SGD 0.02, one-stage 0.01; batch 16): COCO 90k (`--schedule 2x, 4x`: 180k, 360k), drops after
+    2/3 and 8/9, warm-up 1000; VOC 24k, 3/4 and 11/12, warm-up 100; other data 50 epochs, 2/3 and 8/9, warm-up 100.
+    `--protocol dupr` (DUPR, MoCo, scratch, supervised; the default): 2fc head without norm;
+    1-2 % of COCO 15k, larger shares 60k.
+    `--protocol soco` (default of a SoCo checkpoint): 4conv1fc, BatchNorm in the heads, weight decay 2.5e-5 on COCO;
+    shares of COCO (Mini COCO 5, 10 %) 90k; RetinaNet and FCOS 12 epochs, drops after 8 and 11, warm-up 500, 800 px
+    (mmdetection's defaults).
 
 Deviations (released code / here):
-    F1  One class row per category / 91 rows for COCO, 21 for VOC. A released head is still evaluated: its rows are mapped to category ids.
-    F2  Each process drew its own x % subset until 2022-04, which invalidates DETReg's Table 4 / one subset, from --seed alone.
-    F3  VOC: COCO-style AP and the VOC07 11-point metric are both printed (DETReg: the latter, averaged over ten IoU thresholds; UP-DETR and Siamese
-        DETR: the former, with difficult objects as ordinary ones / ignored).
+    F1  One class row per category / 91 rows for COCO, 21 for VOC. A released head is still evaluated:
+        its rows are mapped to category ids.
+    F2  Each process drew its own x % subset until 2022-04, which invalidates DETReg's Table 4 / one
+        subset, from --seed alone.
+    F3  VOC: COCO-style AP and the VOC07 11-point metric are both printed (DETReg: the latter, averaged over ten IoU
+        thresholds; UP-DETR and Siamese DETR: the former, with difficult objects as ordinary ones / ignored).
     F4  DETR's cross-entropy: weighted mean of each process / over all processes and micro-batches.
-    F5  UP-DETR, VOC: not in the released code. Batch: 2 per GPU when its README is followed (16) / the paper's 32. lr_backbone: 1e-5 by default,
-        5e-4 in an older README / 5e-5, the paper's.
-    F6  A checkpoint of UP-DETR's single-query variant holds 3 queries: its query_embed is dropped (not said in the paper).
-    F7  --freeze_detector (no released code): all but class and box head keep their weights, statistics and run without dropout.
-    F8  R-CNN family: detectron2 / torchvision's parts with detectron2's RoIAlign, anchors, L1 losses, C4 head, start and PreciseBN. What still
-        differs: mask targets come from bitmaps; C4 pads to 16 px; short sides round down; batches are not grouped by aspect ratio.
-    F9  RetinaNet's loss is divided by a moving average of the positives / by each image's own. FCOS (mmdetection): IoU loss, no centre sampling,
-        points at half strides, bias rate x 2 / torchvision's GIoU, centre sampling 1.5, points at full strides, one rate.
-    F10 R-CNN losses: means of each process (released) and micro-batch; --accumulate averages those, and BatchNorm sees micro-batches.
-    F11 Not in the papers: SoCo's length on VOC / MoCo's; DUPR's rate and drops on shares of COCO / those of 1x. Shares are drawn from --seed.
-    F12 PreciseBN: training went on with the estimated statistics / they are put back after an evaluation, and saved after the last one.
-    F13 SoCo's cutout and its LVIS recipe (repeat-factor sampling) are not built: the first is broken in the released code and not in the paper.
+    F5  UP-DETR, VOC: not in the released code. Batch: 2 per GPU when its README is followed (16) / the paper's 32.
+        lr_backbone: 1e-5 by default, 5e-4 in an older README / 5e-5, the paper's.
+    F6  A checkpoint of UP-DETR's single-query variant holds 3 queries:
+        its query_embed is dropped (not said in the paper).
+    F7  --freeze_detector (no released code): all but class and box head keep their weights,
+        statistics and run without dropout.
+    F8  R-CNN family: detectron2 / torchvision's parts with detectron2's RoIAlign, anchors, L1 losses, C4 head, start
+        and PreciseBN. What still differs: mask targets come from bitmaps; C4 pads to 16 px; short sides round down;
+        batches are not grouped by aspect ratio.
+    F9  RetinaNet's loss is divided by a moving average of the positives / by each image's own. FCOS (mmdetection): IoU
+        loss, no centre sampling, points at half strides, bias rate x 2 / torchvision's GIoU, centre sampling 1.5,
+        points at full strides, one rate.
+    F10 R-CNN losses: means of each process (released) and micro-batch; --accumulate averages those,
+        and BatchNorm sees micro-batches.
+    F11 Not in the papers: SoCo's length on VOC / MoCo's; DUPR's rate and drops on shares of COCO / those of 1x.
+        Shares are drawn from --seed.
+    F12 PreciseBN: training went on with the estimated statistics / they are put back after an evaluation,
+        and saved after the last one.
+    F13 SoCo's cutout and its LVIS recipe (repeat-factor sampling) are not built:
+        the first is broken in the released code and not in the paper.
 """
 from __future__ import annotations
 
@@ -162,25 +176,27 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "data": "synthetic", "scales": (96, 112), "max_size": 144, "eval_size": 112, "arch": "resnet18", "backbone_weights": "random",
+        "data": "synthetic", "scales": (96, 112), "max_size": 144,
+        "eval_size": 112, "arch": "resnet18", "backbone_weights": "random",
         "backbone_norm": "bn", "num_workers": 2, "log_every": 10, "save_every": 100, "eval_every": 0,
     },
 }
 DEMO = {                                                                     # what of the demo depends on the detector
-    "detr": {"crop_scales": (112, 144), "crop_range": (72, 112), "lr_backbone": 4e-4, "hidden_dim": 128, "enc_layers": 2, "dec_layers": 3,
-             "dim_feedforward": 256, "dropout": 0.0, "num_queries": 100, "with_box_refine": True, "batch_size": 8, "epochs": 50, "lr_drop": 40,
-             "lr": 4e-4},
-    "rcnn": {"fpn_channels": 64, "head_dim": 256, "anchor_size": 8, "proposals_per_image": 200, "rois_per_image": 64, "batch_size": 8, "epochs": 50,
-             "iterations": None, "warmup_iters": 20, "lr": 0.02, "precise_bn": 20},
-    "c4": {"anchor_size": 8, "proposals_per_image": 30, "rois_per_image": 8, "batch_size": 4, "epochs": 30, "iterations": None,
-           "warmup_iters": 20, "lr": 0.02, "precise_bn": 20},                 # res5 runs on every RoI: 6 minutes in all
+    "detr": {"crop_scales": (112, 144), "crop_range": (72, 112), "lr_backbone": 4e-4, "hidden_dim": 128,
+             "enc_layers": 2, "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0, "num_queries": 100,
+             "with_box_refine": True, "batch_size": 8, "epochs": 50, "lr_drop": 40, "lr": 4e-4},
+    "rcnn": {"fpn_channels": 64, "head_dim": 256, "anchor_size": 8, "proposals_per_image": 200, "rois_per_image": 64,
+             "batch_size": 8, "epochs": 50, "iterations": None, "warmup_iters": 20, "lr": 0.02, "precise_bn": 20},
+    # res5 runs on every RoI: 6 minutes in all
+    "c4": {"anchor_size": 8, "proposals_per_image": 30, "rois_per_image": 8, "batch_size": 4, "epochs": 30,
+           "iterations": None, "warmup_iters": 20, "lr": 0.02, "precise_bn": 20},
 }
 # Flags of one family only.
-RCNN_ONLY = {"box_head", "fpn_channels", "head_dim", "anchor_size", "proposals_per_image", "rois_per_image", "iterations", "schedule", "lr_drops",
-             "warmup_iters", "sgd_momentum", "precise_bn"}
-DETR_ONLY = {"freeze_detector", "class_agnostic", "stride", "num_feature_levels", "pre_norm", "hidden_dim", "nheads", "enc_layers", "dec_layers",
-             "dim_feedforward", "dropout", "num_queries", "with_box_refine", "lambda_f", "lambda_l1", "lambda_giou", "eos_coef", "lr_drop",
-             "lr_backbone", "lr_linear_proj_mult"}
+RCNN_ONLY = {"box_head", "fpn_channels", "head_dim", "anchor_size", "proposals_per_image", "rois_per_image",
+             "iterations", "schedule", "lr_drops", "warmup_iters", "sgd_momentum", "precise_bn"}
+DETR_ONLY = {"freeze_detector", "class_agnostic", "stride", "num_feature_levels", "pre_norm", "hidden_dim", "nheads",
+             "enc_layers", "dec_layers", "dim_feedforward", "dropout", "num_queries", "with_box_refine", "lambda_f",
+             "lambda_l1", "lambda_giou", "eos_coef", "lr_drop", "lr_backbone", "lr_linear_proj_mult"}
 
 
 def is_rcnn(detector: str) -> bool:
@@ -201,8 +217,8 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 def rcnn_recipe(values: dict[str, Any]) -> dict[str, Any]:
     name, share, times = values["data"], values["labels_percent"], int(values["schedule"][0])
     one_stage, soco = values["detector"] in rcnn.ONE_STAGE, values["protocol"] == "soco"
-    recipe = {"lr": 0.01 if one_stage else 0.02, "batch_size": 16, "clip_max_norm": 0.0, "crop_scales": (), "backbone_norm": "bn",
-              "box_head": "4conv1fc" if soco else "2fc"}
+    recipe = {"lr": 0.01 if one_stage else 0.02, "batch_size": 16, "clip_max_norm": 0.0, "crop_scales": (),
+              "backbone_norm": "bn", "box_head": "4conv1fc" if soco else "2fc"}
     if name == "coco" and soco and one_stage:                                # mmdetection's defaults
         return recipe | {"scales": (800,), "epochs": 12 * times, "lr_drops": (8 / 12, 11 / 12), "warmup_iters": 500}
     if name == "coco":
@@ -226,7 +242,8 @@ def detr_recipe(values: dict[str, Any]) -> dict[str, Any]:
     if protocol == "updetr_long" and detector == "detr":
         return recipe | {"epochs": 300, "lr_drop": 200}
     if protocol == "siamese":
-        return recipe | ({"epochs": 150, "lr_drop": 120} if detector == "detr" and name == "coco" else {"epochs": 50, "lr_drop": 40})
+        return recipe | ({"epochs": 150, "lr_drop": 120} if detector == "detr" and name == "coco"
+                         else {"epochs": 50, "lr_drop": 40})
     if name == "voc" and detector.startswith("deformable"):
         return {"epochs": 200, "lr_drop": 150, "batch_size": 8} if share == 10 else {"epochs": 100, "lr_drop": 70}
     if name == "coco" and share < 100:
@@ -240,9 +257,11 @@ def detr_recipe(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class LabelledDataset(torch.utils.data.Dataset):
-    """Augmented training samples; crowd regions are left out, difficult objects are kept (released). Random as a function of (seed, epoch, index).
+    """Augmented training samples; crowd regions are left out, difficult objects are kept (released).
+    Random as a function of (seed, epoch, index).
 
-    A mask detector's targets also have "masks" uint8 [n, h, w]; an object that resizing leaves without a pixel is left out (detectron2)."""
+    A mask detector's targets also have "masks" uint8 [n, h, w]; an object that resizing leaves without a pixel
+    is left out (detectron2)."""
 
     def __init__(self, cfg: Config, labelled: DetectionSet):
         self.cfg, self.labelled = cfg, labelled
@@ -253,10 +272,12 @@ class LabelledDataset(torch.utils.data.Dataset):
         skipped: list[str] = []
         (image, target), index = data.load_usable(self.labelled, index, rng, skipped)
         use = ~target["crowd"]
-        geometry = data.draw_geometry(rng, (image.height, image.width), scales=self.cfg.scales, max_size=self.cfg.max_size,
+        geometry = data.draw_geometry(rng, (image.height, image.width),
+                                      scales=self.cfg.scales, max_size=self.cfg.max_size,
                                       crop_scales=self.cfg.crop_scales, crop_range=self.cfg.crop_range)
         view, boxes, keep = data.apply_geometry(image, target["boxes_xyxy"][use], geometry)
-        target = {"boxes": data.normalized_cxcywh(boxes, (view.height, view.width)), "labels": target["labels"][use][keep]}
+        target = {"boxes": data.normalized_cxcywh(boxes, (view.height, view.width)),
+                  "labels": target["labels"][use][keep]}
         if self.cfg.detector.startswith("mask"):
             masks = data.apply_geometry_to_masks(self.labelled.masks(index)[use], geometry)[keep]
             seen = masks.flatten(1).sum(1) > 0
@@ -271,13 +292,16 @@ class LabelledDataset(torch.utils.data.Dataset):
 
 
 def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tuple[convert.Checkpoint, dict[str, Any]]:
-    """(the file, the model flags it was made with) of --init_from. detector: the wanted one; an R-CNN also takes a mere backbone.
+    """(the file, the model flags it was made with) of --init_from. detector: the wanted one;
+    an R-CNN also takes a mere backbone.
 
-    UP-DETR's single-query variant (F6) has 3 queries: without keep_queries nothing is said of their number, and --num_queries is free.
+    UP-DETR's single-query variant (F6) has 3 queries: without keep_queries nothing is said of their number,
+    and --num_queries is free.
     """
     found = convert.open_checkpoint(path)
     if found.rcnn:
-        return found, {k: found.config[k] for k in ("detector", "arch", "backbone_norm", "box_head", "fpn_channels", "head_dim", "anchor_size")}
+        return found, {k: found.config[k] for k in ("detector", "arch", "backbone_norm", "box_head", "fpn_channels",
+                                                    "head_dim", "anchor_size")}
     if is_rcnn(detector):
         return found, rcnn_architecture(found, detector)
     arch = convert.architecture(found.state, path)
@@ -290,32 +314,38 @@ def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tupl
 
 
 def rcnn_architecture(found: convert.Checkpoint, detector: str) -> dict[str, Any]:
-    """The flags of an R-CNN that fits a foreign checkpoint: its ResNet, and where its pyramid and head are used, their widths."""
+    """The flags of an R-CNN that fits a foreign checkpoint:
+    its ResNet, and where its pyramid and head are used, their widths."""
     tensors = convert.rcnn_state(found, detector)[0]
     arch = {"arch": convert.resnet_name(tensors, "backbone.body.", found.path)}
-    for field, name in (("fpn_channels", "backbone.fpn.layer_blocks.0.0.weight"), ("head_dim", "roi_heads.box_head.5.weight")):
+    for field, name in (("fpn_channels", "backbone.fpn.layer_blocks.0.0.weight"),
+                        ("head_dim", "roi_heads.box_head.5.weight")):
         arch |= {field: len(tensors[name])} if name in tensors else {}
     return arch
 
 
 def adopt_architecture(cfg: Config, arch: dict[str, Any], given: set[str]) -> Config:
-    """The configuration with the model fields of the checkpoint. A flag on the command line that says otherwise is a UserError."""
+    """The configuration with the model fields of the checkpoint.
+    A flag on the command line that says otherwise is a UserError."""
     if "detector" in given and cfg.detector != arch.get("detector", cfg.detector):
-        backbone = f"; for its backbone alone give it as --backbone_weights {cfg.init_from}" if is_rcnn(arch["detector"]) else ""
+        backbone = (f"; for its backbone alone give it as --backbone_weights {cfg.init_from}"
+                    if is_rcnn(arch["detector"]) else "")
         queries = f" with {arch['num_queries']} queries" if "num_queries" in arch else ""
-        raise UserError(f"{cfg.init_from}: this is a {convert.NAMES[arch['detector']]} checkpoint{queries}; --detector is {cfg.detector}. "
-                        f"Give --detector {arch['detector']} or leave it out{backbone}")
+        raise UserError(f"{cfg.init_from}: this is a {convert.NAMES[arch['detector']]} checkpoint{queries}; "
+                        f"--detector is {cfg.detector}. Give --detector {arch['detector']} or leave it out{backbone}")
     wrong = [f"--{k} {getattr(cfg, k)} (it has {v})" for k, v in arch.items() if k in given and getattr(cfg, k) != v]
     if wrong:
-        raise UserError(f"{cfg.init_from} was trained with another architecture than {', '.join(wrong)}; leave these flags out")
+        raise UserError(f"{cfg.init_from} was trained with another architecture than "
+                        f"{', '.join(wrong)}; leave these flags out")
     return dataclasses.replace(cfg, **arch)
 
 
 def head_rows(content: dict[str, Any], rows: int, categories: list[dict]) -> list[int] | None:
-    """Which category (position in `categories`) each row of a checkpoint's class head stands for, -1 = none; None when the head is of other classes.
-    DETR's last row, "no object", is not counted.
+    """Which category (position in `categories`) each row of a checkpoint's class head stands for, -1 = none; None when
+    the head is of other classes. DETR's last row, "no object", is not counted.
 
-    Our checkpoints carry their categories. Released heads carry none: 91 rows are COCO ids, 21 rows the sorted VOC names (F1).
+    Our checkpoints carry their categories. Released heads carry none: 91 rows are COCO ids,
+    21 rows the sorted VOC names (F1).
     """
     if content.get("categories"):
         position = {c["name"]: i for i, c in enumerate(categories)}
@@ -329,8 +359,10 @@ def head_rows(content: dict[str, Any], rows: int, categories: list[dict]) -> lis
     return None
 
 
-def build_model(cfg: Config, init: convert.Checkpoint | None, categories: list[dict]) -> tuple[common.Detector, list[int]]:
-    """The detector on CPU and the map from its head's rows to categories. Heads that do not fit the categories are made anew; all else must load."""
+def build_model(cfg: Config, init: convert.Checkpoint | None,
+                categories: list[dict]) -> tuple[common.Detector, list[int]]:
+    """The detector on CPU and the map from its head's rows to categories. Heads that do not fit the categories are made
+    anew; all else must load."""
     torch.manual_seed(cfg.seed)
     if is_rcnn(cfg.detector):
         return build_rcnn_model(cfg, init, categories)
@@ -351,15 +383,18 @@ def build_model(cfg: Config, init: convert.Checkpoint | None, categories: list[d
         drop[r"^query_embed\."] = f"queries of a single-query checkpoint, made anew for {cfg.num_queries} queries"
     if cfg.class_agnostic:
         if head is None:
-            raise UserError(f"{cfg.init_from} has no class head, so its boxes have no scores; evaluate the file from before its conversion")
+            raise UserError(f"{cfg.init_from} has no class head, so its boxes have no scores; "
+                            "evaluate the file from before its conversion")
         mapped, softmax = [-1] * rows if pretext else list(range(rows)), ends_in_softmax
     elif cfg.eval_only and mapped is None:
-        raise UserError(f"{cfg.init_from}: its classifier has {rows} rows, and nothing says which of the {len(categories)} categories of {cfg.data} "
+        raise UserError(f"{cfg.init_from}: its classifier has {rows} rows, "
+                        f"and nothing says which of the {len(categories)} categories of {cfg.data} "
                         "they are; fine-tune it first, or evaluate its boxes with --class_agnostic")
     elif mapped is None:
         drop[r"^class_embed\."] = f"class head, made anew for {len(categories)} categories"
         mapped, rows = list(range(len(categories))), len(categories)
-    elif not cfg.eval_only and mapped != list(range(rows)):                  # labels are positions in `categories`: put the rows in that order
+    elif not cfg.eval_only and mapped != list(range(rows)):
+        # labels are positions in `categories`: put the rows in that order
         order = [mapped.index(i) for i in range(len(categories))] + [rows] * softmax
         state = {k: v[order] if k.startswith("class_embed.") else v for k, v in state.items()}
         mapped, rows = list(range(len(categories))), len(categories)
@@ -372,8 +407,10 @@ def build_model(cfg: Config, init: convert.Checkpoint | None, categories: list[d
     return model, mapped
 
 
-def build_rcnn_model(cfg: Config, init: convert.Checkpoint | None, categories: list[dict]) -> tuple[nn.Module, list[int]]:
-    """build_model() of the R-CNN family. A checkpoint is our fine-tuned one, which must load but for its class head, or any with a ResNet in it."""
+def build_rcnn_model(cfg: Config, init: convert.Checkpoint | None,
+                     categories: list[dict]) -> tuple[nn.Module, list[int]]:
+    """build_model() of the R-CNN family. A checkpoint is our fine-tuned one, which must load but for its class head,
+    or any with a ResNet in it."""
     mapped = list(range(len(categories)))
     if init is None:
         model = rcnn.build_rcnn(cfg, len(categories))
@@ -386,18 +423,20 @@ def build_rcnn_model(cfg: Config, init: convert.Checkpoint | None, categories: l
     theirs, drop = init.content["categories"], {}
     found = head_rows(init.content, len(theirs), categories)
     if cfg.eval_only and found is None:
-        raise UserError(f"{cfg.init_from}: it was trained on {', '.join(c['name'] for c in theirs)}, and {cfg.data} has "
-                        f"{', '.join(c['name'] for c in categories)}; fine-tune it first")
+        raise UserError(f"{cfg.init_from}: it was trained on {', '.join(c['name'] for c in theirs)}, "
+                        f"and {cfg.data} has {', '.join(c['name'] for c in categories)}; fine-tune it first")
     if cfg.eval_only:
         mapped = found
     elif found != mapped:
-        drop[convert.CLASS_LAYERS] = f"class head, made anew for {len(categories)} other categories or another order of them"
+        drop[convert.CLASS_LAYERS] = (f"class head, made anew for {len(categories)} other categories "
+                                      "or another order of them")
     model = rcnn.build_rcnn(cfg, len(mapped))
     convert.load_matching(model, init.state, drop=drop, source=f"{init.path} ({init.what})")
     return model, mapped
 
 
-# The only place where the conventions of torchvision's detectors are known: xyxy pixels of the network's input, and where labels start.
+# The only place where the conventions of torchvision's detectors are known:
+# xyxy pixels of the network's input, and where labels start.
 
 
 def freeze(model: common.Detector) -> None:
@@ -451,13 +490,14 @@ def lr_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
     return common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,))
 
 
-def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | None, optimizer: torch.optim.Optimizer, micro_batches: list[dict],
-               device: torch.device) -> dict[str, Tensor]:
-    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and the gradient norm."""
+def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | None, optimizer: torch.optim.Optimizer,
+               micro_batches: list[dict], device: torch.device) -> dict[str, Tensor]:
+    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole,
+    the total and the gradient norm."""
     if criterion:
         counts = [len(t["labels"]) for batch in micro_batches for t in batch["targets"]]
         num_boxes = common.normalizer(sum(counts), device)
-        class_weight = common.normalizer(criterion.class_weight_sum(counts, cfg.num_queries), device)                # F4
+        class_weight = common.normalizer(criterion.class_weight_sum(counts, cfg.num_queries), device)  # F4
     optimizer.zero_grad()
     terms: dict[str, Tensor] = {}
     for i, batch in enumerate(micro_batches):
@@ -466,7 +506,8 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | N
                 losses = rcnn_losses(cfg, model, batch, device)
                 loss = torch.stack(list(losses.values())).sum()
             else:
-                images, mask = batch["images"].to(device, non_blocking=True), batch["mask"].to(device, non_blocking=True)
+                images, mask = (batch["images"].to(device, non_blocking=True),
+                                batch["mask"].to(device, non_blocking=True))
                 targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in batch["targets"]]
                 with common.autocast(device, cfg.amp):
                     outputs = model(images, mask)
@@ -474,7 +515,7 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | N
                 loss = criterion.total(losses)
             loss.backward()
         for name, value in {"loss": loss, **losses}.items():
-            share = 1 / len(micro_batches) if "error" in name else 1             # losses add up, the log values are averaged
+            share = 1 / len(micro_batches) if "error" in name else 1  # losses add up, the log values are averaged
             terms[name] = terms.get(name, 0) + share * value.detach()
     terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
     optimizer.step()
@@ -486,21 +527,24 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | N
 
 @torch.no_grad()
 def precise_bn(cfg: Config, model: nn.Module, train_set: DetectionSet, device: torch.device) -> dict[str, Tensor]:
-    """PreciseBN (detectron2): BatchNorm's statistics become their mean over cfg.precise_bn training batches; weights stay. A function of the weights
-    and the seed alone. Returns the buffers as they were; nothing happens in the DETR family and with --precise_bn 0."""
+    """PreciseBN (detectron2): BatchNorm's statistics become their mean over cfg.precise_bn training batches; weights
+    stay. A function of the weights and the seed alone. Returns the buffers as they were; nothing happens in the DETR
+    family and with --precise_bn 0."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not (is_rcnn(cfg.detector) and cfg.precise_bn and norms):
         return {}
     before, momenta = {k: v.clone() for k, v in model.named_buffers()}, [m.momentum for m in norms]
-    sampler = data.StepSampler(len(train_set), cfg.batch_size, -(-cfg.precise_bn // cfg.accumulate), world=common.world_size(), rank=common.rank(),
-                               accumulate=cfg.accumulate, seed=cfg.seed)
-    loader = data.make_loader(LabelledDataset(cfg, train_set), sampler, num_workers=cfg.num_workers, collate=data.collate)
+    sampler = data.StepSampler(len(train_set), cfg.batch_size, -(-cfg.precise_bn // cfg.accumulate),
+                               world=common.world_size(), rank=common.rank(), accumulate=cfg.accumulate, seed=cfg.seed)
+    loader = data.make_loader(LabelledDataset(cfg, train_set), sampler,
+                              num_workers=cfg.num_workers, collate=data.collate)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None                                                 # a cumulative mean
     model.train()
     run.seed_step(cfg.seed, 0)                                            # regions are drawn at random
-    for batch in run.progress(itertools.islice(loader, cfg.precise_bn), total=cfg.precise_bn, desc="BatchNorm statistics"):
+    for batch in run.progress(itertools.islice(loader, cfg.precise_bn), total=cfg.precise_bn,
+                              desc="BatchNorm statistics"):
         rcnn_losses(cfg, model, batch, device)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
@@ -510,47 +554,54 @@ def precise_bn(cfg: Config, model: nn.Module, train_set: DetectionSet, device: t
 
 
 @torch.no_grad()
-def rcnn_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet, device: torch.device) -> list[dict]:
+def rcnn_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet,
+                    device: torch.device) -> list[dict]:
     """COCO results of this process's slice, image by image, as released: nothing depends on what else is in a batch."""
     rows = [test_set.categories[i]["id"] if i >= 0 else None for i in mapped]
     found = []
-    for batch in evaluation.each_batch(model, test_set, size=cfg.eval_size, max_size=cfg.max_size, batch_size=1, num_workers=cfg.num_workers,
-                                       text="evaluation"):
+    for batch in evaluation.each_batch(model, test_set, size=cfg.eval_size, max_size=cfg.max_size, batch_size=1,
+                                       num_workers=cfg.num_workers, text="evaluation"):
         images = rcnn.input_images(batch, device)
         found += rcnn.from_rcnn(model(images), images, batch["targets"], cfg.detector, rows)
     return found
 
 
-def detr_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet, device: torch.device) -> list[dict]:
+def detr_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet,
+                    device: torch.device) -> list[dict]:
     found = []
     heads = model.class_embed if isinstance(model.class_embed, nn.Linear) else model.class_embed[0]
     softmax = heads.out_features > len(mapped)                               # a last row "no object"
     ids = [c["id"] for c in test_set.categories]
-    for target, logits, boxes_xyxy in evaluation.predict(model, test_set, size=cfg.eval_size, max_size=cfg.max_size, device=device, batch_size=8,
+    for target, logits, boxes_xyxy in evaluation.predict(model, test_set, size=cfg.eval_size,
+                                                         max_size=cfg.max_size, device=device, batch_size=8,
                                                          num_workers=cfg.num_workers, text="evaluation"):
-        if cfg.class_agnostic:                                               # a pretext head's row 1 is "object"; else the best class counts
+        if cfg.class_agnostic:  # a pretext head's row 1 is "object"; else the best class counts
             rows = logits.log_softmax(-1)[:, :-1] if softmax else logits
             scores = rows[:, min(1, rows.shape[-1] - 1)] if mapped[0] < 0 else rows.max(-1).values
-            found += evaluation.class_agnostic_detections(scores[:, None], boxes_xyxy, target["image_id"], object_class=0)
+            found += evaluation.class_agnostic_detections(scores[:, None], boxes_xyxy,
+                                                          target["image_id"], object_class=0)
         else:
             found += category_detections(logits, boxes_xyxy, mapped, ids, target["image_id"], softmax)
     return found
 
 
-def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet, device: torch.device, write: bool) -> dict[str, Any]:
-    """All metrics of the test set; on rank 0 also detections.json (COCO results format) and predictions.png when `write`. All processes call it."""
+def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet, device: torch.device,
+             write: bool) -> dict[str, Any]:
+    """All metrics of the test set; on rank 0 also detections.json (COCO results format) and predictions.png when
+    `write`. All processes call it."""
     detections = rcnn_detections if is_rcnn(cfg.detector) else detr_detections
     found = evaluation.gather(detections(cfg, model, mapped, test_set, device))
     if common.rank() != 0:
         return {}
     truth = test_set.coco_ground_truth()
-    metrics = evaluation.detection_metrics(truth, found, class_agnostic=cfg.class_agnostic, per_class=not cfg.class_agnostic)
+    metrics = evaluation.detection_metrics(truth, found, class_agnostic=cfg.class_agnostic,
+                                           per_class=not cfg.class_agnostic)
     if cfg.detector.startswith("mask"):
         masks = evaluation.detection_metrics(truth, found, iou_type="segm")
         metrics |= {f"{k}_mask": masks[k] for k in ("AP", "AP50", "AP75")}
     if test_set.voc and not cfg.class_agnostic:
         metrics |= evaluation.voc07_metrics(truth, found)
-    if cfg.freeze_detector:                                                  # Siamese DETR, Table 5: class-agnostic or not is not said, so both
+    if cfg.freeze_detector:  # Siamese DETR, Table 5: class-agnostic or not is not said, so both
         boxes_only = evaluation.detection_metrics(truth, found, class_agnostic=True)
         metrics |= {f"agnostic_AR{k}": boxes_only[f"AR{k}"] for k in (1, 10, 100)}
     if write:
@@ -560,14 +611,19 @@ def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set: Detecti
     return metrics
 
 
-def category_detections(logits: Tensor, boxes_xyxy: Tensor, mapped: list[int], category_ids: list[int], image_id: int, softmax: bool) -> list[dict]:
-    """The detections of one image (common.top_detections); those of rows of a released head that stand for no category are dropped."""
+def category_detections(logits: Tensor, boxes_xyxy: Tensor, mapped: list[int], category_ids: list[int], image_id: int,
+                        softmax: bool) -> list[dict]:
+    """The detections of one image (common.top_detections); those of rows of a released head that stand
+    for no category are dropped."""
     best = common.top_detections(logits, boxes_xyxy, focal=not softmax)
-    keep = [(s, mapped[l], b) for s, l, b in zip(best["scores"].tolist(), best["labels"].tolist(), best["boxes"].tolist()) if mapped[l] >= 0]
-    return [{"image_id": image_id, "category_id": category_ids[l], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": s} for s, l, (x1, y1, x2, y2) in keep]
+    keep = [(s, mapped[l], b) for s, l, b in zip(best["scores"].tolist(), best["labels"].tolist(),
+                                                 best["boxes"].tolist()) if mapped[l] >= 0]
+    return [{"image_id": image_id, "category_id": category_ids[l], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": s}
+            for s, l, (x1, y1, x2, y2) in keep]
 
 
-def draw_predictions(path: Path, test_set, detections: list[dict], truth: dict, names: dict[int, str], rows: int = 6) -> None:
+def draw_predictions(path: Path, test_set, detections: list[dict], truth: dict,
+                     names: dict[int, str], rows: int = 6) -> None:
     """One row per image: ground truth beside the best predictions, with category names and scores."""
     images, columns = [], {"ground truth": [], "predictions (best 10)": []}
     for i in range(min(rows, len(test_set))):
@@ -597,7 +653,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         protocol = {"protocol": "soco"} if values["protocol"] == "released" and init and init.method == "soco" else {}
         return recipe_of(values | arch | protocol) | ({"iterations": None} if "epochs" in given else {})
 
-    cfg = run.parse_config(Config, PRESETS, argv, script="finetune", description=__doc__.split("\n\n")[0], by_data=recipe)
+    cfg = run.parse_config(Config, PRESETS, argv, script="finetune",
+                           description=__doc__.split("\n\n")[0], by_data=recipe)
     device = common.setup_distributed(cfg.device)
     cfg.eval_only |= cfg.class_agnostic
     if cfg.init_from:
@@ -606,13 +663,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     train_set, test_set = open_sets(cfg)
     if cfg.eval_only:
         if (Path(cfg.out) / "last.pt").exists():
-            raise UserError(f"--out {cfg.out} holds a training run, whose metrics this evaluation would overwrite; give another --out")
+            raise UserError(f"--out {cfg.out} holds a training run, "
+                            "whose metrics this evaluation would overwrite; give another --out")
         model, mapped = build_model(cfg, init, train_set.categories)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         return finish(cfg, evaluate(cfg, model.to(device), mapped, test_set, device, write=True))
 
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
-    data.StepSampler(len(train_set), cfg.batch_size, 1, **sampler_args)      # complains about sizes before anything is written
+    # complains about sizes before anything is written
+    data.StepSampler(len(train_set), cfg.batch_size, 1, **sampler_args)
     identity = run.identity("finetune", len(train_set), fingerprint(train_set))
     out, state = Path(cfg.out), run.open_run(cfg, **identity)
     steps_per_epoch = len(train_set) // cfg.batch_size
@@ -627,10 +686,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start = run.restore(state, model, optimizer, cfg) if state else 0
     wrapped, criterion = common.wrap_model(model, device, compiled=cfg.compile), build_criterion(cfg)
     sampler = data.StepSampler(len(train_set), cfg.batch_size, total_steps, start_step=start, **sampler_args)
-    batches = iter(data.make_loader(LabelledDataset(cfg, train_set), sampler, num_workers=cfg.num_workers, collate=data.collate))
+    batches = iter(data.make_loader(LabelledDataset(cfg, train_set), sampler,
+                                    num_workers=cfg.num_workers, collate=data.collate))
     log, skipped, seen = run.Log(out, start, device), data.SkipCount(len(train_set)), 0
     watch = run.FiniteWatch(out, lambda i: str(train_set.records[i].image))
-    run.tell_plan(cfg, len(train_set), f"labelled images of {len(mapped)} categories", steps_per_epoch, start, total_steps, device)
+    run.tell_plan(cfg, len(train_set), f"labelled images of {len(mapped)} categories", steps_per_epoch,
+                  start, total_steps, device)
     bar = run.progress(range(start, total_steps), initial=start, total=total_steps, desc="fine-tuning")
     for step in run.until_stopped(bar):
         run.seed_step(cfg.seed, step)
@@ -650,19 +711,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             seen = 0
         if run.save_due(step + 1, total_steps, cfg.save_every):
             watch.settle()
-            run.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity, categories=train_set.categories)
+            run.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity,
+                                categories=train_set.categories)
         epoch, rest = divmod(step + 1, steps_per_epoch)
         if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step < total_steps - 1:
             common.share_buffers(model)
             moving = precise_bn(cfg, model, train_set, device)
             metrics = evaluate(cfg, model, mapped, test_set, device, write=False)
-            model.load_state_dict(moving, strict=False)                      # a resumed run has not seen this evaluation
+            model.load_state_dict(moving, strict=False)  # a resumed run has not seen this evaluation
             metrics = {k: v for k, v in metrics.items() if isinstance(v, float) and v == v}
             log.append({"step": step, "epoch": epoch, **metrics})
             run.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
     common.share_buffers(model)
-    if precise_bn(cfg, model, train_set, device):                            # what was evaluated is what is saved (released)
-        run.save_checkpoint(out / "last.pt", model, optimizer, total_steps, cfg, **identity, categories=train_set.categories)
+    if precise_bn(cfg, model, train_set, device):  # what was evaluated is what is saved (released)
+        run.save_checkpoint(out / "last.pt", model, optimizer, total_steps, cfg, **identity,
+                            categories=train_set.categories)
     skipped.tell()
     return finish(cfg, evaluate(cfg, model, mapped, test_set, device, write=True) | {"steps": total_steps})
 
@@ -671,22 +734,28 @@ def check_flags(cfg: Config, given: set[str], init: convert.Checkpoint | None) -
     """UserError for flags that contradict each other, or belong to the other family."""
     of_rcnn = is_rcnn(cfg.detector)
     if other := sorted(given & (DETR_ONLY if of_rcnn else RCNN_ONLY)):
-        raise UserError(f"--{', --'.join(other)}: not of {convert.NAMES[cfg.detector]}, but of the {'DETR' if of_rcnn else 'R-CNN'} family; leave it out"
+        raise UserError(f"--{', --'.join(other)}: not of {convert.NAMES[cfg.detector]}, "
+                        f"but of the {'DETR' if of_rcnn else 'R-CNN'} family; leave it out"
                         + f", or give --detector {', '.join(typing.get_args(rcnn.RCNN_DETECTORS))}" * (not of_rcnn))
     if cfg.freeze_detector and not cfg.init_from:
-        raise UserError("--freeze_detector needs --init_from FILE: without one the heads would be trained on a random detector")
+        raise UserError("--freeze_detector needs "
+                        "--init_from FILE: without one the heads would be trained on a random detector")
     if cfg.eval_only and not cfg.init_from:
         raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
     if cfg.eval_only and of_rcnn and not init.rcnn:
-        raise UserError(f"--eval_only: {cfg.init_from} holds no detector of the R-CNN family, only what one starts from; fine-tune it first")
+        raise UserError(f"--eval_only: {cfg.init_from} holds no detector of the R-CNN family, "
+                        "only what one starts from; fine-tune it first")
     if (cfg.protocol in ("soco", "dupr")) != of_rcnn and cfg.protocol != "released":
-        raise UserError(f"--protocol {cfg.protocol} is a schedule of the {'DETR' if of_rcnn else 'R-CNN'} family, not of {cfg.detector}")
+        raise UserError(f"--protocol {cfg.protocol} is a schedule of the {'DETR' if of_rcnn else 'R-CNN'} family, "
+                        f"not of {cfg.detector}")
     if cfg.protocol == "updetr_long" and cfg.detector != "detr":
         raise UserError(f"--protocol updetr_long is a schedule of detr, not of {cfg.detector}")
     if cfg.protocol in ("semi_supervised", "low_data") and not (cfg.data == "coco" and cfg.labels_percent < 100):
-        raise UserError(f"--protocol {cfg.protocol} is a schedule of shares of COCO: give --data coco --labels_percent P")
+        raise UserError(f"--protocol {cfg.protocol} is a schedule of shares of COCO: give "
+                        "--data coco --labels_percent P")
     if cfg.detector == "fcos_fpn" and cfg.fpn_channels % 64:
-        raise UserError(f"--fpn_channels {cfg.fpn_channels}: FCOS normalises in 32 groups of at least two channels; give a multiple of 64")
+        raise UserError(f"--fpn_channels {cfg.fpn_channels}: "
+                        "FCOS normalises in 32 groups of at least two channels; give a multiple of 64")
     if not all(0 < drop <= 1 for drop in cfg.lr_drops):
         raise UserError(f"--lr_drops {' '.join(map(str, cfg.lr_drops))}: shares of the run, above 0 and at most 1")
 
@@ -695,8 +764,8 @@ def open_sets(cfg: Config) -> tuple[DetectionSet, DetectionSet]:
     """Training set (the --labels_percent share of it) and test set, which has the training set's categories."""
     shared = {"synthetic_size": cfg.synthetic_size, "seed": cfg.seed, "masks": cfg.detector.startswith("mask")}
     train_set = open_detection(cfg.data, cfg.data_root, "train", synthetic_images=cfg.synthetic_images, **shared)
-    test_set = open_detection(cfg.data, cfg.data_root, "test", categories=train_set.categories, synthetic_images=cfg.synthetic_test_images,
-                                   **shared)
+    test_set = open_detection(cfg.data, cfg.data_root, "test", categories=train_set.categories,
+                                   synthetic_images=cfg.synthetic_test_images, **shared)
     if not 0 < cfg.labels_percent <= 100:
         raise UserError(f"--labels_percent {cfg.labels_percent:g}: must lie above 0 and not above 100")
     if cfg.labels_percent < 100:

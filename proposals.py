@@ -1,6 +1,7 @@
 """Region proposals without labels, and the store that keeps them: selective search, edge boxes, random boxes.
 
-image [H, W, 3] -Generator-> rects xywh int [n, 4] -build_store-> folder -ProposalStore.boxes-> xyxy px [n, 4] -select()-> the boxes of a batch
+image [H, W, 3] -Generator-> rects xywh int [n, 4] -build_store-> folder -ProposalStore.boxes-> xyxy px [n, 4]
+-select()-> the boxes of a batch
 
 Run (the same command again continues an interrupted build):
   python proposals.py --data imagenet100 --method selective_search --workers 16         # DETReg: 128x128, fast
@@ -8,15 +9,21 @@ Run (the same command again continues an interrupted build):
   python proposals.py --data coco --method edge_boxes [--edge_model model.yml.gz]       # Siamese DETR
 
 Deviations:
-  D1  OpenCV expects BGR; DETReg's released code hands it the RGB array, which gives other boxes. Here: RGB, as released.
-  D2  OpenCV ranks a box by C rand() * level, which its boxes do not tell. Released: another order in every call. Here: srand(seed of the image),
-      so an order can be drawn again. A store keeps ONE order per image; DETReg's default (no store) draws anew in each epoch.
-  D3  Importance sampling (DETReg, Sec. 4) normalises over the n boxes there are; released: -ln(i/301)/10 whatever n ("importance_released").
-  D4  Edge boxes without the structured forest (its file may not be passed on): Lab gradients, and parameters measured for them.
-  D5  Edge boxes' last resort is a centre box w/4..3w/4 (released: converted to xyxy twice). Boxes are clipped to the image; those found on a
-      resized copy are rounded to pixels of the original (released: truncated); the retry's upscaling is bounded (released: 1 x 500 px explodes).
-  D6  Mode "quick" is ours: on the 128 grid 3.1 times the images/s of fast; held-out recall@100 (IoU 0.5) .578 for .434 on BCCD, .977 for .976 on 600
-      synthetic scenes. It gives more small boxes: recall@30 .402 for .324, but .796 for .868 on the scenes (benchmarks/proposals.py).
+  D1  OpenCV expects BGR; DETReg's released code hands it the RGB array,
+      which gives other boxes. Here: RGB, as released.
+  D2  OpenCV ranks a box by C rand() * level, which its boxes do not tell. Released: another order in every call. Here:
+      srand(seed of the image), so an order can be drawn again. A store keeps ONE order per image; DETReg's default (no
+      store) draws anew in each epoch.
+  D3  Importance sampling (DETReg, Sec. 4) normalises over the n boxes there are; released:
+      -ln(i/301)/10 whatever n ("importance_released").
+  D4  Edge boxes without the structured forest (its file may not be passed on):
+      Lab gradients, and parameters measured for them.
+  D5  Edge boxes' last resort is a centre box w/4..3w/4 (released: converted to xyxy twice). Boxes are clipped to the
+      image; those found on a resized copy are rounded to pixels of the original (released: truncated); the retry's
+      upscaling is bounded (released: 1 x 500 px explodes).
+  D6  Mode "quick" is ours: on the 128 grid 3.1 times the images/s of fast; held-out recall@100 (IoU 0.5) .578 for .434
+      on BCCD, .977 for .976 on 600 synthetic scenes. It gives more small boxes: recall@30 .402 for .324, but .796 for
+      .868 on the scenes (benchmarks/proposals.py).
 """
 from __future__ import annotations
 
@@ -56,13 +63,15 @@ RANDOM_BOXES = 300  # per image with method "random": as many as edge boxes give
 
 
 def image_seed(*parts: Any) -> int:
-    """Stable seed in [0, 2**31) from e.g. (seed, key) or (seed, epoch, index): the same on every machine and in every process."""
+    """Stable seed in [0, 2**31) from e.g. (seed, key) or (seed, epoch, index):
+    the same on every machine and in every process."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
 
 
 def rects_to_boxes(rects: np.ndarray, image_hw: tuple[int, int], grid: int | None) -> np.ndarray:
-    """int [n, 4] xywh on a grid x grid copy of the image (None: its own pixels) -> float32 [n, 4] xyxy px. float32 throughout, as released."""
+    """int [n, 4] xywh on a grid x grid copy of the image (None: its own pixels) -> float32 [n, 4] xyxy px.
+    float32 throughout, as released."""
     boxes = np.asarray(rects).reshape(-1, 4).astype(np.float32)
     if grid:
         h, w = image_hw
@@ -73,13 +82,15 @@ def rects_to_boxes(rects: np.ndarray, image_hw: tuple[int, int], grid: int | Non
 
 # ==== 1. Selective search (DETReg, Sec. 4, SoCo Sec. 3.1) ====
 def _switch_to_quick(search: Any, image: np.ndarray) -> None:
-    """Ours (D6), 3 hierarchies: Lab alone; small segments (k 60, at least 60 px) stand in for the other colour space; no texture, no colour term."""
+    """Ours (D6), 3 hierarchies: Lab alone; small segments (k 60, at least 60 px) stand in for the other colour space;
+    no texture, no colour term."""
     cv = cv2.ximgproc.segmentation
     search.addImage(cv2.cvtColor(image, cv2.COLOR_BGR2Lab))
     for k in (60, 150, 300):  # these segmentations take nearly all of its time
         search.addGraphSegmentation(cv.createGraphSegmentation(0.8, k, 60))
-    search.addStrategy(cv.createSelectiveSearchSegmentationStrategyMultiple(cv.createSelectiveSearchSegmentationStrategyFill(),
-                                                                            cv.createSelectiveSearchSegmentationStrategySize()))
+    search.addStrategy(
+        cv.createSelectiveSearchSegmentationStrategyMultiple(cv.createSelectiveSearchSegmentationStrategyFill(),
+                                                             cv.createSelectiveSearchSegmentationStrategySize()))
 
 
 def _search(image: np.ndarray, mode: str, before: Callable[[], Any]) -> np.ndarray:
@@ -93,12 +104,14 @@ def _search(image: np.ndarray, mode: str, before: Callable[[], Any]) -> np.ndarr
 
 @functools.cache
 def _c_srand() -> Any | None:
-    """The C library's srand if it steers OpenCV's order, else None (a wheel with its own C runtime): found out by trying."""
+    """The C library's srand if it steers OpenCV's order, else None (a wheel with its own C
+    runtime): found out by trying."""
     try:
         srand = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None).srand
     except (OSError, AttributeError):
         return None
-    image = np.kron(np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
+    image = np.kron(np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8),
+                    np.ones((16, 16, 1), np.uint8))
     first, other, again = (_search(image, "fast", functools.partial(srand, seed)) for seed in (1, 2, 1))
     return srand if np.array_equal(first, again) and not np.array_equal(first, other) else None
 
@@ -108,13 +121,16 @@ def _search_rects(image: np.ndarray, grid: int | None, mode: str, seed: int) -> 
         image = cv2.resize(image, (grid, grid))  # aspect ratio ignored, bilinear: as released
     if srand := _c_srand():
         return _search(image, mode, functools.partial(srand, seed))
-    rects = _search(image, mode, lambda: None)  # the set is right, the order has lost its preference for small regions; headers say so
+    # the set is right, the order has lost its preference for small regions; headers say so
+    rects = _search(image, mode, lambda: None)
     return np.random.default_rng(seed).permutation(rects[np.lexsort(rects.T)])
 
 
 def selective_search(image: np.ndarray, *, grid: int | None = 128, mode: str = "fast", seed: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3] -> float32 [n, 4] xyxy px, in OpenCV's order for `seed` (D1, D2). One thread per process may call this: rand() is shared.
-    `mode`: "fast", "quality" or "quick" (D6); `grid`: search on a grid x grid copy (None: original size). A flat or tiny image gives its full box."""
+    """uint8 RGB [H, W, 3] -> float32 [n, 4] xyxy px, in OpenCV's order for `seed` (D1, D2).
+    One thread per process may call this: rand() is shared.
+    `mode`: "fast", "quality" or "quick" (D6); `grid`: search on a grid x grid copy (None: original size).
+    A flat or tiny image gives its full box."""
     return rects_to_boxes(_search_rects(image, grid, mode, seed), image.shape[:2], grid)
 
 
@@ -127,16 +143,19 @@ def _structured_forest(path: str) -> Any:
         return cv2.ximgproc.createStructuredEdgeDetection(path)
     except (OSError, cv2.error) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--edge_model {path} cannot be used: {reason}. It is testdata/cv/ximgproc/model.yml.gz of github.com/opencv/opencv_extra "
-                        "(research use only, so not included): download it, or leave --edge_model out to find edges without a model.") from error
+        raise UserError(f"--edge_model {path} cannot be used: {reason}. It is testdata/cv/ximgproc/model.yml.gz of "
+                        "github.com/opencv/opencv_extra (research use only, so not included): download it, or leave "
+                        "--edge_model out to find edges without a model.") from error
 
 
 def _edges_without_model(image: np.ndarray, radius: int = 2, border: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 RGB -> thin edges float32 [H, W] in 0..1, direction across them in [0, pi) (D4). What OpenCV offers only with a model, redone."""
+    """uint8 RGB -> thin edges float32 [H, W] in 0..1, direction across them in [0, pi) (D4).
+    What OpenCV offers only with a model, redone."""
     lab = cv2.GaussianBlur(cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2Lab) / 100, (0, 0), 2)
     edges = np.hypot(cv2.Scharr(lab, cv2.CV_32F, 1, 0), cv2.Scharr(lab, cv2.CV_32F, 0, 1)).max(axis=2) / 32
     edges = np.clip(edges / max(float(np.percentile(edges, 99)), 1e-6), 0, 1).astype(np.float32)
-    triangle = np.array([1, 2, 3, 4, 5, 4, 3, 2, 1], np.float32) / 25  # computeOrientation: second derivatives of the smoothed edges
+    # computeOrientation: second derivatives of the smoothed edges
+    triangle = np.array([1, 2, 3, 4, 5, 4, 3, 2, 1], np.float32) / 25
     smooth = cv2.sepFilter2D(edges, cv2.CV_32F, triangle, triangle, borderType=cv2.BORDER_REFLECT)
     xx, xy, yy = (cv2.Sobel(smooth, cv2.CV_32F, dx, dy) for dx, dy in ((2, 0), (1, 1), (0, 2)))
     angle = np.mod(np.arctan(yy * np.sign(-xy) / (xx + 1e-5)), np.pi).astype(np.float32)
@@ -144,14 +163,17 @@ def _edges_without_model(image: np.ndarray, radius: int = 2, border: int = 5) ->
     y, x = np.mgrid[:h, :w].astype(np.float32)
     keep = np.ones(edges.shape, bool)
     for d in (d for d in range(-radius, radius + 1) if d):  # edgesNms: only what is largest across the edge stays
-        keep &= edges >= cv2.remap(edges, x + d * np.cos(angle), y + d * np.sin(angle), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    fade = [np.minimum(np.minimum(np.arange(n), np.arange(n)[::-1]) / max(min(border, n // 2), 1), 1) for n in (h, w)]  # gradients are unsure there
+        keep &= edges >= cv2.remap(edges, x + d * np.cos(angle), y + d * np.sin(angle), cv2.INTER_LINEAR,
+                                   borderMode=cv2.BORDER_REPLICATE)
+    # gradients are unsure there
+    fade = [np.minimum(np.minimum(np.arange(n), np.arange(n)[::-1]) / max(min(border, n // 2), 1), 1) for n in (h, w)]
     return (edges * keep * np.outer(*fade)).astype(np.float32), angle
 
 
 def _edge_search(image: np.ndarray, edge_model: str | None, max_boxes: int) -> np.ndarray:
     """One pass of edge boxes: uint8 RGB -> int [n, 4] xywh in score order, possibly none."""
-    finder = cv2.ximgproc.createEdgeBoxes(maxBoxes=max_boxes)  # with a model OpenCV's other parameters stay, as released
+    # with a model OpenCV's other parameters stay, as released
+    finder = cv2.ximgproc.createEdgeBoxes(maxBoxes=max_boxes)
     if edge_model:
         forest = _structured_forest(edge_model)
         edges = forest.detectEdges(image.astype(np.float32) / 255)
@@ -159,7 +181,8 @@ def _edge_search(image: np.ndarray, edge_model: str | None, max_boxes: int) -> n
         edges = forest.edgesNms(edges, angle)
     else:
         finder.setBeta(0.65), finder.setEta(0.9)  # fewer near-duplicates of large windows
-        finder.setMinBoxArea(1000 * image.shape[0] * image.shape[1] / 180_000)  # 1000 px belongs to an image of about 490 x 367
+        # 1000 px belongs to an image of about 490 x 367
+        finder.setMinBoxArea(1000 * image.shape[0] * image.shape[1] / 180_000)
         edges, angle = _edges_without_model(image)
     return np.asarray(finder.getBoundingBoxes(edges, angle)[0], np.int32).reshape(-1, 4)
 
@@ -167,16 +190,19 @@ def _edge_search(image: np.ndarray, edge_model: str | None, max_boxes: int) -> n
 def _edge_rects(image: np.ndarray, edge_model: str | None, max_boxes: int, short_side: int | None) -> np.ndarray:
     """Edge boxes with the released retry, as int32 [n, 4] xywh in pixels of `image`; never empty."""
     h, w = image.shape[:2]
-    sharp = cv2.convertScaleAbs(cv2.filter2D(image, -1, np.array([[0, -1, 0], [-1, 5, -1], [0, -1, 0]], np.float32)), alpha=1.5)
+    sharp = cv2.convertScaleAbs(cv2.filter2D(image, -1, np.array([[0, -1, 0], [-1, 5, -1], [0, -1, 0]], np.float32)),
+                                alpha=1.5)
     retry_scale = max(1, min(math.ceil(1000 / min(h, w)), 4000 // max(h, w)))  # bounded: D5
     for picture, scale in ((image, short_side / min(h, w) if short_side else 1), (sharp, retry_scale)):
         size = (max(round(w * scale), 1), max(round(h * scale), 1))
-        picture = picture if scale == 1 else cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        picture = picture if scale == 1 else cv2.resize(picture, size,
+                                                        interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         try:
             rects = _edge_search(picture, edge_model, max_boxes)
         except cv2.error:  # the released code retries after any exception too
             continue
-        corners = np.concatenate([rects[:, :2], rects[:, :2] + rects[:, 2:]], 1) * (np.array([w, h, w, h]) / np.tile(size, 2))
+        corners = np.concatenate([rects[:, :2], rects[:, :2] + rects[:, 2:]],
+                                 1) * (np.array([w, h, w, h]) / np.tile(size, 2))
         corners = np.rint(corners.clip(0, (w, h, w, h))).astype(np.int32)
         sides = corners[:, 2:] - corners[:, :2]
         if (sides > 0).all(1).any():
@@ -186,23 +212,28 @@ def _edge_rects(image: np.ndarray, edge_model: str | None, max_boxes: int, short
 
 def edge_boxes(image: np.ndarray, *, edge_model: str | None = None, max_boxes: int = 300, short_side: int | None = None,
                seed: int = 0) -> np.ndarray:
-    """uint8 RGB [H, W, 3] -> float32 [n, 4] xyxy px, whole pixels, best score first; at least one box. Deterministic: `seed` is there so that all
-    generators are called alike. `edge_model`: OpenCV's structured forest (None: D4); `short_side`: search on a resized copy. Raises UserError."""
+    """uint8 RGB [H, W, 3] -> float32 [n, 4] xyxy px, whole pixels, best score first; at least one box. Deterministic:
+    `seed` is there so that all generators are called alike. `edge_model`: OpenCV's structured forest (None: D4);
+    `short_side`: search on a resized copy. Raises UserError."""
     return rects_to_boxes(_edge_rects(image, edge_model, max_boxes, short_side), image.shape[:2], None)
 
 
 # ==== 3. Random boxes, ranking, choosing ====
-def random_boxes(rng: np.random.Generator, image_hw: tuple[int, int], n: int, size_pool: np.ndarray | None = None) -> np.ndarray:
-    """float32 [n, 4] xyxy px, placed uniformly inside the image. Sizes come from `size_pool` ([m, 2] relative w, h), else uniform in (0, 1]."""
+def random_boxes(rng: np.random.Generator, image_hw: tuple[int, int], n: int,
+                 size_pool: np.ndarray | None = None) -> np.ndarray:
+    """float32 [n, 4] xyxy px, placed uniformly inside the image. Sizes come from `size_pool` ([m, 2] relative w,
+    h), else uniform in (0, 1]."""
     pooled = size_pool is not None and len(size_pool) > 0
-    size = np.clip(np.asarray(size_pool)[rng.integers(len(size_pool), size=n)], 0, 1) if pooled else 1 - rng.random((n, 2))
+    size = (np.clip(np.asarray(size_pool)[rng.integers(len(size_pool), size=n)], 0, 1) if pooled
+            else 1 - rng.random((n, 2)))
     start = rng.random((n, 2)) * (1 - size)
     h, w = image_hw
     return (np.concatenate([start, start + size], 1) * (w, h, w, h)).astype(np.float32)
 
 
 def _nms_order(boxes: np.ndarray, image_hw: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    order = rng.permutation(np.lexsort(boxes.T))  # sorted first: the draw depends on the set of boxes, not on the order they came in
+    # sorted first: the draw depends on the set of boxes, not on the order they came in
+    order = rng.permutation(np.lexsort(boxes.T))
     w, h = (boxes[order, 2:] - boxes[order, :2]).T
     area = w * h / (image_hw[0] * image_hw[1])
     usable = order[(area >= 0.005) & (area <= 0.95) & (np.maximum(w, h) <= 4 * np.minimum(w, h))]
@@ -213,13 +244,14 @@ def _nms_order(boxes: np.ndarray, image_hw: tuple[int, int], rng: np.random.Gene
 
 
 def rank_nms(boxes: np.ndarray, image_hw: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Our ranking from the boxes alone (--rank nms): area 0.5..95 %, aspect <= 4, seeded shuffle, greedy NMS 0.7. xyxy px in and out. Where no box
-    passes the size filter, all of them are returned, shuffled."""
+    """Our ranking from the boxes alone (--rank nms): area 0.5..95 %, aspect <= 4, seeded shuffle, greedy NMS 0.7. xyxy
+    px in and out. Where no box passes the size filter, all of them are returned, shuffled."""
     return boxes[_nms_order(np.asarray(boxes, np.float32), image_hw, rng)] if len(boxes) else boxes
 
 
 def importance_probability(n: int, m: int, released: bool = False) -> np.ndarray:
-    """float64 [n]: chance of rank i = 1..n when about `m` are wanted. p_i = min(1, m w_i / sum w), w_i = -ln(i/n) (DETReg, Sec. 4; D3).
+    """float64 [n]: chance of rank i = 1..n when about `m` are wanted. p_i = min(1, m w_i / sum w),
+    w_i = -ln(i/n) (DETReg, Sec. 4; D3).
     `released`: -ln(i/301)/10 for i <= 300 and 0 beyond, whatever n and m."""
     rank = np.arange(1, n + 1, dtype=np.float64)
     if released:
@@ -229,8 +261,9 @@ def importance_probability(n: int, m: int, released: bool = False) -> np.ndarray
 
 
 def select(boxes: np.ndarray, policy: str, k: int, rng: np.random.Generator) -> np.ndarray:
-    """`policy` topk, randomk, importance or importance_released -> a subset in rank order; all where there are at most k. Importance draws each
-    rank by itself, so the number varies around k and may be 0; the released variant draws however few there are, as released."""
+    """`policy` topk, randomk, importance or importance_released -> a subset in rank order; all where there are at most
+    k. Importance draws each rank by itself, so the number varies around k and may be 0; the released variant draws
+    however few there are, as released."""
     n = len(boxes)
     if policy == "importance_released":
         return boxes[rng.random(n) < importance_probability(n, k, released=True)]
@@ -245,7 +278,8 @@ def select(boxes: np.ndarray, policy: str, k: int, rng: np.random.Generator) -> 
 
 @dataclass(frozen=True)
 class Generator:
-    """Image -> boxes, with every setting that the result depends on. For edge boxes `grid` is the short side of the copy that is searched."""
+    """Image -> boxes, with every setting that the result depends on. For edge boxes `grid` is the short side of
+    the copy that is searched."""
     method: str = "selective_search"  # selective_search | edge_boxes | random
     mode: str = "fast"  # selective search: fast (12 hierarchies) | quality (100) | quick (3; D6)
     grid: int | None = 128  # None: original size
@@ -282,13 +316,16 @@ class Generator:
         return rects_to_boxes(self.rects(array, seed), array.shape[:2], self.units)
 
     def header(self) -> dict[str, Any]:
-        """Everything the boxes depend on, for a store's header. Raises UserError where the edge model cannot be used."""
+        """Everything the boxes depend on, for a store's header.
+        Raises UserError where the edge model cannot be used."""
         head = asdict(self) | {"opencv": cv2.__version__, "units": self.units or "pixels"}
         if self.method == "selective_search":
-            head["order"] = "C rand(), seeded per image" if _c_srand() else "own shuffle (OpenCV's order cannot be seeded here)"
+            head["order"] = ("C rand(), seeded per image" if _c_srand()
+                             else "own shuffle (OpenCV's order cannot be seeded here)")
         if self.method == "edge_boxes" and self.edge_model:
             _structured_forest(self.edge_model)
-            head["edge_model"] = f"{Path(self.edge_model).name} sha256 {hashlib.sha256(Path(self.edge_model).read_bytes()).hexdigest()[:16]}"
+            head["edge_model"] = (f"{Path(self.edge_model).name} sha256 "
+                                  f"{hashlib.sha256(Path(self.edge_model).read_bytes()).hexdigest()[:16]}")
         if self.method == "edge_boxes":
             head["edges"] = "structured forest, OpenCV's parameters" if self.edge_model else (
                 "no model: Lab, Gaussian 2, Scharr, 99th percentile; Beta .65, Eta .9, MinBoxArea scaled")
@@ -300,7 +337,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     run.write_atomic(path, json.dumps(value, indent=1).encode())
 
 
-_HEADER = {*(f.name for f in fields(Generator)), "opencv", "units", "dtype", "images", "source", "source_images", "fingerprint"}
+_HEADER = {*(f.name for f in fields(Generator)), "opencv", "units", "dtype", "images", "source",
+           "source_images", "fingerprint"}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -318,19 +356,23 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as the header of a proposal store ({error!r}). Delete the folder and build it again.") from error
+        raise UserError(f"{path} cannot be read as the header of a proposal store ({error!r}). "
+                        "Delete the folder and build it again.") from error
 
 
 def _command(head: dict[str, Any] | None, path: Path) -> str:
     """What to type; the header knows the data only by name, and the edge model by its hash."""
-    how = "".join(f" --{k} {head[k] or 0}" for k in ("method", "grid", "mode", "rank", "seed")) if head else " --method METHOD"
+    how = ("".join(f" --{k} {head[k] or 0}" for k in ("method", "grid", "mode", "rank", "seed"))
+           if head else " --method METHOD")
     how += " --edge_model FILE" if head and head["edge_model"] else ""
     how += f" --limit {head['images']}" if head and head["images"] < head["source_images"] else ""
-    return f"python proposals.py --data DATA{how} --out {path}" + (f" (DATA: where {head['source']} lies)" if head else "")
+    return (f"python proposals.py --data DATA{how} --out {path}"
+            + (f" (DATA: where {head['source']} lies)" if head else ""))
 
 
 class ProposalStore:
-    """A finished store, memory-mapped: opening takes the same time and memory for any number of images, workers share the pages."""
+    """A finished store, memory-mapped: opening takes the same time and memory for any number of
+    images, workers share the pages."""
 
     def __init__(self, path: Path, header: dict[str, Any], rects: np.ndarray, offsets: np.ndarray):
         self.path, self.header, self._rects, self._offsets = path, header, rects, offsets
@@ -338,30 +380,37 @@ class ProposalStore:
 
     @classmethod
     def open(cls, path: str | Path, source: Any = None) -> ProposalStore:
-        """`source` (len, name, fingerprint()): refuse a store made from other images. Raises UserError with the reason and what to do."""
+        """`source` (len, name, fingerprint()): refuse a store made from other images.
+        Raises UserError with the reason and what to do."""
         path = Path(path)
         header = _read_json(path / "meta.json")
         if header is None:
             head = _read_json(path / "header.partial")
-            state = ("is unfinished; continue it with" if head else "holds no proposals; build them with" if path.exists() else
-                     "does not exist; build it with")
+            state = ("is unfinished; continue it with" if head
+                     else "holds no proposals; build them with" if path.exists() else "does not exist; build it with")
             raise UserError(f"{path} {state}: {_command(head, path)}")
         if source is not None:
             reason = ""
             if header["images"] != len(source):
-                reason = f"made from {header['images']} images of {header['source']}, this has {len(source)} ({source.name})"
+                reason = (f"made from {header['images']} images of {header['source']}, "
+                          f"this has {len(source)} ({source.name})")
             elif header["fingerprint"] != source.fingerprint():
-                reason = f"made from the same number of images ({len(source)}), but another list of files ({header['source']}, this is {source.name})"
+                reason = (f"made from the same number of images ({len(source)}), "
+                          f"but another list of files ({header['source']}, this is {source.name})")
             if reason:
-                raise UserError(f"{path} does not fit these images: {reason}. Give the store of these images, or build one with --out elsewhere.")
+                raise UserError(f"{path} does not fit these images: {reason}. Give the store of these images, "
+                                "or build one with --out elsewhere.")
         try:
             offsets, file = np.load(path / "offsets.npy", mmap_mode="r", allow_pickle=False), path / "boxes.bin"
             total = int(offsets[-1]) if offsets.dtype == np.int64 and offsets.shape == (header["images"] + 1,) else -1
             if file.stat().st_size != total * 4 * np.dtype(header["dtype"]).itemsize:
                 raise ValueError("its files do not have the length its header says")
-            rects = np.memmap(file, header["dtype"], "r", shape=(total, 4)) if total else np.zeros((0, 4), header["dtype"])
-        except Exception as error:  # not only OSError and ValueError: numpy's reader of headers raises what its tokenizer does
-            raise UserError(f"{path} is damaged: {error}. Delete the folder and build it again: {_command(header, path)}") from error
+            rects = (np.memmap(file, header["dtype"], "r", shape=(total, 4)) if total
+                     else np.zeros((0, 4), header["dtype"]))
+        except Exception as error:
+            # not only OSError and ValueError: numpy's reader of headers raises what its tokenizer does
+            raise UserError(f"{path} is damaged: {error}. Delete the folder and build it again: "
+                            f"{_command(header, path)}") from error
         return cls(path, header, rects, offsets)
 
     def __reduce__(self):  # a worker started afresh maps the files itself instead of receiving a copy of them
@@ -371,14 +420,17 @@ class ProposalStore:
         return len(self._offsets) - 1
 
     def boxes(self, i: int, image_hw: tuple[int, int]) -> np.ndarray:
-        """Image i of the source, of original size `image_hw` -> float32 [n, 4] xyxy px in the stored order; n = 0 for an unreadable image."""
+        """Image i of the source, of original size `image_hw` -> float32 [n, 4] xyxy px in the stored order;
+        n = 0 for an unreadable image."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         first, last = int(self._offsets[i]), int(self._offsets[i + 1])
         rects = self._rects[first:last].astype(np.int64)
         width, height = (self._grid, self._grid) if self._grid else image_hw[::-1]
-        if not 0 <= first <= last <= len(self._rects) or (rects[:, 2:] < 1).any() or (rects[:, :2] + rects[:, 2:] > (width, height)).any():
-            raise UserError(f"{self.path} is damaged, or image {i} has changed since: its boxes are not inside its {image_hw[1]} x {image_hw[0]} px. "
+        if (not 0 <= first <= last <= len(self._rects) or (rects[:, 2:] < 1).any()
+            or (rects[:, :2] + rects[:, 2:] > (width, height)).any()):
+            raise UserError(f"{self.path} is damaged, or image {i} has changed since: "
+                            f"its boxes are not inside its {image_hw[1]} x {image_hw[0]} px. "
                             f"Delete the folder and build it again: {_command(self.header, self.path)}")
         return rects_to_boxes(rects, image_hw, self._grid)
 
@@ -409,9 +461,12 @@ def _work(indices: range) -> list[tuple[np.ndarray | None, str]]:
     return results
 
 
-def _results(source: Any, generator: Generator, dtype: str, todo: range, workers: int) -> Iterator[list[tuple[np.ndarray | None, str]]]:
-    """_work over chunks of `todo`, in order. An executor, as a Pool waits for ever on a worker that the system killed."""
-    size = max(1, min(16, len(todo) // (32 * workers or 1)))  # small, or all wait at the end for one process with a whole chunk to do
+def _results(source: Any, generator: Generator, dtype: str, todo: range,
+             workers: int) -> Iterator[list[tuple[np.ndarray | None, str]]]:
+    """_work over chunks of `todo`, in order. An executor, as a Pool waits for ever on a
+    worker that the system killed."""
+    # small, or all wait at the end for one process with a whole chunk to do
+    size = max(1, min(16, len(todo) // (32 * workers or 1)))
     chunks = [todo[a:a + size] for a in range(0, len(todo), size)]
     cv2.setNumThreads(0)  # here too: forking beside OpenCV's own threads can hang the child
     if not workers:
@@ -423,7 +478,8 @@ def _results(source: Any, generator: Generator, dtype: str, todo: range, workers
         with ProcessPoolExecutor(workers, context, _start_worker, (source, generator, dtype, True)) as pool:
             yield from pool.map(_work, chunks)
     except BrokenProcessPool as error:
-        raise UserError(f"a worker process was killed (memory?): {error}. Run the same command with fewer --workers: it continues.") from error
+        raise UserError(f"a worker process was killed (memory?): {error}. Run the same command with fewer "
+                        "--workers: it continues.") from error
 
 
 def _recover(path: Path, itemsize: int) -> np.ndarray:
@@ -445,7 +501,8 @@ def _recover(path: Path, itemsize: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _sole_writer(path: Path) -> Iterator[None]:
-    """UserError while another process fills the folder. The system drops the lock of a process that died: none is left over to block."""
+    """UserError while another process fills the folder. The system drops the lock of a process that died:
+    none is left over to block."""
     path.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -456,7 +513,8 @@ def _sole_writer(path: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to this process; its workers do not inherit it
         except (BlockingIOError, PermissionError) as error:
-            raise UserError(f"{path} is being filled by another process. Wait until it is done, or give another --out.") from error
+            raise UserError(f"{path} is being filled by another process. Wait until it is done, "
+                            "or give another --out.") from error
         except OSError:  # a file system without locks
             run.say(f"{path} is on a file system without locks: see to it that no other process fills it meanwhile")
         yield
@@ -470,20 +528,23 @@ def _is_complete(path: Path, head: dict[str, Any]) -> bool:
     old = finished or _read_json(path / "header.partial")
     changed = [f"{k}: {old.get(k)} there, {v} now" for k, v in head.items() if old.get(k) != v] if old else []
     if changed:
-        raise UserError(f"{path} was begun with other settings ({'; '.join(changed)}). Use the same settings, another --out, or delete the folder.")
+        raise UserError(f"{path} was begun with other settings ({'; '.join(changed)}). Use the same settings, another "
+                        "--out, or delete the folder.")
     return finished is not None
 
 
 def build_store(path: str | Path, source: Any, generator: Generator, *, workers: int = 0, limit: int | None = None,
                 progress: bool = True) -> ProposalStore:
-    """Proposals of every image of `source` (the first `limit`) -> the opened store. A finished store is opened, an interrupted build continues.
+    """Proposals of every image of `source` (the first `limit`) -> the opened store. A finished store is opened,
+    an interrupted build continues.
 
-    A build killed at any moment, or stopped by a full disk, loses only images in flight. Unreadable images get no boxes and are named. Raises
-    UserError for a folder with other parameters (naming the difference), one that another process fills, and past 1 % unreadable images."""
+    A build killed at any moment, or stopped by a full disk, loses only images in flight. Unreadable images get no boxes
+    and are named. Raises UserError for a folder with other parameters (naming the difference), one that another process
+    fills, and past 1 % unreadable images."""
     path, total = Path(path), min(limit or len(source), len(source))
     dtype = "uint8" if generator.units and generator.units <= 255 else "uint16"
-    head = {"format_version": FORMAT_VERSION, **generator.header(), "dtype": dtype, "images": total, "source": source.name,
-            "source_images": len(source), "fingerprint": source.fingerprint()}
+    head = {"format_version": FORMAT_VERSION, **generator.header(), "dtype": dtype, "images": total,
+            "source": source.name, "source_images": len(source), "fingerprint": source.fingerprint()}
     if not _is_complete(path, head):
         try:
             with _sole_writer(path):
@@ -491,7 +552,8 @@ def build_store(path: str | Path, source: Any, generator: Generator, *, workers:
                     _fill(path, head, source, generator, workers, progress)
                     return ProposalStore.open(path)
         except OSError as error:
-            raise UserError(f"{path} could not be filled further: {error.strerror or error}. What is there is kept; once this is mended (room on the "
+            raise UserError(f"{path} could not be filled further: {error.strerror or error}. "
+                            "What is there is kept; once this is mended (room on the "
                             "disk, permissions), the same command continues.") from error
     for name in ("counts.partial", "header.partial", "writer.lock"):  # of a build killed after its last file
         with contextlib.suppress(OSError):
@@ -504,7 +566,8 @@ def _fill(path: Path, head: dict[str, Any], source: Any, generator: Generator, w
     total, dtype, began = head["images"], head["dtype"], time.perf_counter()
     foreign = [n for n in ("boxes.bin", "offsets.npy", "boxes.partial", "counts.partial") if (path / n).exists()]
     if foreign and not (path / "header.partial").exists():
-        raise UserError(f"{path} holds {', '.join(foreign)}, but no header: nothing to continue, and maybe not ours. Give another --out.")
+        raise UserError(f"{path} holds {', '.join(foreign)}, but no header: nothing to continue, "
+                        "and maybe not ours. Give another --out.")
     _write_json(path / "header.partial", head)
     counts = _recover(path, np.dtype(dtype).itemsize)
     skips, start = SkipCount(total), len(counts)
@@ -512,12 +575,14 @@ def _fill(path: Path, head: dict[str, Any], source: Any, generator: Generator, w
     threads = cv2.getNumThreads()
     try:
         with (open(path / "boxes.partial", "ab") as boxes_file, open(path / "counts.partial", "ab") as counts_file,
-              tqdm(total=total, initial=start, unit="image", disable=not progress, mininterval=0.5 if sys.stderr.isatty() else 30) as bar):
+              tqdm(total=total, initial=start, unit="image", disable=not progress,
+                   mininterval=0.5 if sys.stderr.isatty() else 30) as bar):
             for results in _results(source, generator, dtype, range(start, total), workers):
                 skips.add([reason for rects, reason in results if rects is None])
                 boxes_file.write(b"".join(rects.tobytes() for rects, _ in results if rects is not None))
                 boxes_file.flush()  # before the count: a count stands for boxes that are there
-                counts_file.write(np.array([-1 if rects is None else len(rects) for rects, _ in results], np.int32).tobytes())
+                counts_file.write(np.array([-1 if rects is None else len(rects)
+                                            for rects, _ in results], np.int32).tobytes())
                 counts_file.flush()
                 bar.update(len(results))
             os.fsync(boxes_file.fileno())
@@ -532,13 +597,13 @@ def _fill(path: Path, head: dict[str, Any], source: Any, generator: Generator, w
     for name in ("counts.partial", "header.partial"):
         (path / name).unlink(missing_ok=True)
     seconds, size = time.perf_counter() - began, sum(f.stat().st_size for f in path.iterdir())
-    print(f"{path}: {total} images, {counts.clip(0).sum() / max(total, 1):.1f} boxes per image, {(counts < 0).sum()} unreadable, {seconds:.1f} s "
-          f"({(total - start) / seconds:.1f} images/s), {size / 1e6:.2f} MB", flush=True)
+    print(f"{path}: {total} images, {counts.clip(0).sum() / max(total, 1):.1f} boxes per image, {(counts < 0).sum()} "
+          f"unreadable, {seconds:.1f} s ({(total - start) / seconds:.1f} images/s), {size / 1e6:.2f} MB", flush=True)
 
 
 def open_store(cfg: Any, source: Any, generator: Generator) -> ProposalStore | None:
-    """The proposals a method trains on (`cfg`: its Config): a given store, one filled now in the output folder (rank 0 fills, the others wait), or
-    None: boxes are computed in the loader."""
+    """The proposals a method trains on (`cfg`: its Config): a given store, one filled now in the output folder (rank 0
+    fills, the others wait), or None: boxes are computed in the loader."""
     if cfg.proposal_store:
         store = ProposalStore.open(cfg.proposal_store, source)
         made = ", ".join(f"{k} {store.header[k]}" for k in ("method", "mode", "grid", "rank", "seed", "opencv"))
@@ -554,32 +619,43 @@ def open_store(cfg: Any, source: Any, generator: Generator) -> ProposalStore | N
 
 # ==== 5. Main ====
 def main(argv: list[str] | None = None) -> ProposalStore:
-    parser = argparse.ArgumentParser(description="Fill a proposal store; the same command again continues an interrupted build.")
-    parser.add_argument("--data", required=True, help="folder of images, .txt list, imagenet100, imagenet, coco, voc or synthetic")
+    parser = argparse.ArgumentParser(description="Fill a proposal store; "
+                                     "the same command again continues an interrupted build.")
+    parser.add_argument("--data", required=True,
+                        help="folder of images, .txt list, imagenet100, imagenet, coco, voc or synthetic")
     parser.add_argument("--data_root", "--data-root", help="where a named data set lies (default $DATA_ROOT)")
     parser.add_argument("--method", default="selective_search", type=lambda s: s.replace("-", "_"),
-                        choices=["selective_search", "edge_boxes", "random"], help="what makes the boxes (random: 300 per image)")
-    parser.add_argument("--workers", type=int, default=0, help="processes; one per CPU core is fastest, 0 works in this one")
+                        choices=["selective_search", "edge_boxes", "random"],
+                        help="what makes the boxes (random: 300 per image)")
+    parser.add_argument("--workers", type=int, default=0,
+                        help="processes; one per CPU core is fastest, 0 works in this one")
     parser.add_argument("--mode", default="fast", choices=["fast", "quality", "quick"],
                         help="selective search: quality takes 3 to 7 times as long, quick (not released) a third")
-    parser.add_argument("--grid", type=int, help="search on a GRID x GRID copy (edge_boxes: short side GRID), 0 = original size; "
-                        "default 128 for selective_search, else 0. With OpenCV's order and few boxes, 128 is not only faster but better")
-    parser.add_argument("--rank", default="opencv", choices=["opencv", "nms"], help="nms: size filter, seeded shuffle, NMS 0.7; covers more per box")
-    parser.add_argument("--edge_model", "--edge-model", help="OpenCV's structured forest model.yml.gz; without it edges are found without a model")
+    parser.add_argument("--grid", type=int,
+                        help="search on a GRID x GRID copy (edge_boxes: short side GRID), 0 = original size; "
+                        "default 128 for selective_search, else 0. With OpenCV's order and few boxes, "
+                        "128 is not only faster but better")
+    parser.add_argument("--rank", default="opencv", choices=["opencv", "nms"],
+                        help="nms: size filter, seeded shuffle, NMS 0.7; covers more per box")
+    parser.add_argument("--edge_model", "--edge-model",
+                        help="OpenCV's structured forest model.yml.gz; without it edges are found without a model")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--synthetic_images", type=int, default=800, help="with --data synthetic: size of the pool, which --seed draws")
-    parser.add_argument("--limit", type=int, help="only the first LIMIT images, to measure the speed; such a store fits no whole data set")
+    parser.add_argument("--synthetic_images", type=int, default=800,
+                        help="with --data synthetic: size of the pool, which --seed draws")
+    parser.add_argument("--limit", type=int,
+                        help="only the first LIMIT images, to measure the speed; such a store fits no whole data set")
     parser.add_argument("--out", help="folder (default proposals/<data>-<method>-<grid>)")
     args = parser.parse_args(argv)
-    for name, low, high in (("workers", 0, 1024), ("grid", 0, 65535), ("synthetic_images", 1, math.inf), ("limit", 1, math.inf)):
+    for name, low, high in (("workers", 0, 1024), ("grid", 0, 65535),
+                            ("synthetic_images", 1, math.inf), ("limit", 1, math.inf)):
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise UserError(f"--{name} {value}: must lie in {low}..{high}.")
     source = open_images(args.data, args.data_root, synthetic_images=args.synthetic_images, seed=args.seed)
     grid = (128 if args.method == "selective_search" else 0) if args.grid is None else args.grid
     generator = Generator(args.method, args.mode, grid or None, args.rank, args.edge_model, args.seed)
     print("boxes: " + ", ".join(f"{k} {v}" for k, v in generator.header().items() if v is not None), flush=True)
-    return build_store(args.out or Path("proposals") / f"{source.name}-{args.method}-{grid or 'original'}", source, generator,
-                       workers=args.workers, limit=args.limit)
+    return build_store(args.out or Path("proposals") / f"{source.name}-{args.method}-{grid or 'original'}", source,
+                       generator, workers=args.workers, limit=args.limit)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The R-CNN family out of torchvision's parts (Faster and Mask R-CNN with FPN or C4, RetinaNet, FCOS), how it is optimised, and the adapter
-between our boxes and torchvision's."""
+"""The R-CNN family out of torchvision's parts (Faster and Mask R-CNN with FPN or C4, RetinaNet, FCOS), how it is
+optimised, and the adapter between our boxes and torchvision's."""
 from __future__ import annotations
 
 import math
@@ -27,12 +27,14 @@ from common import Backbone, can_fuse
 
 # ==== Detectors =======================================================================================================
 
-RCNN_DETECTORS = Literal["mask_rcnn_fpn", "faster_rcnn_fpn", "mask_rcnn_c4", "faster_rcnn_c4", "retinanet_fpn", "fcos_fpn"]
+RCNN_DETECTORS = Literal["mask_rcnn_fpn", "faster_rcnn_fpn", "mask_rcnn_c4", "faster_rcnn_c4",
+                         "retinanet_fpn", "fcos_fpn"]
 ONE_STAGE = ("retinanet_fpn", "fcos_fpn")
 
 
 class Prepared(GeneralizedRCNNTransform):
-    """Images come resized and normalised: all that is left is padding to a multiple of the largest stride. Detections stay in these pixels."""
+    """Images come resized and normalised: all that is left is padding to a multiple of the largest stride.
+    Detections stay in these pixels."""
 
     def __init__(self, size_divisible: int):
         super().__init__(min_size=0, max_size=0, image_mean=[], image_std=[], size_divisible=size_divisible)
@@ -48,21 +50,25 @@ class Prepared(GeneralizedRCNNTransform):
 
 
 class Anchors(AnchorGenerator):
-    """Anchors [ratios (h / w) * scales, 4] with exact corners, as detectron2's; torchvision rounds (46 x 22 for 45.25 x 22.63)."""
+    """Anchors [ratios (h / w) * scales, 4] with exact corners, as detectron2's;
+    torchvision rounds (46 x 22 for 45.25 x 22.63)."""
 
-    def generate_anchors(self, scales, aspect_ratios, dtype: torch.dtype = torch.float32, device: torch.device = torch.device("cpu")) -> Tensor:
+    def generate_anchors(self, scales, aspect_ratios, dtype: torch.dtype = torch.float32,
+                         device: torch.device = torch.device("cpu")) -> Tensor:
         scales, ratios = (torch.as_tensor(v, dtype=dtype, device=device) for v in (scales, aspect_ratios))
         h, w = ((root[:, None] * scales).flatten() for root in (ratios.sqrt(), 1 / ratios.sqrt()))
         return torch.stack([-w, -h, w, h], 1) / 2
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        super().set_cell_anchors(torch.float32, device)                       # not the maps' type: bf16 knows pixels to the next 4 only
+        super().set_cell_anchors(torch.float32, device)  # not the maps' type: bf16 knows pixels to the next 4 only
 
 
 class AlignedRoIAlign(MultiScaleRoIAlign):
-    """RoIAlign with pixel centres at .5 (aligned=True) and as many samples as a bin has pixels, as detectron2's ROIAlignV2.
+    """RoIAlign with pixel centres at .5 (aligned=True) and as many samples as a bin has pixels,
+    as detectron2's ROIAlignV2.
 
-    levels: {name of a map: its stride}, finest first. A RoI is pooled from level floor(4 + log2(sqrt(area) / 224)) (FPN, Eq. 1).
+    levels: {name of a map: its stride}, finest first.
+    A RoI is pooled from level floor(4 + log2(sqrt(area) / 224)) (FPN, Eq. 1).
     """
 
     def __init__(self, levels: dict[str, int], output_size: int):
@@ -84,38 +90,46 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         pooled = first.new_zeros(len(rois), first.shape[1], *self.output_size)
         for i, (name, stride) in enumerate(zip(self.featmap_names, self.strides)):
             here = torch.nonzero(level == i)[:, 0]
-            pooled[here] = roi_align(x[name], rois[here], self.output_size, 1 / stride, sampling_ratio=0, aligned=True).to(pooled)
+            pooled[here] = roi_align(x[name], rois[here], self.output_size, 1 / stride,
+                                     sampling_ratio=0, aligned=True).to(pooled)
         return pooled
 
 
 class RPN(RegionProposalNetwork):
     """torchvision's, with the L1 loss on boxes (detectron2: smooth L1 with beta 0; torchvision: 1/9)."""
 
-    def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
+                     regression_targets: list[Tensor]
                      ) -> tuple[Tensor, Tensor]:
         positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
         sampled, wanted = positive | negative, torch.cat(labels)
-        box_loss = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], reduction="sum") / sampled.sum()
+        box_loss = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive],
+                             reduction="sum") / sampled.sum()
         return F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], wanted[sampled]), box_loss
 
 
 class RCNNHeads(RoIHeads):
-    """torchvision's, with the L1 box loss, and for C4 with one pass through res5 in training, whose positive rows the mask branch takes (detectron2's
-    Res5ROIHeads). There `box_head` is res5, pooling, flattening, and the mask branch has no pooler and head of its own."""
+    """torchvision's, with the L1 box loss, and for C4 with one pass through res5 in training, whose positive rows the
+    mask branch takes (detectron2's Res5ROIHeads). There `box_head` is res5, pooling, flattening, and the mask branch
+    has no pooler and head of its own."""
 
     def has_mask(self) -> bool:
         return self.mask_predictor is not None
 
     @staticmethod
-    def box_losses(class_logits: Tensor, box_regression: Tensor, labels: Tensor, regression_targets: Tensor) -> dict[str, Tensor]:
-        """class_logits [n, C + 1], box_regression [n, 4 (C + 1)], labels [n] with 0 = background, targets [n, 4]; L1 over all n RoIs."""
+    def box_losses(class_logits: Tensor, box_regression: Tensor, labels: Tensor,
+                   regression_targets: Tensor) -> dict[str, Tensor]:
+        """class_logits [n, C + 1], box_regression [n, 4 (C + 1)], labels [n] with 0 = background,
+        targets [n, 4]; L1 over all n RoIs."""
         positive = torch.nonzero(labels > 0)[:, 0]
         predicted = box_regression.unflatten(1, (-1, 4))[positive, labels[positive]]
         box_loss = F.l1_loss(predicted, regression_targets[positive], reduction="sum") / labels.numel()
         return {"loss_classifier": F.cross_entropy(class_logits, labels), "loss_box_reg": box_loss}
 
-    def region_features(self, features: dict[str, Tensor], boxes: list[Tensor], sizes: list) -> tuple[Tensor, Tensor | None]:
-        """What the box predictor sees [n, D], and for C4 the maps [n, 2048, 7, 7] before pooling, which the mask predictor sees."""
+    def region_features(self, features: dict[str, Tensor], boxes: list[Tensor],
+                        sizes: list) -> tuple[Tensor, Tensor | None]:
+        """What the box predictor sees [n, D], and for C4 the maps [n, 2048, 7, 7] before pooling,
+        which the mask predictor sees."""
         pooled = self.box_roi_pool(features, boxes, sizes)
         if not hasattr(self.box_head, "res5"):
             return self.box_head(pooled), None
@@ -127,7 +141,8 @@ class RCNNHeads(RoIHeads):
             return self.mask_predictor(self.box_head.res5(self.box_roi_pool(features, boxes, sizes)))
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, sizes)))
 
-    def forward(self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list, targets: list[dict] | None = None):
+    def forward(self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list,
+                targets: list[dict] | None = None):
         if not self.training:
             predictions = self.box_predictor(self.region_features(features, proposals, image_shapes)[0])
             parts = self.postprocess_detections(*predictions, proposals, image_shapes)
@@ -143,8 +158,10 @@ class RCNNHeads(RoIHeads):
         if self.has_mask():
             positive = [torch.nonzero(l > 0)[:, 0] for l in labels]
             boxes = [p[i] for p, i in zip(proposals, positive)]
-            logits = self.mask_logits(features, boxes, image_shapes) if maps is None else self.mask_predictor(maps[torch.cat(labels) > 0])
-            losses["loss_mask"] = maskrcnn_loss(logits, boxes, [t["masks"] for t in targets], [t["labels"] for t in targets],
+            logits = (self.mask_logits(features, boxes, image_shapes) if maps is None
+                      else self.mask_predictor(maps[torch.cat(labels) > 0]))
+            losses["loss_mask"] = maskrcnn_loss(logits, boxes, [t["masks"] for t in targets],
+                                                [t["labels"] for t in targets],
                                                 [m[i] for m, i in zip(matched, positive)])
         return [], losses
 
@@ -163,9 +180,9 @@ class C4(nn.Module):
 def build_rcnn(cfg: Any, classes: int) -> nn.Module:
     """A detector of RCNN_DETECTORS out of torchvision's parts, with torchvision's names, weights still random.
 
-    Read from cfg: detector, arch, backbone_norm, box_head, fpn_channels, head_dim, anchor_size, rois_per_image, proposals_per_image. Faster and Mask
-    R-CNN have one more class row, the first, for background. All of the ResNet learns. In training forward(images, targets)
-    gives the losses, else detections.
+    Read from cfg: detector, arch, backbone_norm, box_head, fpn_channels, head_dim, anchor_size, rois_per_image,
+    proposals_per_image. Faster and Mask R-CNN have one more class row, the first, for background. All of the ResNet
+    learns. In training forward(images, targets) gives the losses, else detections.
     """
     backbone = Backbone(cfg.arch, (1, 2, 3, 4), cfg.backbone_norm, trainable=5)
     sizes = [cfg.anchor_size * 2 ** i for i in range(5)]
@@ -173,24 +190,27 @@ def build_rcnn(cfg: Any, classes: int) -> nn.Module:
         return two_stage(cfg, backbone, classes + 1, sizes)
     width, norm = backbone.num_channels[-1], nn.BatchNorm2d
     c5_or_p5 = width if cfg.detector == "retinanet_fpn" else cfg.fpn_channels     # what P6 and P7 are made of
-    pyramid = BackboneWithFPN(backbone.body, {"layer2": "0", "layer3": "1", "layer4": "2"}, backbone.num_channels[1:], cfg.fpn_channels,
-                              LastLevelP6P7(c5_or_p5, cfg.fpn_channels), norm)
+    pyramid = BackboneWithFPN(backbone.body, {"layer2": "0", "layer3": "1", "layer4": "2"}, backbone.num_channels[1:],
+                              cfg.fpn_channels, LastLevelP6P7(c5_or_p5, cfg.fpn_channels), norm)
     if cfg.detector == "retinanet_fpn":
         pyramid.fpn.extra_blocks.use_P5 = False                               # torchvision guesses it from the widths
         anchors = Anchors(tuple((s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in sizes), ((0.5, 1.0, 2.0),) * 5)
         model = RetinaNet(pyramid, classes, anchor_generator=anchors, detections_per_img=100)
     else:
-        model = FCOS(pyramid, classes, anchor_generator=Anchors(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5), score_thresh=0.05)
+        model = FCOS(pyramid, classes,
+                     anchor_generator=Anchors(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5), score_thresh=0.05)
     model.transform = Prepared(128)
     model.head.register_forward_hook(in_float)
     return model
 
 
 def in_float(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Forward hook: what a head predicts is fp32 under autocast too; torchvision decodes boxes in the type of the prediction."""
+    """Forward hook: what a head predicts is fp32 under autocast too;
+    torchvision decodes boxes in the type of the prediction."""
     if isinstance(output, Tensor):
         return output.float()
-    return {k: v.float() for k, v in output.items()} if isinstance(output, dict) else [in_float(module, inputs, part) for part in output]
+    return ({k: v.float() for k, v in output.items()} if isinstance(output, dict)
+            else [in_float(module, inputs, part) for part in output])
 
 
 def two_stage(cfg: Any, backbone: Backbone, rows: int, sizes: list[int]) -> GeneralizedRCNN:
@@ -201,22 +221,24 @@ def two_stage(cfg: Any, backbone: Backbone, rows: int, sizes: list[int]) -> Gene
         body, width = C4(backbone), backbone.num_channels[-1]
         anchors, top_n, pad = Anchors((tuple(sizes),), (ratios,)), (12000, 6000, 2 * passed, passed), 16
         pool, features = AlignedRoIAlign({"0": 16}, 14), width
-        res5 = nn.Sequential(OrderedDict(layer4=backbone.body.layer4, norm=nn.BatchNorm2d(width)))         # MoCo's extra norm
+        res5 = nn.Sequential(OrderedDict(layer4=backbone.body.layer4, norm=nn.BatchNorm2d(width)))  # MoCo's extra norm
         head = nn.Sequential(OrderedDict(res5=res5, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
     else:
         width, features, norm = cfg.fpn_channels, cfg.head_dim, nn.BatchNorm2d if cfg.box_head == "4conv1fc" else None
-        body = BackboneWithFPN(backbone.body, {f"layer{i + 1}": str(i) for i in range(4)}, backbone.num_channels, width, LastLevelMaxPool(),
-                               nn.BatchNorm2d)
+        body = BackboneWithFPN(backbone.body, {f"layer{i + 1}": str(i) for i in range(4)}, backbone.num_channels, width,
+                               LastLevelMaxPool(), nn.BatchNorm2d)
         anchors, top_n, pad = Anchors(tuple((s,) for s in sizes), (ratios,) * 5), (2000, 1000, passed, passed), 64
         pool, mask_pool = (AlignedRoIAlign({"0": 4, "1": 8, "2": 16, "3": 32}, size) for size in (7, 14))
-        head = TwoMLPHead(width * 49, features) if norm is None else FastRCNNConvFCHead((width, 7, 7), [width] * 4, [features], norm)
+        head = (TwoMLPHead(width * 49, features) if norm is None
+                else FastRCNNConvFCHead((width, 7, 7), [width] * 4, [features], norm))
         mask_head = MaskRCNNHeads(width, [width] * 4, 1, norm) if masks else None
     if masks:
         mask_predictor = MaskRCNNPredictor(width, cfg.fpn_channels, rows)
     pre_nms, post_nms = ({"training": top_n[i], "testing": top_n[i + 1]} for i in (0, 2))
-    rpn = RPN(anchors, RPNHead(body.out_channels, anchors.num_anchors_per_location()[0]), 0.7, 0.3, 256, 0.5, pre_nms, post_nms, 0.7)
-    heads = RCNNHeads(pool, head, FastRCNNPredictor(features, rows), 0.5, 0.5, cfg.rois_per_image, 0.25, None, 0.05, 0.5, 100,
-                      mask_pool if masks else None, mask_head, mask_predictor)
+    rpn = RPN(anchors, RPNHead(body.out_channels, anchors.num_anchors_per_location()[0]), 0.7, 0.3, 256,
+              0.5, pre_nms, post_nms, 0.7)
+    heads = RCNNHeads(pool, head, FastRCNNPredictor(features, rows), 0.5, 0.5, cfg.rois_per_image, 0.25, None, 0.05,
+                      0.5, 100, mask_pool if masks else None, mask_head, mask_predictor)
     start_predictors(heads)
     for module in (rpn.head, heads.box_predictor):
         module.register_forward_hook(in_float)
@@ -224,7 +246,8 @@ def two_stage(cfg: Any, backbone: Backbone, rows: int, sizes: list[int]) -> Gene
 
 
 def start_predictors(heads: RCNNHeads) -> None:
-    """detectron2's start: class scores N(0, .01), boxes and masks N(0, .001), fully connected layers uniform by their inputs, no bias anywhere."""
+    """detectron2's start: class scores N(0, .01), boxes and masks N(0, .001), fully connected layers uniform by their
+    inputs, no bias anywhere."""
     last = [(heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)]
     if heads.has_mask():
         nn.init.zeros_(heads.mask_predictor.conv5_mask.bias)
@@ -238,10 +261,12 @@ def start_predictors(heads: RCNNHeads) -> None:
 
 
 def paste_masks(masks: Tensor, boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
-    """Probabilities [n, 1, S, S] in boxes [n, 4] px -> bool [n, h, w]: 1/2 or more at a pixel's centre (torchvision draws one row too many)."""
+    """Probabilities [n, 1, S, S] in boxes [n, 4] px -> bool [n, h, w]:
+    1/2 or more at a pixel's centre (torchvision draws one row too many)."""
     pasted = torch.zeros(len(masks), *hw, dtype=torch.bool)
     for out, mask, (x1, y1, x2, y2) in zip(pasted, masks, boxes_xyxy.tolist()):
-        left, top, right, bottom = max(int(x1) - 1, 0), max(int(y1) - 1, 0), min(math.ceil(x2) + 1, hw[1]), min(math.ceil(y2) + 1, hw[0])
+        left, top, right, bottom = (max(int(x1) - 1, 0), max(int(y1) - 1, 0), min(math.ceil(x2) + 1, hw[1]),
+                                    min(math.ceil(y2) + 1, hw[0]))
         x = (torch.arange(left, right) + 0.5 - x1) / max(x2 - x1, 1e-6) * 2 - 1
         y = (torch.arange(top, bottom) + 0.5 - y1) / max(y2 - y1, 1e-6) * 2 - 1
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)           # [rows, columns, (x, y)]
@@ -250,7 +275,8 @@ def paste_masks(masks: Tensor, boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tenso
 
 
 def rcnn_trunk(model: nn.Module) -> nn.Module:
-    """The whole ResNet of a detector of build_rcnn: children conv1, bn1, layer1..layer4 (C4 keeps the last in its head)."""
+    """The whole ResNet of a detector of build_rcnn: children conv1, bn1,
+    layer1..layer4 (C4 keeps the last in its head)."""
     stages = dict(model.backbone.body.named_children())
     return nn.ModuleDict(stages if "layer4" in stages else stages | {"layer4": model.roi_heads.box_head.res5.layer4})
 
@@ -259,9 +285,11 @@ def rcnn_trunk(model: nn.Module) -> nn.Module:
 
 
 def build_sgd(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD as detectron2 trains the R-CNN family: no weight decay on the scale and shift of norms, all else decays, biases too."""
+    """SGD as detectron2 trains the R-CNN family: no weight decay on the scale and shift of norms,
+    all else decays, biases too."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
-    owner = {f"{name}.{key}": module for name, module in model.named_modules() for key, _ in module.named_parameters(recurse=False)}
+    owner = {f"{name}.{key}": module for name, module in model.named_modules()
+             for key, _ in module.named_parameters(recurse=False)}
     groups = [{"weight_decay": cfg.weight_decay, "base_lr": cfg.lr, "names": [], "params": []},
               {"weight_decay": 0.0, "base_lr": cfg.lr, "names": [], "params": []}]
     for name, parameter in model.named_parameters():
@@ -274,7 +302,8 @@ def build_sgd(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def warmup_step_schedule(step: int, total_steps: int, warmup: int, drops: tuple[float, ...]) -> float:
-    """Learning rate factor of detectron2: linear from 1/1000 over `warmup` steps, x 0.1 at each of `drops` (shares of total_steps)."""
+    """Learning rate factor of detectron2: linear from 1/1000 over `warmup` steps,
+    x 0.1 at each of `drops` (shares of total_steps)."""
     start = min(1.0, 1e-3 + (1 - 1e-3) * step / warmup) if warmup else 1.0
     return start * 0.1 ** sum(step >= round(drop * total_steps) for drop in drops)
 
@@ -293,7 +322,8 @@ def input_images(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
 
 
 def to_rcnn(targets: list[dict], images: list[Tensor], detector: str) -> list[dict]:
-    """Our targets (boxes cxcywh in 0..1, labels from 0, masks) -> torchvision's, for images [3, h, w]; boxes without extent are left out."""
+    """Our targets (boxes cxcywh in 0..1, labels from 0, masks) -> torchvision's, for images [3, h, w];
+    boxes without extent are left out."""
     converted = []
     for target, image in zip(targets, images):
         h, w = image.shape[-2:]
@@ -301,12 +331,15 @@ def to_rcnn(targets: list[dict], images: list[Tensor], detector: str) -> list[di
         labels = target["labels"] + first_label(detector)
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
         masks = {"masks": target["masks"][keep]} if "masks" in target else {}
-        converted.append({k: v.to(image.device, non_blocking=True) for k, v in {"boxes": boxes[keep], "labels": labels[keep], **masks}.items()})
+        converted.append({k: v.to(image.device, non_blocking=True)
+                          for k, v in {"boxes": boxes[keep], "labels": labels[keep], **masks}.items()})
     return converted
 
 
-def from_rcnn(detections: list[dict], images: list[Tensor], targets: list[dict], detector: str, rows: list[int]) -> list[dict]:
-    """torchvision's detections on images [3, h, w] -> COCO results in pixels of the originals, of sizes and ids in `targets`.
+def from_rcnn(detections: list[dict], images: list[Tensor], targets: list[dict], detector: str,
+              rows: list[int]) -> list[dict]:
+    """torchvision's detections on images [3, h, w] -> COCO results in pixels of the originals,
+    of sizes and ids in `targets`.
 
     rows: category id of every class row, None = none. Masks become RLE of the original size.
     """
@@ -315,7 +348,8 @@ def from_rcnn(detections: list[dict], images: list[Tensor], targets: list[dict],
         (h, w), (height, width) = image.shape[-2:], target["orig_size"].tolist()
         boxes = detection["boxes"].cpu() * torch.tensor([width / w, height / h] * 2)
         ids = [rows[label] for label in (detection["labels"] - first_label(detector)).tolist()]
-        results = [{"image_id": target["image_id"], "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+        results = [{"image_id": target["image_id"], "category_id": category,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
                    for category, (x1, y1, x2, y2), score in zip(ids, boxes.tolist(), detection["scores"].tolist())]
         if "masks" in detection:
             for result, mask in zip(results, paste_masks(detection["masks"].cpu(), boxes, (height, width))):

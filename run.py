@@ -1,7 +1,9 @@
-"""A run's life: printing, command line, exit codes and signals, log, checkpoints and resume, the watch for numbers that are not finite."""
+"""A run's life: printing, command line, exit codes and signals, log, checkpoints and resume,
+the watch for numbers that are not finite."""
 from __future__ import annotations
 
-from common import UserError, all_reduce_sum, rank, world_size  # first: it tells OpenMP how to wait before torch is loaded
+# first: it tells OpenMP how to wait before torch is loaded
+from common import UserError, all_reduce_sum, rank, world_size
 
 import argparse
 import collections
@@ -32,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ==== Printing =========================================================================================================
+# ==== Printing ========================================================================================================
 
 
 def printable(text: str) -> str:
@@ -42,7 +44,8 @@ def printable(text: str) -> str:
 
 def progress(iterable, **kwargs) -> tqdm:
     """A progress bar on rank 0; without a terminal it prints a line every ten seconds rather than every redraw."""
-    return tqdm(iterable, disable=rank() != 0, mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True, **kwargs)
+    return tqdm(iterable, disable=rank() != 0, mininterval=0.5 if sys.stderr.isatty() else 10,
+                dynamic_ncols=True, **kwargs)
 
 
 def say(text: str) -> None:
@@ -51,13 +54,15 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-# ==== Command line =====================================================================================================
+# ==== Command line ====================================================================================================
 
 # What may differ between a run and its continuation: it changes neither the data nor the arithmetic.
-RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change", "data_root", "eval_every"}
+RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change",
+            "data_root", "eval_every"}
 AT_LEAST_ONE = {"batch_size", "accumulate", "epochs", "max_prop", "num_queries", "num_feature_levels", "enc_layers",
-                "dec_layers", "log_every", "save_every", "max_steps", "num_patches", "num_regions", "queue_size", "queued_patches", "logit_rows",
-                "embedding_dim", "num_boxes", "iterations", "anchor_size", "proposals_per_image", "rois_per_image", "fpn_channels", "head_dim"}
+                "dec_layers", "log_every", "save_every", "max_steps", "num_patches", "num_regions", "queue_size",
+                "queued_patches", "logit_rows", "embedding_dim", "num_boxes", "iterations", "anchor_size",
+                "proposals_per_image", "rois_per_image", "fpn_channels", "head_dim"}
 
 
 def _knob_help(config_class: type) -> dict[str, str]:
@@ -75,12 +80,15 @@ def _add_knob(parser: argparse.ArgumentParser, name: str, hint: Any, default: An
     text = f"{text} (default: {default})".replace("%", "%%")
     flag = f"--{name}"
     if hint is bool:
-        parser.add_argument(flag, nargs="?", const=True, default=argparse.SUPPRESS, type=_boolean, metavar="BOOL", help=text)
-        parser.add_argument(f"--no_{name}", dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(flag, nargs="?", const=True, default=argparse.SUPPRESS, type=_boolean,
+                            metavar="BOOL", help=text)
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false",
+                            default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     elif typing.get_origin(hint) is Literal:
         parser.add_argument(flag, choices=args, type=type(args[0]), default=argparse.SUPPRESS, help=text)
     elif typing.get_origin(hint) is tuple:
-        parser.add_argument(flag, nargs="+", type=args[0], default=argparse.SUPPRESS, metavar=args[0].__name__.upper(), help=text)
+        parser.add_argument(flag, nargs="+", type=args[0], default=argparse.SUPPRESS,
+                            metavar=args[0].__name__.upper(), help=text)
     else:
         convert = (lambda s, t=hint: None if s.lower() == "none" else t(s)) if optional else hint
         parser.add_argument(flag, type=convert, default=argparse.SUPPRESS, metavar=hint.__name__.upper(), help=text)
@@ -94,15 +102,17 @@ def _boolean(text: str) -> bool:
 
 def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] | None, *, script: str, description: str,
                  by_data: Callable[[dict], dict] | None = None) -> Any:
-    """Command line -> config dataclass. Precedence: default < data set's recipe (`by_data`) < preset < flag (decisions.md, Recipes).
+    """Command line -> config dataclass. Precedence: default < data set's recipe (`by_data`) < preset
+    < flag (decisions.md, Recipes).
 
     Flags spell the field's name (hyphens are accepted); the comment behind a field is its help text.
     """
     hints = typing.get_type_hints(config_class)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
-    parser = argparse.ArgumentParser(prog=f"{script}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--preset", choices=sorted(presets), default=None, help="a set of values that differ from the defaults")
+    parser = argparse.ArgumentParser(prog=f"{script}.py", description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", choices=sorted(presets), default=None,
+                        help="a set of values that differ from the defaults")
     texts = _knob_help(config_class)
     for name, field in fields.items():
         if name != "preset":
@@ -112,32 +122,38 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] |
     flags = vars(parser.parse_args(argv))
     preset = presets.get(flags["preset"], {})
     chosen = {name: field.default for name, field in fields.items()} | preset | flags
-    values = {name: field.default for name, field in fields.items()} | (by_data(chosen) if by_data else {}) | preset | flags
+    values = ({name: field.default for name, field in fields.items()}
+              | (by_data(chosen) if by_data else {}) | preset | flags)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     for name in AT_LEAST_ONE & values.keys():
         if values[name] is not None and values[name] < 1:
             raise UserError(f"--{name} {values[name]}: must be at least 1")
     if "nheads" in values and (values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 32):
-        raise UserError(f"--hidden_dim {values['hidden_dim']} with --nheads {values['nheads']}: the width must be a multiple of the heads and of 32")
-    if "crop_range" in values and not (len(values["crop_range"]) == 2 and values["crop_range"][0] <= values["crop_range"][1]):
-        raise UserError(f"--crop_range {' '.join(map(str, values['crop_range']))}: give the smallest and the largest side, in this order")
+        raise UserError(f"--hidden_dim {values['hidden_dim']} with "
+                        f"--nheads {values['nheads']}: the width must be a multiple of the heads and of 32")
+    if "crop_range" in values and not (len(values["crop_range"]) == 2
+                                       and values["crop_range"][0] <= values["crop_range"][1]):
+        raise UserError(f"--crop_range {' '.join(map(str, values['crop_range']))}: "
+                        "give the smallest and the largest side, in this order")
     if values["out"] is None:
         values["out"] = f"out/{script}-{values['preset'] or Path(values['data']).stem}"
     return config_class(**values)
 
 
-# ==== Exit codes and signals ===========================================================================================
+# ==== Exit codes and signals ==========================================================================================
 
 EXIT_NOT_FINITE, EXIT_STOPPED = 3, 75                     # 75: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 def cli(main: Callable[[], Any]) -> None:
-    """Run a script's main() and turn how it ended into an exit code: 2 and one line on stderr, bad input; 3 and one line, a number is not finite;
-    75, stopped by SIGTERM or SIGUSR1 with everything saved; 1 and a traceback, our own fault.
+    """Run a script's main() and turn how it ended into an exit code: 2 and one line on stderr, bad input; 3 and one
+    line, a number is not finite; 75, stopped by SIGTERM or SIGUSR1 with everything saved;
+    1 and a traceback, our own fault.
 
-    One of several processes leaves word why it ended; the others, whose collectives then fail, repeat it and end with the same code.
+    One of several processes leaves word why it ended; the others, whose collectives then fail,
+    repeat it and end with the same code.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")      # no name that a file can have may end a run when it is printed
+    sys.stdout.reconfigure(errors="backslashreplace")  # no name that a file can have may end a run when it is printed
     try:
         main()
         if dist.is_initialized():
@@ -154,7 +170,7 @@ def cli(main: Callable[[], Any]) -> None:
     except Exception as error:
         if world_size() == 1:
             raise
-        word = read_word() if isinstance(error, RuntimeError) else None      # RuntimeError: what a failed collective raises
+        word = read_word() if isinstance(error, RuntimeError) else None  # RuntimeError: what a failed collective raises
         if word is None:
             traceback.print_exc()
         code, text = word or (1, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
@@ -165,7 +181,7 @@ def cli(main: Callable[[], Any]) -> None:
     if world_size() > 1:
         leave_word(code, text)
         sys.stdout.flush()
-        os._exit(code)                                                       # taking leave properly would wait for the others, who wait for this one
+        os._exit(code)  # taking leave properly would wait for the others, who wait for this one
     sys.exit(code)
 
 
@@ -193,15 +209,16 @@ _stop_asked: list[int] = []
 
 
 def until_stopped(steps: Iterable[int]) -> Iterable[int]:
-    """The steps of a run. Meanwhile SIGTERM and SIGUSR1 do not end the process: they make a checkpoint due at the end of the step (`save_due`), and
-    rank 0 leaves when it is written (`save_checkpoint`). The other processes go on until they miss it: had they left first, its step would fail."""
+    """The steps of a run. Meanwhile SIGTERM and SIGUSR1 do not end the process: they make a checkpoint due at the end
+    of the step (`save_due`), and rank 0 leaves when it is written (`save_checkpoint`). The other processes go on until
+    they miss it: had they left first, its step would fail."""
     _stop_asked.clear()
     heard = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
 
     def ask(number: int, _: Any) -> None:
         _stop_asked.append(number)
         if rank() == 0 and hasattr(signal, "alarm"):
-            signal.alarm(300)                                                # ends a process that no longer gets to the end of its step
+            signal.alarm(300)  # ends a process that no longer gets to the end of its step
 
     before = {number: signal.signal(number, ask) for number in heard}
     try:
@@ -221,20 +238,22 @@ def save_due(done: int, total_steps: int, every: int) -> bool:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """All randomness inside a step (dropout, sampled regions) is a function of (seed, step, rank): a resumed run draws what the unbroken one did."""
+    """All randomness inside a step (dropout, sampled regions) is a function of (seed, step, rank):
+    a resumed run draws what the unbroken one did."""
     states = np.random.SeedSequence([seed, step, rank()]).generate_state(3, np.uint64).tolist()
     torch.manual_seed(states[0] >> 1)
     np.random.seed(states[1] >> 32)
     random.seed(states[2])
 
 
-# ==== Log ==============================================================================================================
+# ==== Log =============================================================================================================
 
 
 class Log:
     """`log.jsonl` in the output folder: one JSON line per logged step, rank 0 only.
 
-    Keys: step, epoch, lr, loss, every loss term (averaged over processes), grad_norm, images_per_s (all processes), memory_gib, seconds.
+    Keys: step, epoch, lr, loss, every loss term (averaged over processes), grad_norm,
+    images_per_s (all processes), memory_gib, seconds.
     """
 
     def __init__(self, out: Path, resume_step: int, device: torch.device):
@@ -257,7 +276,8 @@ class Log:
         stacked = torch.stack([t.detach().float() for t in terms.values()])
         stacked = all_reduce_sum(stacked) / world_size()
         now = time.perf_counter()
-        line = {"step": step, **values, **dict(zip(terms, stacked.tolist())), "images_per_s": images * world_size() / (now - self.last),
+        line = {"step": step, **values, **dict(zip(terms, stacked.tolist())),
+                "images_per_s": images * world_size() / (now - self.last),
                 "memory_gib": peak_memory_gib(self.device), "seconds": now - self.start}
         self.last = now
         self.append(line)
@@ -267,9 +287,10 @@ class Log:
         """One line with its "step", on rank 0."""
         if rank() == 0:
             with open(self.path, "a") as file:
-                file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+                file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()})
+                           + "\n")
                 file.flush()
-                os.fsync(file.fileno())                                      # before the checkpoint that this line belongs to
+                os.fsync(file.fileno())  # before the checkpoint that this line belongs to
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -283,14 +304,16 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
+    """Write to a temporary name, flush to disk, rename:
+    a reader sees the old file or the new one, never half of one."""
     with replacing(path) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, previous: Path | None = None):
-    """A file to write, which takes the place of `path` when it is whole and on the disk; what was there before is kept as `previous`."""
+    """A file to write, which takes the place of `path` when it is whole and on the disk;
+    what was there before is kept as `previous`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -309,26 +332,31 @@ def replacing(path: Path, previous: Path | None = None):
         os.close(folder)
 
 
-# ==== Checkpoints ======================================================================================================
+# ==== Checkpoints =====================================================================================================
 
 # How numpy rebuilds what was pickled.
 _ARRAY, _BUFFER, _SCALAR = np.zeros(1).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0], np.float64(0).__reduce__()[0]
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads plain containers and numpy arrays, as detectron2's files are made of; whatever else a pickle asks for is an error and is not run."""
+    """Reads plain containers and numpy arrays, as detectron2's files are made of; whatever else a pickle asks for
+    is an error and is not run."""
 
-    ALLOWED = {"multiarray._reconstruct": _ARRAY, "numeric._frombuffer": _BUFFER, "multiarray.scalar": _SCALAR, "numpy.ndarray": np.ndarray,
-               "numpy.dtype": np.dtype, "_codecs.encode": lambda text, _: text.encode("latin1"), "collections.OrderedDict": collections.OrderedDict}
+    ALLOWED = {"multiarray._reconstruct": _ARRAY, "numeric._frombuffer": _BUFFER,
+               "multiarray.scalar": _SCALAR, "numpy.ndarray": np.ndarray,
+               "numpy.dtype": np.dtype, "_codecs.encode": lambda text, _: text.encode("latin1"),
+               "collections.OrderedDict": collections.OrderedDict}
 
     def find_class(self, module: str, name: str) -> Any:
         found = self.ALLOWED.get(f"{re.sub('^numpy[.]_?core[.]', '', module)}.{name}")
         if found is None:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not allowed")
-        return found if isinstance(found, type) else lambda *args: found(*args)      # a pickle can set attributes of what it names: of this one only
+        # a pickle can set attributes of what it names: of this one only
+        return found if isinstance(found, type) else lambda *args: found(*args)
 
 
-# Harmless containers that released files hold beside their tensors: argparse.Namespace (DETR family, SoCo), numpy's numbers.
+# Harmless containers that released files hold beside their tensors:
+# argparse.Namespace (DETR family, SoCo), numpy's numbers.
 ALLOWED = [argparse.Namespace, np.dtype, *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"},
            *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
@@ -345,50 +373,58 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: the file is empty")
     try:
         with open(path, "rb") as file:
-            content = ArrayUnpickler(file, encoding="latin1").load() if file.read(1) == b"\x80" and not file.seek(0) else None
-        if not isinstance(content, dict):                                     # old PyTorch files start with a pickled number
+            content = (ArrayUnpickler(file, encoding="latin1").load()
+                       if file.read(1) == b"\x80" and not file.seek(0) else None)
+        if not isinstance(content, dict):  # old PyTorch files start with a pickled number
             with torch.serialization.safe_globals(ALLOWED):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                                # damaged bytes can make a reader raise anything
+    except Exception as error:  # damaged bytes can make a reader raise anything
         reason = (str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, OSError):
             raise UserError(f"{path}: cannot be read ({error.strerror or reason})") from error
         if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path}: refused, because loading it would run code ({code[1]}); a file of tensors (state_dict) needs none") from error
-        raise UserError(f"{path}: not a readable PyTorch checkpoint: cut, damaged or something else ({reason[:120]})") from error
+            raise UserError(f"{path}: refused, because loading it would run code ({code[1]}); "
+                            "a file of tensors (state_dict) needs none") from error
+        raise UserError(f"{path}: not a readable PyTorch checkpoint: cut, "
+                        f"damaged or something else ({reason[:120]})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dict of tensors")
     return content
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, step: int, config: Any, **extra: Any) -> None:
-    """{"model", "optimizer", "step", "config", ...}: plain containers only, keys without `module.`, so that weights_only=True reads it.
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, step: int,
+                    config: Any, **extra: Any) -> None:
+    """{"model", "optimizer", "step", "config", ...}: plain containers only, keys without `module.`,
+    so that weights_only=True reads it.
 
-    step = number of finished steps. Rank 0 writes; the file appears whole or not at all, and the one before stays beside it as previous.pt. A process
-    that a signal has asked to stop ends here.
+    step = number of finished steps. Rank 0 writes; the file appears whole or not at all, and the one before stays
+    beside it as previous.pt. A process that a signal has asked to stop ends here.
     """
     if rank() != 0:
         return
-    state = {"model": getattr(model, "module", model).state_dict(), "optimizer": optimizer.state_dict() if optimizer else None,
+    state = {"model": getattr(model, "module", model).state_dict(),
+             "optimizer": optimizer.state_dict() if optimizer else None,
              "step": step, "config": dataclasses.asdict(config), **extra}
     try:
         with replacing(path, path.with_name("previous.pt")) as file:
             torch.save(state, file)
     except OSError as error:
-        raise UserError(f"{path}: step {step} cannot be saved ({error.strerror or error}); the checkpoint before is untouched. Make room and start "
-                        "the same command again") from error
+        raise UserError(f"{path}: step {step} cannot be saved ({error.strerror or error}); "
+                        "the checkpoint before is untouched. Make room and start the same command again") from error
     if _stop_asked:
-        say(f"stopped by {signal.Signals(_stop_asked[0]).name} after step {step}, which is saved; the same command continues")
+        say(f"stopped by {signal.Signals(_stop_asked[0]).name} after step {step}, which is saved; "
+            "the same command continues")
         sys.exit(EXIT_STOPPED)
 
 
 def read_run(out: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint of a folder: last.pt or, if that is damaged (it is moved aside) or missing, previous.pt. None: there is neither."""
+    """The newest whole checkpoint of a folder: last.pt or, if that is damaged (it is moved aside) or missing,
+    previous.pt. None: there is neither."""
     damaged = []
     for path in (p for p in (out / "last.pt", out / "previous.pt") if p.exists()):
         try:
             with zipfile.ZipFile(path) as file:
-                if part := file.testzip():                                   # checksums, which torch.load does not look at
+                if part := file.testzip():  # checksums, which torch.load does not look at
                     raise UserError(f"{path}: damaged (checksum of {part})")
             state = read_checkpoint(path)
             break
@@ -396,7 +432,8 @@ def read_run(out: Path) -> tuple[Path, dict] | None:
             damaged.append(str(error) if isinstance(error, UserError) else f"{path}: damaged ({error})")
     else:
         if damaged:
-            raise UserError(f"{'; '.join(damaged)}. There is nothing to continue from: give another --out, or remove the file to start anew")
+            raise UserError(f"{'; '.join(damaged)}. There is nothing to continue from: give another "
+                            "--out, or remove the file to start anew")
         return None
     if damaged:
         os.replace(out / "last.pt", out / "damaged.pt")                      # it must not become the next previous.pt
@@ -410,9 +447,11 @@ def identity(script: str, images: int, fingerprint: str) -> dict[str, Any]:
 
 
 def open_run(config: Any, script: str, data: str | None = None, world: int | None = None) -> dict | None:
-    """Make `--out` ready. Returns the checkpoint to continue from, or None for a new run; rank 0 decides which, for all processes.
+    """Make `--out` ready. Returns the checkpoint to continue from, or None for a new run;
+    rank 0 decides which, for all processes.
 
-    Refuses (UserError) a folder that holds a run of another script, another configuration or another data set, showing the difference.
+    Refuses (UserError) a folder that holds a run of another script, another configuration or another data
+    set, showing the difference.
     script, data, world: see `identity`.
     """
     out = Path(config.out)
@@ -441,7 +480,8 @@ def open_run(config: Any, script: str, data: str | None = None, world: int | Non
     if rank() != 0:
         state = read_checkpoint(out / name)
         if state.get("step") != step:
-            raise UserError(f"{out / name} is at step {state.get('step')} here and at step {step} for process 0: --out must be a folder they share")
+            raise UserError(f"{out / name} is at step {state.get('step')} here and at step {step} for process 0: "
+                            "--out must be a folder they share")
     if state.get("script") != script:
         raise UserError(f"{out} holds a run of {state.get('script')}.py; give {script}.py another --out")
     now, before = dataclasses.asdict(config), state["config"]
@@ -453,24 +493,29 @@ def open_run(config: Any, script: str, data: str | None = None, world: int | Non
         raise UserError(f"{out} holds a run with another configuration ({'; '.join(changed)}); "
                         "give another --out for a new run, or --allow_config_change to go on with the new values")
     if world and state.get("world", world) != world:
-        changed.append(f"{world} processes rather than {state['world']}: the same batches in the same order, but other dropout")
+        changed.append(f"{world} processes rather than {state['world']}: "
+                       "the same batches in the same order, but other dropout")
     say(f"continuing the run in {out} at step {state['step']}" + (f" with {'; '.join(changed)}" if changed else ""))
     return state
 
 
-def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any = None, *, target: nn.Module | None = None,
-            sync_bn: bool = True) -> int:
+def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any = None, *,
+            target: nn.Module | None = None, sync_bn: bool = True) -> int:
     """Put a checkpoint of this very run back. Returns the number of finished steps.
 
-    target: the frozen network that the run learns from, saved with it because the file of --backbone_weights may be another one by now.
-    Refuses (UserError) another number of processes where trained BatchNorm has the statistics of each process, as wrap_model leaves it.
+    target: the frozen network that the run learns from, saved with it because the file of --backbone_weights
+    may be another one by now.
+    Refuses (UserError) another number of processes where trained BatchNorm has the statistics of each
+    process, as wrap_model leaves it.
     """
-    local = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in m.parameters(False)) for m in model.modules())
+    local = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in m.parameters(False))
+                for m in model.modules())
     local = local and not (sync_bn and next(model.parameters()).is_cuda)
     before = state.get("world", world_size())
     if config and local and before != world_size() and not config.allow_config_change:
-        raise UserError(f"{config.out} holds a run of {before} process(es), this one has {world_size()}: BatchNorm's statistics are those of a "
-                        f"process's share of the batch, so it would train differently. Start {before}, or give --allow_config_change to go on")
+        raise UserError(f"{config.out} holds a run of {before} process(es), this one has {world_size()}: "
+                        "BatchNorm's statistics are those of a process's share of the batch, "
+                        f"so it would train differently. Start {before}, or give --allow_config_change to go on")
     getattr(model, "module", model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if target is not None and "target" in state:
@@ -487,34 +532,38 @@ def finished(out: Path, state: dict | None, total_steps: int) -> dict | None:
     return metrics
 
 
-def tell_plan(cfg: Any, images: int, what: str, steps_per_epoch: int, start: int, total_steps: int, device: torch.device) -> None:
+def tell_plan(cfg: Any, images: int, what: str, steps_per_epoch: int, start: int, total_steps: int,
+              device: torch.device) -> None:
     """One line on what is about to run; another one on a backbone that starts without weights."""
     if cfg.backbone_weights == "random" and not getattr(cfg, "init_from", None):
-        learns, norm = getattr(cfg, "lr_backbone", 1) > 0, getattr(cfg, "backbone_norm", "bn")               # SoCo, DUPR: always, bn
+        learns, norm = getattr(cfg, "lr_backbone", 1) > 0, getattr(cfg, "backbone_norm", "bn")  # SoCo, DUPR: always, bn
         say("the backbone starts random: " + ("it is trained, with ordinary BatchNorm" if learns and norm == "bn" else
                                               "it is trained, with frozen BatchNorm" if learns else "and it is FROZEN"))
     pieces = world_size() * cfg.accumulate
-    say(f"{images} {what}, {steps_per_epoch} steps per epoch, steps {start}..{total_steps}; batch {cfg.batch_size} = {world_size()} processes x "
-        f"{cfg.accumulate} x {cfg.batch_size // pieces}; {device}")
+    say(f"{images} {what}, {steps_per_epoch} steps per epoch, steps {start}..{total_steps}; "
+        f"batch {cfg.batch_size} = {world_size()} processes x {cfg.accumulate} x {cfg.batch_size // pieces}; {device}")
 
 
-# ==== Numbers that are not finite ======================================================================================
+# ==== Numbers that are not finite =====================================================================================
 
 
 class FiniteWatch:
-    """Ends a run whose loss or gradient is not finite, naming the terms and the images (`name_of` their batch["index"]) and leaving the batch in the
-    output folder. The same command goes on from the last checkpoint and, as everything is seeded, arrives there again.
+    """Ends a run whose loss or gradient is not finite, naming the terms and the images (`name_of` their batch["index"])
+    and leaving the batch in the output folder. The same command goes on from the last checkpoint and, as everything is
+    seeded, arrives there again.
 
-    A step's numbers are looked at when the next has been started, so that nothing waits for the device: `settle` before anything is written.
+    A step's numbers are looked at when the next has been started, so that nothing waits for the device:
+    `settle` before anything is written.
     """
 
     def __init__(self, out: Path, name_of: Callable[[int], str]):
         self.out, self.name_of = out, name_of
-        self.pending: tuple | None = None                                    # step, names, values, when they are copied, batches
+        self.pending: tuple | None = None  # step, names, values, when they are copied, batches
 
     @contextlib.contextmanager
     def step(self, step: int, batches: list[dict]):
-        """Around a training step; give its terms, which hold `loss` and `grad_norm`, to the function that this yields."""
+        """Around a training step; give its terms, which hold `loss` and `grad_norm`,
+        to the function that this yields."""
         terms: dict[str, Tensor] = {}
         try:
             yield terms.update
@@ -544,5 +593,5 @@ class FiniteWatch:
         with replacing(path) as file:
             torch.save({"step": step, "error": reason, "files": files, "batches": batches}, file)
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
-        raise FloatingPointError(f"step {step}: {reason}; images of this process: {shown}; its batch is kept in {path}, and the last checkpoint is "
-                                 "untouched") from cause
+        raise FloatingPointError(f"step {step}: {reason}; images of this process: {shown}; "
+                                 f"its batch is kept in {path}, and the last checkpoint is untouched") from cause

@@ -1,12 +1,14 @@
-"""SoCo: self-supervised pretraining of a detector by making the features of the same object equal in views of different place and size.
+"""SoCo: self-supervised pretraining of a detector by making the features of the same object equal in views of
+different place and size.
 
 Paper: Fangyun Wei, Yue Gao, Zhirong Wu, Han Hu, Stephen Lin.
     Aligning Pretraining for Detection via Object-Level Contrastive Learning. NeurIPS 2021, arXiv 2106.02637.
 
-Idea: Selective search finds object-like boxes. Each is seen in three views of the image: whole, cropped, and cropped and half as large. Its RoI
-    feature, taken from the feature pyramid and sent through the detector's own box head, must predict the feature of the same box in the other views,
-    as in BYOL: against a slowly moving copy of the network, without negatives. A box is read from the pyramid level that fits its size in the view,
-    so the levels learn to agree. Backbone, FPN and box head, all that a Mask R-CNN needs before it knows classes, are pretrained together.
+Idea: Selective search finds object-like boxes. Each is seen in three views of the image: whole, cropped, and cropped
+    and half as large. Its RoI feature, taken from the feature pyramid and sent through the detector's own box head,
+    must predict the feature of the same box in the other views, as in BYOL: against a slowly moving copy of the
+    network, without negatives. A box is read from the pyramid level that fits its size in the view, so the levels learn
+    to agree. Backbone, FPN and box head, all that a Mask R-CNN needs before it knows classes, are pretrained together.
 
 Diagram:
     image --squash--> V1 [3, 224, 224]     boxes: K = 4 proposals that the crop of V2 (of V3) shows, jittered in V1, clipped to each view
@@ -14,7 +16,8 @@ Diagram:
       +--crop, flip--> V3 [3, 112, 112]       v
     V --ResNet-50, FPN--> P2..P5 --RoIAlign 7 x 7--> box head --> h [1024], Eq. (1) --> projector --> predictor --> v [256], online, V1 and Vj
     V --the same, a moving average of it-----------------------> h', Eq. (3) ---> projector -------------> v' [256], target, Vj and V1
-    level by the box's size in its view: V1's P4 may meet V3's P3; L = -2 cos(v, v') over matching boxes, both directions, Eq. (5), (6)
+    level by the box's size in its view: V1's P4 may meet V3's P3; L = -2 cos(v, v') over matching boxes,
+    both directions, Eq. (5), (6)
 
 Run:
     python soco.py --preset demo                                           # CPU, nothing downloaded, about 5 minutes
@@ -26,9 +29,11 @@ Run:
     torchrun --nproc_per_node=8 finetune.py --data coco --detector mask_rcnn_fpn --init_from out/soco-imagenet/last.pt
     python detreg.py --data imagenet100 --backbone_weights out/soco-imagenet/last.pt      # a backbone for the DETR family
 
-    Table 4, each row one switch more: --proposal_method whole --num_boxes 1 --fpn false --box_head false --scale_aware false --jitter_prob 0
-    --multi_view false; --proposal_method selective_search --num_boxes 4; --fpn; --box_head; --scale_aware; --jitter_prob 0.5; --multi_view.
-    Table 5: (a) --small_size 96..192; (b) --batch_size; (c) --num_boxes 1..16, --proposal_method random; (d) --ema_momentum 0.98..0.993.
+    Table 4, each row one switch more: --proposal_method whole --num_boxes 1 --fpn false --box_head false --scale_aware
+    false --jitter_prob 0 --multi_view false; --proposal_method selective_search --num_boxes 4; --fpn; --box_head;
+    --scale_aware; --jitter_prob 0.5; --multi_view.
+    Table 5: (a) --small_size 96..192; (b) --batch_size; (c) --num_boxes 1..16, --proposal_method random;
+        (d) --ema_momentum 0.98..0.993.
 
 Hyperparameters (default; --arch c4; where from):
     proposals     aspect 1/3..3, size 0.3..0.8 of the image's, >= 32 px           Sec. 3.2; released
@@ -40,28 +45,35 @@ Hyperparameters (default; --arch c4; where from):
     schedule      100 epochs (star: 400), 10 of warm-up, cosine; EMA 0.99 -> 1    Sec. 4.1; released
 
 Deviations (paper / released code / here):
-    D1  Proposals: selective search / a Python variant of it without colour spaces / OpenCV's fast mode at original size.
-    D2  Boxes below 32 px, and what to do when none is left (drop the size rule, then the aspect rule, then the whole image): not said / so / as
-        released (`--min_side`; `--preset paper`: 0).
-    D3  V3: V2 made smaller / its own crop / as released (`--v3 downsample`, `--preset paper`: as printed). SoCo* has both, as released: V3 is a crop
-        at 192 px, V4 is V2 made smaller.
-    D4  V2 is cut from the resized V1 / from the image / as released; its area for C4: 50..100 % / 60..100 % / as released.
-    D5  A pair's boxes: random K / K of those that overlap the pair's own crop, other boxes for V3 than for V2; fewer than K: copies, drawn anew in
-        each view, so that a box counts as often as the product of its copies / as released.
+    D1  Proposals: selective search / a Python variant of it without colour spaces / OpenCV's
+        fast mode at original size.
+    D2  Boxes below 32 px, and what to do when none is left (drop the size rule, then the aspect rule, then the whole
+        image): not said / so / as released (`--min_side`; `--preset paper`: 0).
+    D3  V3: V2 made smaller / its own crop / as released (`--v3 downsample`, `--preset paper`: as printed). SoCo* has
+        both, as released: V3 is a crop at 192 px, V4 is V2 made smaller.
+    D4  V2 is cut from the resized V1 / from the image / as released; its area for C4:
+        50..100 % / 60..100 % / as released.
+    D5  A pair's boxes: random K / K of those that overlap the pair's own crop, other boxes for V3 than for V2; fewer
+        than K: copies, drawn anew in each view, so that a box counts as often as the product of
+        its copies / as released.
     D6  Jitter: of the centre, one number / of the top left corner and the sides, four numbers / as released.
-    D7  All boxes go through all levels and the head sees one level at a time; the loss picks / so; BatchNorm statistics depend on it / as released.
-    D8  Eq. (5), (6): mean over boxes / mean over matching pairs of an image, then over images / as released; both directions, as BYOL.
+    D7  All boxes go through all levels and the head sees one level at a time; the loss picks / so;
+        BatchNorm statistics depend on it / as released.
+    D8  Eq. (5), (6): mean over boxes / mean over matching pairs of an image, then over images / as released;
+        both directions, as BYOL.
     D9  LARS: not said / one-dimensional parameters get no weight decay and no trust ratio / as released.
     D10 EMA momentum: rises to 1 in the released code, whose counter starts anew on resume / follows from the step here.
     D11 Cutout of boxes: not in the paper / in two scripts, where it raises an error / not built.
     D12 Random generators of Python, NumPy and torch, unseeded / one, from (seed, epoch, index).
-    D13 Table 4's rows below the full method have no released code: without FPN or head a box is the mean of its RoI; without scale-aware assignment a
-        box is compared with itself on every level.
-    D14 Last BatchNorm of every residual block: not said / starts at 0 / as released. 288 steps of 8 images at lr 0.03 lifted it to 0.07 (layer1)
-        and 0.01 (layer4) only, which leaves a network of shortcuts; `--zero_init_residual false` starts it at 1.
+    D13 Table 4's rows below the full method have no released code: without FPN or head a box is the mean of its RoI;
+        without scale-aware assignment a box is compared with itself on every level.
+    D14 Last BatchNorm of every residual block: not said / starts at 0 / as released. 288 steps of 8 images at lr 0.03
+        lifted it to 0.07 (layer1) and 0.01 (layer4) only, which leaves a network of shortcuts;
+        `--zero_init_residual false` starts it at 1.
 
-Expected: the loss falls from about 0 towards -8 (SoCo*: -12, C4: -4), which is perfect agreement; there within a few hundred steps, the network has
-    collapsed. Paper, Table 1 (Mask R-CNN FPN 1x, COCO): 42.3 / 37.6 after 100 epochs, 43.0 / 38.2 after 400, SoCo* 43.2 / 38.4. Not rerun here.
+Expected: the loss falls from about 0 towards -8 (SoCo*: -12, C4: -4), which is perfect agreement; there within a few
+    hundred steps, the network has collapsed. Paper, Table 1 (Mask R-CNN FPN 1x, COCO): 42.3 / 37.6 after 100 epochs,
+    43.0 / 38.2 after 400, SoCo* 43.2 / 38.4. Not rerun here.
 """
 from __future__ import annotations
 
@@ -166,10 +178,10 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"v3": "downsample", "min_side": 0},                            # D2, D3
     "demo": {
-        "data": "synthetic", "synthetic_images": 400, "cache_proposals": True, "min_side": 12, "image_size": 64, "small_size": 32, "star_size": 48,
-        "level_sizes": (14, 28, 55, 64), "backbone": "resnet18", "fpn_channels": 32, "head_dim": 128, "mlp_dim": 256, "embedding_dim": 64,
-        "ema_momentum": 0.96, "lr": 16.0, "batch_size": 16, "epochs": 12, "warmup_epochs": 1, "num_workers": 2, "log_every": 25, "save_every": 150,
-        "probe_images": 200,
+        "data": "synthetic", "synthetic_images": 400, "cache_proposals": True, "min_side": 12, "image_size": 64,
+        "small_size": 32, "star_size": 48, "level_sizes": (14, 28, 55, 64), "backbone": "resnet18", "fpn_channels": 32,
+        "head_dim": 128, "mlp_dim": 256, "embedding_dim": 64, "ema_momentum": 0.96, "lr": 16.0, "batch_size": 16,
+        "epochs": 12, "warmup_epochs": 1, "num_workers": 2, "log_every": 25, "save_every": 150, "probe_images": 200,
     },
 }
 
@@ -177,18 +189,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
     """What the released scripts change for C4 detectors and for SoCo*."""
     if values["arch"] == "c4":
-        size = 7 if values["preset"] == "demo" else 14                       # res5 on 14 x 14 is too much for a demo's CPU
-        return {"crop_area": (0.6, 1.0), "roi_size": size, "jitter_prob": 0.0, "multi_view": False, "scale_aware": False}
+        size = 7 if values["preset"] == "demo" else 14  # res5 on 14 x 14 is too much for a demo's CPU
+        return {"crop_area": (0.6, 1.0), "roi_size": size, "jitter_prob": 0.0,
+                "multi_view": False, "scale_aware": False}
     return {"epochs": 400} if values["star"] else {}
 
 
 # ==== 2. Data ====
-# Boxes of this section: float64 or integer corners (x1, y1, x2, y2), both INCLUSIVE, and an id, in pixels of the original image, as released.
+# Boxes of this section: float64 or integer corners (x1, y1, x2, y2), both INCLUSIVE, and an id,
+# in pixels of the original image, as released.
 # A crop is (x1, y1, x2, y2) with x2, y2 exclusive, as everywhere else.
 
 
-def filter_rects(rects: np.ndarray, wh: tuple[int, int], max_aspect: float, size_range: tuple[float, ...] | None, min_side: int) -> np.ndarray:
-    """bool [n]: which rects [n, 4] xywh (w, h in pixels) of an image of size wh are object-like (Sec. 3.2). size_range None: any size."""
+def filter_rects(rects: np.ndarray, wh: tuple[int, int], max_aspect: float, size_range: tuple[float, ...] | None,
+                 min_side: int) -> np.ndarray:
+    """bool [n]: which rects [n, 4] xywh (w, h in pixels) of an image of size wh are object-like (Sec. 3.2).
+    size_range None: any size."""
     w, h = rects[:, 2], rects[:, 3]
     keep = (w >= min_side) & (h >= min_side) & (w <= max_aspect * h) & (h <= max_aspect * w)
     if size_range is not None:
@@ -203,7 +219,8 @@ def inclusive_boxes(rects: np.ndarray) -> np.ndarray:
 
 
 def usable_boxes(rects: np.ndarray, wh: tuple[int, int], cfg: Config) -> np.ndarray:
-    """The proposals an image has: those that pass all rules, else the rules are given up one after another, else the whole image (D2). [n, 5]"""
+    """The proposals an image has: those that pass all rules, else the rules are given up one after another,
+    else the whole image (D2). [n, 5]"""
     for aspect, size in ((cfg.max_aspect, cfg.size_range), (cfg.max_aspect, None), (math.inf, None)):
         keep = filter_rects(rects, wh, aspect, size, cfg.min_side)
         if keep.any():
@@ -218,7 +235,8 @@ def overlapping(boxes: np.ndarray, crop: tuple[int, ...]) -> np.ndarray:
 
 
 def jitter_boxes(boxes: np.ndarray, apply: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Box i is moved where apply[i]: its corner by r[i, :2] and its sides by r[i, 2:] of its sides (D6). Not clipped."""
+    """Box i is moved where apply[i]: its corner by r[i, :2] and its sides by r[i, 2:] of
+    its sides (D6). Not clipped."""
     boxes = boxes.astype(np.float64)
     sides = boxes[:, 2:4] - boxes[:, :2] + 1
     corner = boxes[:, :2] + r[:, :2] * sides
@@ -242,8 +260,8 @@ def pad_boxes(boxes: np.ndarray, count: int, draws: np.ndarray) -> np.ndarray:
 
 @dataclass
 class PairDraw:
-    """What is random in the boxes of one pair of views. select [K]: which of the overlapping proposals; apply bool [K], r [K, 4]: jitter;
-    pad_first, pad_second int [K]: see pad_boxes."""
+    """What is random in the boxes of one pair of views. select [K]: which of the overlapping proposals; apply bool [K],
+    r [K, 4]: jitter; pad_first, pad_second int [K]: see pad_boxes."""
     select: np.ndarray
     apply: np.ndarray
     r: np.ndarray
@@ -258,15 +276,18 @@ def draw_pair(rng: np.random.Generator, overlaps: int, cfg: Config) -> PairDraw:
                     rng.integers(2 ** 31, size=k), rng.integers(2 ** 31, size=k))
 
 
-def pair_boxes(boxes: np.ndarray, first: tuple[int, ...], second: tuple[int, ...], draw: PairDraw, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Proposals [n, 5] -> `count` boxes in two crops of an image, [K, 5] each, in pixels of the crops: selected, jittered in the first crop only,
-    clipped, padded. Equal ids are the same object. A selected box lies in both; parts that stick out are cut off."""
+def pair_boxes(boxes: np.ndarray, first: tuple[int, ...], second: tuple[int, ...], draw: PairDraw,
+               count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Proposals [n, 5] -> `count` boxes in two crops of an image, [K, 5] each, in pixels of the crops: selected,
+    jittered in the first crop only, clipped, padded. Equal ids are the same object. A selected box lies in both; parts
+    that stick out are cut off."""
     chosen = overlapping(boxes, second)
     if len(chosen) >= count:
         chosen = chosen[draw.select]
     n = len(chosen)
     moved = jitter_boxes(chosen, draw.apply[:n], draw.r[:n])
-    return pad_boxes(clip_to_crop(moved, first), count, draw.pad_first), pad_boxes(clip_to_crop(chosen, second), count, draw.pad_second)
+    return (pad_boxes(clip_to_crop(moved, first), count, draw.pad_first),
+            pad_boxes(clip_to_crop(chosen, second), count, draw.pad_second))
 
 
 def resize_boxes(boxes: np.ndarray, crop: tuple[int, ...], side: int) -> np.ndarray:
@@ -276,40 +297,47 @@ def resize_boxes(boxes: np.ndarray, crop: tuple[int, ...], side: int) -> np.ndar
 
 
 def assign_levels(resized: np.ndarray, level_sizes: tuple[int, ...]) -> np.ndarray:
-    """Scale-aware assignment (Sec. 3.3): boxes [n, 4] in pixels of the view -> 0 = P2 .. 3 = P5 by sqrt(area), -1 above the last."""
+    """Scale-aware assignment (Sec. 3.3): boxes [n, 4] in pixels of the view -> 0 = P2 ..
+    3 = P5 by sqrt(area), -1 above the last."""
     size = np.sqrt((resized[:, 2] - resized[:, 0] + 1) * (resized[:, 3] - resized[:, 1] + 1))
     level = np.searchsorted(np.array(level_sizes), size, side="left")
     return np.where(level < len(level_sizes), level, -1)
 
 
-def correspondence(ids1: np.ndarray, ids2: np.ndarray, levels1: np.ndarray | None = None, levels2: np.ndarray | None = None, levels: int = 1
+def correspondence(ids1: np.ndarray, ids2: np.ndarray, levels1: np.ndarray | None = None,
+                   levels2: np.ndarray | None = None, levels: int = 1
                    ) -> np.ndarray:
     """float32 [L * K, L * K]: which rows of view 1 and of the other view are the same object; row = level * K + box.
 
-    With levels1, levels2 [K] a box counts on its own level only, which may differ in the two views; without them on all L levels, with itself.
+    With levels1, levels2 [K] a box counts on its own level only, which may differ in the two views;
+    without them on all L levels, with itself.
     """
     same = ids1[:, None] == ids2[None]                                       # [K, K]
     if levels1 is None:
         return np.kron(np.eye(levels), same).astype(np.float32)
     on1, on2 = (np.arange(levels)[:, None] == level for level in (levels1, levels2))                          # [L, K]
-    return (same[None, :, None] & on1[:, :, None, None] & on2[None, None]).reshape(levels * len(ids1), -1).astype(np.float32)
+    return (same[None, :, None] & on1[:, :, None, None]
+            & on2[None, None]).reshape(levels * len(ids1), -1).astype(np.float32)
 
 
 def relative_boxes(boxes: np.ndarray, crop: tuple[int, ...], flip: bool) -> np.ndarray:
-    """Boxes [n, 5] of a crop -> float32 [n, 4] in 0..1 of the view, mirrored when it is. Inclusive corners are divided as they are: a full box ends
-    one pixel early (released)."""
+    """Boxes [n, 5] of a crop -> float32 [n, 4] in 0..1 of the view, mirrored when it is. Inclusive corners are divided
+    as they are: a full box ends one pixel early (released)."""
     x1, y1, x2, y2 = (boxes[:, :4] / np.array([crop[2] - crop[0], crop[3] - crop[1]] * 2)).astype(np.float32).T
     return np.stack([1 - x2, y1, 1 - x1, y2] if flip else [x1, y1, x2, y2], 1)
 
 
 class ObjectViewsDataset(torch.utils.data.Dataset):
-    """One sample: views of an image and K boxes per pair (V1, Vj), j = 2, 3, (4). Random as a function of (seed, epoch, index).
+    """One sample: views of an image and K boxes per pair (V1, Vj), j = 2, 3, (4).
+    Random as a function of (seed, epoch, index).
 
-    Keys: views, [3, s, s] each; boxes1, boxes [P, K, 4] in 0..1 of V1 and of Vj; corres [P, L * K, L * K]; ids1, ids, levels1, levels [P, K]; index
-    of the image; skipped (unreadable files). separate (probe): proposals that overlap much are left out.
+    Keys: views, [3, s, s] each; boxes1, boxes [P, K, 4] in 0..1 of V1 and of Vj; corres [P, L * K, L * K]; ids1, ids,
+    levels1, levels [P, K]; index of the image; skipped (unreadable files). separate (probe):
+    proposals that overlap much are left out.
     """
 
-    def __init__(self, cfg: Config, source, indices: np.ndarray, store: proposals.ProposalStore | None = None, separate: bool = False):
+    def __init__(self, cfg: Config, source, indices: np.ndarray,
+                 store: proposals.ProposalStore | None = None, separate: bool = False):
         self.cfg, self.source, self.indices, self.store, self.separate = cfg, source, indices, store, separate
         self.generator = proposal_generator(cfg) if cfg.proposal_method != "whole" else None
         self.levels = 4 if cfg.arch == "fpn" and cfg.fpn else 1
@@ -318,7 +346,8 @@ class ObjectViewsDataset(torch.utils.data.Dataset):
                             data.Photometric(0.4, 0.4, 0.2, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=0.1, p_solarize=0.2)]
         small = (cfg.star_size if cfg.star else cfg.small_size,) if cfg.multi_view else ()
         self.sides = (cfg.image_size, cfg.image_size, *small, *((cfg.small_size,) if cfg.star else ()))
-        self.origin = (0, 1, 1 if cfg.v3 == "downsample" and not cfg.star else 2, 1)[:len(self.sides)]       # D3: 1 = V2 made smaller, with its boxes
+        # D3: 1 = V2 made smaller, with its boxes
+        self.origin = (0, 1, 1 if cfg.v3 == "downsample" and not cfg.star else 2, 1)[:len(self.sides)]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -360,33 +389,40 @@ class ObjectViewsDataset(torch.utils.data.Dataset):
             if origin not in drawn:
                 drawn[origin] = draw_pair(rng, len(overlapping(boxes, crop)), cfg)
             first, second = pair_boxes(boxes, crops[0], crop, drawn[origin], cfg.num_boxes)
-            levels = [assign_levels(resize_boxes(b, c, s), cfg.level_sizes) for b, c, s in ((first, crops[0], self.sides[0]), (second, crop, side))]
+            levels = [assign_levels(resize_boxes(b, c, s), cfg.level_sizes)
+                      for b, c, s in ((first, crops[0], self.sides[0]), (second, crop, side))]
             aware = levels if cfg.scale_aware and self.levels > 1 else (None, None)
             pair = {"boxes1": relative_boxes(first, crops[0], flips[0]), "boxes": relative_boxes(second, crop, flip),
-                    "corres": correspondence(first[:, 4], second[:, 4], *aware, self.levels), "ids1": first[:, 4].astype(np.int64),
+                    "corres": correspondence(first[:, 4], second[:, 4], *aware, self.levels),
+                    "ids1": first[:, 4].astype(np.int64),
                     "ids": second[:, 4].astype(np.int64), "levels1": levels[0], "levels": levels[1]}
             for name, value in pair.items():
                 sample[name].append(torch.from_numpy(value))
         views = [self.apply_view(rng, image, *view, int(i > 0)) for i, view in enumerate(zip(crops, self.sides, flips))]
         return {"views": views, **{k: torch.stack(v) for k, v in sample.items()}, "index": index, "skipped": skipped}
 
-    def apply_view(self, rng: np.random.Generator, image: Image.Image, crop: tuple[int, ...], side: int, flip: bool, pipeline: int) -> Tensor:
+    def apply_view(self, rng: np.random.Generator, image: Image.Image, crop: tuple[int, ...], side: int, flip: bool,
+                   pipeline: int) -> Tensor:
         """Crop, squash to side x side, flip, colours. [3, side, side]"""
         view = data.resize(image.crop(crop), (side, side))
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view
-        return data.to_normalized_tensor(data.apply_photometric(view, data.draw_photometric(rng, self.photometric[pipeline])))
+        return data.to_normalized_tensor(data.apply_photometric(view,
+                                                                data.draw_photometric(rng, self.photometric[pipeline])))
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """views: a list of [B, 3, s, s]; all else stacked, [B, P, ...]."""
-    joined = {k: torch.stack([s[k] for s in samples]) for k in ("boxes1", "boxes", "corres", "ids1", "ids", "levels1", "levels")}
-    return joined | {"views": [torch.stack(view) for view in zip(*(s["views"] for s in samples))], "index": [s["index"] for s in samples],
+    joined = {k: torch.stack([s[k] for s in samples])
+              for k in ("boxes1", "boxes", "corres", "ids1", "ids", "levels1", "levels")}
+    return joined | {"views": [torch.stack(view) for view in zip(*(s["views"] for s in samples))],
+                     "index": [s["index"] for s in samples],
                      "skipped": [path for s in samples for path in s["skipped"]]}
 
 
 def proposal_generator(cfg: Config) -> proposals.Generator:
     grid = (cfg.proposal_grid or None) if cfg.proposal_method == "selective_search" else None
-    return proposals.Generator(cfg.proposal_method, cfg.proposal_mode, grid, cfg.proposal_rank, cfg.edge_model, cfg.seed)
+    return proposals.Generator(cfg.proposal_method, cfg.proposal_mode, grid, cfg.proposal_rank,
+                               cfg.edge_model, cfg.seed)
 
 
 # ==== 3. Model ====
@@ -406,7 +442,8 @@ class ConvNorm(nn.Module):
 
 
 class FPN(nn.Module):
-    """C2..C5 -> P2..P5, all `channels` wide (Lin et al., CVPR 2017), with BatchNorm. Upsampled to the finer map's size, which need not be twice."""
+    """C2..C5 -> P2..P5, all `channels` wide (Lin et al., CVPR 2017), with BatchNorm.
+    Upsampled to the finer map's size, which need not be twice."""
 
     def __init__(self, in_channels: list[int], channels: int):
         super().__init__()
@@ -426,12 +463,14 @@ class BoxHead(nn.Module):
     def __init__(self, in_channels: int, channels: int, roi_size: int, head_dim: int):
         super().__init__()
         for i in range(1, 5):
-            self.add_module(f"conv{i}", nn.Conv2d(in_channels if i == 1 else channels, channels, 3, padding=1, bias=False))
+            self.add_module(f"conv{i}",
+                            nn.Conv2d(in_channels if i == 1 else channels, channels, 3, padding=1, bias=False))
             self.add_module(f"bn{i}", nn.BatchNorm2d(channels))
         self.fc1 = nn.Linear(channels * roi_size ** 2, head_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3), (self.conv4, self.bn4)):
+        for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2),
+                         (self.conv3, self.bn3), (self.conv4, self.bn4)):
             x = F.relu(bn(conv(x)))
         return F.relu(self.fc1(x.flatten(1)))
 
@@ -441,22 +480,25 @@ class MLP(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int):
         super().__init__()
-        self.linear1, self.bn1, self.linear2 = nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.Linear(hidden_dim, out_dim)
+        self.linear1, self.bn1, self.linear2 = (nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim),
+                                                nn.Linear(hidden_dim, out_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear2(F.relu(self.bn1(self.linear1(x))))
 
 
-TARGET = ("encoder", "neck", "head", "projector")                            # parts that have a moving average, called <part>_k
+TARGET = ("encoder", "neck", "head", "projector")  # parts that have a moving average, called <part>_k
 
 
 class SoCo(nn.Module):
-    """Online and target network. Names as released: encoder, neck, head, projector, predictor; encoder_k, neck_k, head_k, projector_k.
+    """Online and target network. Names as released: encoder, neck, head, projector, predictor; encoder_k,
+    neck_k, head_k, projector_k.
 
     arch "c4": RoIs are cut from C4, the encoder's layer4 is the head. fpn, head False: Table 4 (D13).
     """
 
-    def __init__(self, backbone: common.Backbone, *, arch: str = "fpn", fpn: bool = True, head: bool = True, fpn_channels: int = 256,
+    def __init__(self, backbone: common.Backbone, *, arch: str = "fpn",
+                 fpn: bool = True, head: bool = True, fpn_channels: int = 256,
                  head_dim: int = 1024, mlp_dim: int = 4096, embedding_dim: int = 256, roi_size: int = 7):
         super().__init__()
         self.arch, self.roi_size = arch, roi_size
@@ -482,14 +524,17 @@ class SoCo(nn.Module):
         """f^I(V) of Eq. (1): P2..P5; C5 without FPN; C4 for C4 detectors."""
         encoder, neck = (self.encoder_k, self.neck_k) if target else (self.encoder, self.neck)
         if self.arch == "c4":
-            return common.run_stages(((n, m) for n, m in encoder.named_children() if n != "layer4"), images, ("layer3",))
+            return common.run_stages(((n, m) for n, m in encoder.named_children() if n != "layer4"), images,
+                                     ("layer3",))
         outputs = common.run_stages(encoder.named_children(), images, ("layer1", "layer2", "layer3", "layer4"))
         return neck(outputs) if neck is not None else outputs[-1:]
 
     def object_features(self, feature_map: Tensor, boxes: Tensor, target: bool) -> Tensor:
-        """h = f^H(RoIAlign(f^I(V), b)), Eq. (1)-(3), of one level: boxes [B, K, 4] in 0..1 of the view -> [B * K, head_dim]."""
+        """h = f^H(RoIAlign(f^I(V), b)), Eq. (1)-(3), of one level:
+        boxes [B, K, 4] in 0..1 of the view -> [B * K, head_dim]."""
         height, width = feature_map.shape[-2:]
-        rois = list(boxes * common.constant((width, height) * 2, boxes.device))         # by the map's size, not its stride: 3.5 cells are 4
+        # by the map's size, not its stride: 3.5 cells are 4
+        rois = list(boxes * common.constant((width, height) * 2, boxes.device))
         x = roi_align(feature_map.float(), rois, self.roi_size, 1.0, sampling_ratio=-1, aligned=True)
         if self.arch == "c4":
             return (self.encoder_k if target else self.encoder).layer4(x).mean((2, 3))
@@ -497,8 +542,8 @@ class SoCo(nn.Module):
         return head(x) if head is not None else x.mean((2, 3))
 
     def embed(self, images: Tensor, box_sets: list[Tensor], target: bool) -> list[Tensor]:
-        """v = q(g(h)) of the online network, v' = g(h) of the target, Eq. (4), unit length: per box set [B, K, 4] a tensor [B, L * K, D], row =
-        level * K + box. Every box on every level, one level at a time (D7)."""
+        """v = q(g(h)) of the online network, v' = g(h) of the target, Eq. (4), unit length: per box set [B, K, 4] a
+        tensor [B, L * K, D], row = level * K + box. Every box on every level, one level at a time (D7)."""
         maps, embeddings = self.maps(images, target), []
         for boxes in box_sets:
             rows = []
@@ -509,8 +554,10 @@ class SoCo(nn.Module):
             embeddings.append(torch.cat(rows, 1))
         return embeddings
 
-    def forward(self, views: list[Tensor], boxes1: Tensor, boxes: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """views: V1, V2, ... [B, 3, s, s]; boxes1, boxes [B, P, K, 4] of V1 and of Vj. Per pair (v1, vj, v1', vj'), [B, L * K, D]; primes: target."""
+    def forward(self, views: list[Tensor], boxes1: Tensor,
+                boxes: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """views: V1, V2, ... [B, 3, s, s]; boxes1, boxes [B, P, K, 4] of V1 and of Vj. Per pair (v1, vj, v1', vj'),
+        [B, L * K, D]; primes: target."""
         def both(target: bool) -> tuple[list[Tensor], list[Tensor]]:
             return (self.embed(views[0], list(boxes1.unbind(1)), target),
                     [self.embed(view, [b], target)[0] for view, b in zip(views[1:], boxes.unbind(1))])
@@ -521,7 +568,8 @@ class SoCo(nn.Module):
 
 
 def init_resnet(body: nn.Module) -> None:
-    """Released: the last BatchNorm of every block starts at 0; convolutions are N(0, 2 / (k * k * out)), which is torchvision's."""
+    """Released: the last BatchNorm of every block starts at 0; convolutions are N(0,
+    2 / (k * k * out)), which is torchvision's."""
     for layer in (m for name, m in body.named_children() if name.startswith("layer")):
         for block in layer:
             nn.init.zeros_((block.bn3 if hasattr(block, "bn3") else block.bn2).weight)
@@ -534,15 +582,16 @@ def build_model(cfg: Config) -> SoCo:
     if cfg.zero_init_residual:
         init_resnet(backbone.body)
     convert.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.backbone)
-    return SoCo(backbone, arch=cfg.arch, fpn=cfg.fpn, head=cfg.box_head, fpn_channels=cfg.fpn_channels, head_dim=cfg.head_dim, mlp_dim=cfg.mlp_dim,
-                embedding_dim=cfg.embedding_dim, roi_size=cfg.roi_size)
+    return SoCo(backbone, arch=cfg.arch, fpn=cfg.fpn, head=cfg.box_head, fpn_channels=cfg.fpn_channels,
+                head_dim=cfg.head_dim, mlp_dim=cfg.mlp_dim, embedding_dim=cfg.embedding_dim, roi_size=cfg.roi_size)
 
 
 # ==== 4. Loss ====
 
 
 def pair_loss(v: Tensor, target: Tensor, corres: Tensor) -> Tensor:
-    """One term of Eq. (5), (6): -2 cos(v, v') over the matching boxes of an image, mean over images; [B, R, D] each, corres [B, R, R].
+    """One term of Eq. (5), (6): -2 cos(v, v') over the matching boxes of an image, mean over images;
+    [B, R, D] each, corres [B, R, R].
 
     An image without a match adds 0 and counts in the mean (released).
     """
@@ -551,7 +600,8 @@ def pair_loss(v: Tensor, target: Tensor, corres: Tensor) -> Tensor:
 
 
 def soco_loss(pairs: list[tuple[Tensor, Tensor, Tensor, Tensor]], corres: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. (6) for all pairs of views and both directions: (total, terms loss_12, loss_21, loss_13, ...). corres [B, P, R, R]."""
+    """Eq. (6) for all pairs of views and both directions: (total, terms loss_12, loss_21, loss_13,
+    ...). corres [B, P, R, R]."""
     terms = {}
     for j, ((v1, vj, target1, targetj), match) in enumerate(zip(pairs, corres.unbind(1)), start=2):
         terms[f"loss_1{j}"] = pair_loss(v1, targetj, match)
@@ -563,8 +613,8 @@ def soco_loss(pairs: list[tuple[Tensor, Tensor, Tensor, Tensor]], corres: Tensor
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is a fixed share of the parameter's length (You et al., arXiv 1708.03888). One-dimensional parameters (biases,
-    BatchNorm) take plain steps (D9)."""
+    """SGD with momentum whose step is a fixed share of the parameter's length (You et al., arXiv 1708.03888).
+    One-dimensional parameters (biases, BatchNorm) take plain steps (D9)."""
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
@@ -577,7 +627,8 @@ class LARS(torch.optim.Optimizer):
                 continue
             updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
             if shaped := [i for i, p in enumerate(params) if p.dim() > 1]:
-                lengths, slopes = (torch.stack(torch._foreach_norm([tensors[i] for i in shaped])) for tensors in (params, updates))
+                lengths, slopes = (torch.stack(torch._foreach_norm([tensors[i] for i in shaped]))
+                                   for tensors in (params, updates))
                 scales = torch.where((lengths > 0) & (slopes > 0), group["trust"] * lengths / (slopes + 1e-8), 1.0)
                 torch._foreach_mul_([updates[i] for i in shaped], list(scales.unbind()))
             for p in params:
@@ -599,7 +650,8 @@ def lars_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_optimizer(cfg: Config, model: nn.Module) -> LARS:
     """The rate is given for 256 images a step."""
     base_lr = cfg.lr * cfg.batch_size / 256
-    return LARS([{**group, "base_lr": base_lr} for group in lars_groups(model, cfg.weight_decay)], base_lr, cfg.sgd_momentum, trust=cfg.trust)
+    return LARS([{**group, "base_lr": base_lr} for group in lars_groups(model, cfg.weight_decay)], base_lr,
+                cfg.sgd_momentum, trust=cfg.trust)
 
 
 def lr_at(step: int, lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: float, lr_min: float = 1e-6) -> float:
@@ -623,10 +675,11 @@ def momentum_at(step: int, base: float, steps: int) -> float:
 
 def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], momentum: float,
                device: torch.device) -> dict[str, Tensor]:
-    """One step: target update, forward of both networks, loss, LARS. Returns the terms, the total and the gradient norm.
+    """One step: target update, forward of both networks, loss, LARS. Returns the terms,
+    the total and the gradient norm.
 
-    Every image counts alike, so the mean of the processes' gradients is that of the whole batch, but for BatchNorm: its statistics are of all
-    processes on CUDA (SyncBatchNorm), of each process on CPU.
+    Every image counts alike, so the mean of the processes' gradients is that of the whole batch, but for BatchNorm: its
+    statistics are of all processes on CUDA (SyncBatchNorm), of each process on CPU.
     """
     getattr(model, "module", model).update_target(momentum)
     views = [view.to(device, non_blocking=True) for view in batch["views"]]
@@ -646,13 +699,14 @@ def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 @torch.no_grad()
-def find_objects(model: SoCo, probe_set: ObjectViewsDataset, num_workers: int, device: torch.device, other: bool = False, text: str = ""
+def find_objects(model: SoCo, probe_set: ObjectViewsDataset, num_workers: int, device: torch.device,
+                 other: bool = False, text: str = ""
                  ) -> list[dict]:
-    """Is a box of V1 found again in the other views of unseen images by its h, Eq. (1)? Rows {"index", "all", "own": right or not, "view": j, "best":
-    [image, box], "box"}, one per box and pair of views.
+    """Is a box of V1 found again in the other views of unseen images by its h, Eq. (1)? Rows {"index", "all", "own":
+    right or not, "view": j, "best": [image, box], "box"}, one per box and pair of views.
 
-    all: the most alike of all boxes of the batch's images is the same box; own: of those of its image. other: h of V1 comes from the next image, at
-    the same place, so what place and size give away is left.
+    all: the most alike of all boxes of the batch's images is the same box; own: of those of its image. other: h of V1
+    comes from the next image, at the same place, so what place and size give away is left.
     """
     model.eval()
     found = []
@@ -660,7 +714,8 @@ def find_objects(model: SoCo, probe_set: ObjectViewsDataset, num_workers: int, d
         views = [view.to(device) for view in batch["views"]]
         first = model.maps(views[0].roll(-1, 0) if other else views[0], False)
         for pair, view in enumerate(views[1:]):
-            h = [F.normalize(select_level(model, maps, batch[b][:, pair].to(device), batch[levels][:, pair]), dim=-1).flatten(0, 1)
+            h = [F.normalize(select_level(model, maps, batch[b][:, pair].to(device), batch[levels][:, pair]),
+                             dim=-1).flatten(0, 1)
                  for maps, b, levels in ((first, "boxes1", "levels1"), (model.maps(view, False), "boxes", "levels"))]
             ids1, ids = (batch[k][:, pair] for k in ("ids1", "ids"))         # [B, K]
             image = torch.arange(len(ids)).repeat_interleave(ids.shape[1])
@@ -671,14 +726,16 @@ def find_objects(model: SoCo, probe_set: ObjectViewsDataset, num_workers: int, d
                 if label in ids1[i, :row % ids1.shape[1]]:                   # a copy, see pad_boxes
                     continue
                 right = [bool(image[b] == i) and int(ids.flatten()[b]) == label for b in (best[row], best_own[row])]
-                found.append({"index": batch["index"][i], "view": pair + 2, "all": right[0], "own": right[1], "box": row % ids1.shape[1],
+                found.append({"index": batch["index"][i], "view": pair + 2,
+                              "all": right[0], "own": right[1], "box": row % ids1.shape[1],
                               "best": [int(image[best_own[row]]), int(best_own[row]) % ids1.shape[1]]})
     return evaluation.gather(found)
 
 
 def select_level(model: SoCo, maps: list[Tensor], boxes: Tensor, levels: Tensor) -> Tensor:
     """h [B, K, D] of every box [B, K, 4] from its own level [B, K]."""
-    features = torch.stack([model.object_features(m, boxes, False).unflatten(0, boxes.shape[:2]) for m in maps], 2)       # [B, K, L, D]
+    # [B, K, L, D]
+    features = torch.stack([model.object_features(m, boxes, False).unflatten(0, boxes.shape[:2]) for m in maps], 2)
     index = levels.clamp(0, len(maps) - 1).to(boxes.device)
     return features.gather(2, index[..., None, None].expand(-1, -1, 1, features.shape[-1]))[:, :, 0]
 
@@ -687,11 +744,13 @@ def retrieval_metrics(rows: list[dict]) -> dict[str, float]:
     """Shares of boxes found: among all ("retrieval"), per view, and among those of their own image."""
     views = sorted({row["view"] for row in rows})
     per_view = {f"view{j}": float(np.mean([row["all"] for row in rows if row["view"] == j])) for j in views}
-    return {"retrieval": float(np.mean([row["all"] for row in rows])), **per_view, "own_image": float(np.mean([row["own"] for row in rows]))}
+    return {"retrieval": float(np.mean([row["all"] for row in rows])), **per_view,
+            "own_image": float(np.mean([row["own"] for row in rows]))}
 
 
 def probe(cfg: Config, model: SoCo, probe_source, held_out: np.ndarray, device: torch.device) -> dict[str, Any]:
-    """Retrieval of the same box across views and scales, before and after, and predictions.png. `shuffled`: see find_objects, other."""
+    """Retrieval of the same box across views and scales, before and after, and predictions.png.
+    `shuffled`: see find_objects, other."""
     probe_set = ObjectViewsDataset(cfg, probe_source, held_out, separate=True)
     untrained = build_model(cfg).to(device)
     rows = {"untrained": find_objects(untrained, probe_set, cfg.num_workers, device, text="untrained"),
@@ -704,7 +763,8 @@ def probe(cfg: Config, model: SoCo, probe_source, held_out: np.ndarray, device: 
 
 
 def draw_objects(path: Path, probe_set: ObjectViewsDataset, rows: list[dict], count: int = 6) -> None:
-    """One row per image: boxes of V1, the same in V2, and which boxes of V2 the features of V1 found among the image's own."""
+    """One row per image: boxes of V1, the same in V2, and which boxes of V2 the features of V1
+    found among the image's own."""
     images, columns = [], {"boxes of V1": [], "the same in V2": [], "found in V2": []}
     for position in range(min(count, len(probe_set))):
         sample = probe_set[0, position]
@@ -727,32 +787,41 @@ def draw_objects(path: Path, probe_set: ObjectViewsDataset, rows: list[dict], co
 def check(cfg: Config) -> None:
     """What a configuration alone can be wrong in."""
     if cfg.accumulate > 1:
-        raise UserError(f"--accumulate {cfg.accumulate}: SoCo needs the whole batch at once (BatchNorm, target network); give a smaller --batch_size")
+        raise UserError(f"--accumulate {cfg.accumulate}: SoCo needs the whole batch at once (BatchNorm, "
+                        "target network); give a smaller --batch_size")
     if cfg.batch_size * cfg.num_boxes == common.world_size():
-        raise UserError(f"--batch_size {cfg.batch_size} --num_boxes {cfg.num_boxes}: one box per process, but BatchNorm needs two; give more")
+        raise UserError(f"--batch_size {cfg.batch_size} --num_boxes {cfg.num_boxes}: one box per process, "
+                        "but BatchNorm needs two; give more")
     if cfg.arch == "c4" and (cfg.scale_aware or not cfg.fpn or not cfg.box_head):
         raise UserError("--arch c4 has neither FPN nor box head: leave out --scale_aware, --fpn and --box_head")
     if cfg.scale_aware and not cfg.fpn:
         raise UserError("--scale_aware needs the levels of --fpn: leave one out, or give --scale_aware false")
     if cfg.star and not cfg.multi_view:
-        raise UserError("--star is made of four views: " + ("add --multi_view" if cfg.arch == "c4" else "leave out --multi_view false"))
+        raise UserError("--star is made of four views: "
+                        + ("add --multi_view" if cfg.arch == "c4" else "leave out --multi_view false"))
     if len(cfg.level_sizes) != 4 or list(cfg.level_sizes) != sorted(cfg.level_sizes):
-        raise UserError(f"--level_sizes {' '.join(map(str, cfg.level_sizes))}: give four rising sizes, of P2, P3, P4 and P5")
+        raise UserError(f"--level_sizes {' '.join(map(str, cfg.level_sizes))}: "
+                        "give four rising sizes, of P2, P3, P4 and P5")
     for name, low, high in (("crop_area", 0, 1), ("size_range", 0, math.inf)):
         pair = getattr(cfg, name)
         if not (len(pair) == 2 and low <= pair[0] <= pair[1] <= high and pair[1] > 0):
-            raise UserError(f"--{name} {' '.join(map(str, pair))}: give the smallest and the largest share, in this order")
+            raise UserError(f"--{name} {' '.join(map(str, pair))}: "
+                            "give the smallest and the largest share, in this order")
     if (least := min(cfg.image_size, cfg.small_size, cfg.star_size)) < 32:
-        raise UserError(f"--image_size, --small_size, --star_size: {least} is too small, a view needs at least 32 pixels a side")
+        raise UserError("--image_size, --small_size, "
+                        f"--star_size: {least} is too small, a view needs at least 32 pixels a side")
     if least == 32 and cfg.batch_size == common.world_size():
-        raise UserError(f"--batch_size {cfg.batch_size}: one image per process, of which a view of 32 pixels leaves BatchNorm one value; give more")
-    if cfg.scale_aware and (largest := max(cfg.image_size, cfg.small_size, cfg.star_size * cfg.star)) > cfg.level_sizes[-1]:
-        raise UserError(f"--level_sizes {' '.join(map(str, cfg.level_sizes))}: a view of {largest} pixels has boxes above the last; raise it")
+        raise UserError(f"--batch_size {cfg.batch_size}: one image per process, "
+                        "of which a view of 32 pixels leaves BatchNorm one value; give more")
+    if (cfg.scale_aware
+        and (largest := max(cfg.image_size, cfg.small_size, cfg.star_size * cfg.star)) > cfg.level_sizes[-1]):
+        raise UserError(f"--level_sizes {' '.join(map(str, cfg.level_sizes))}: "
+                        f"a view of {largest} pixels has boxes above the last; raise it")
     if cfg.proposal_store and cfg.proposal_method in ("random", "whole"):
         raise UserError(f"--proposal_method {cfg.proposal_method} uses no --proposal_store: leave one out")
     if not (0 <= cfg.jitter_prob <= 1 and 0 <= cfg.jitter_ratio < 0.5 and cfg.roi_size > 0):
-        raise UserError(f"--jitter_prob {cfg.jitter_prob} must lie in 0..1, --jitter_ratio {cfg.jitter_ratio} in 0..0.5, --roi_size {cfg.roi_size} "
-                        "above 0")
+        raise UserError(f"--jitter_prob {cfg.jitter_prob} must lie in 0..1, "
+                        f"--jitter_ratio {cfg.jitter_ratio} in 0..0.5, --roi_size {cfg.roi_size} above 0")
     if cfg.lr <= 0:
         raise UserError(f"--lr {cfg.lr:g}: must be above 0")
     if not 0 <= cfg.ema_momentum <= 1:
@@ -762,13 +831,15 @@ def check(cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg = run.parse_config(Config, PRESETS, argv, script="soco", description=__doc__.split("\n\n")[0], by_data=recipe_of)
+    cfg = run.parse_config(Config, PRESETS, argv, script="soco",
+                           description=__doc__.split("\n\n")[0], by_data=recipe_of)
     device = common.setup_distributed(cfg.device)
     check(cfg)
     out = Path(cfg.out)
     source, indices, probe_source, held_out = data.open_pretraining(cfg)
     sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
-    data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)        # complains about sizes before anything is written
+    # complains about sizes before anything is written
+    data.StepSampler(len(indices), cfg.batch_size, 1, **sampler_args)
     identity = run.identity("soco", len(source), source.fingerprint())
     state = run.open_run(cfg, **identity)
     steps_per_epoch = len(indices) // cfg.batch_size
@@ -777,7 +848,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         run.say(summary(metrics))
         return metrics
 
-    store = proposals.open_store(cfg, source, proposal_generator(cfg)) if cfg.proposal_method not in ("random", "whole") else None
+    store = (proposals.open_store(cfg, source, proposal_generator(cfg))
+             if cfg.proposal_method not in ("random", "whole") else None)
     train_set = ObjectViewsDataset(cfg, source, indices, store)
     model = build_model(cfg).to(device)
     optimizer = build_optimizer(cfg, model)
@@ -794,7 +866,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for step in run.until_stopped(bar):
         run.seed_step(cfg.seed, step)
         wrapped.train()
-        lr = common.set_lr(optimizer, lr_at(step, 1.0, steps_per_epoch, cfg.epochs, cfg.warmup_epochs, cfg.lr_min / base_lr))
+        lr = common.set_lr(optimizer,
+                           lr_at(step, 1.0, steps_per_epoch, cfg.epochs, cfg.warmup_epochs, cfg.lr_min / base_lr))
         momentum = momentum_at(step, cfg.ema_momentum, momentum_steps)
         batch = next(batches)
         skipped.add(batch["skipped"])
@@ -817,7 +890,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metrics |= probe(cfg, model, probe_source, held_out, device)
     if common.rank() == 0:
         evaluation.write_json(out / "metrics.json", metrics)
-        run.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json" + (", predictions.png" if len(held_out) else ""))
+        run.say(summary(metrics) + f"\nwrote {out}/last.pt, log.jsonl, metrics.json"
+                + (", predictions.png" if len(held_out) else ""))
     skipped.tell()
     common.barrier()
     return metrics
@@ -825,7 +899,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def summary(metrics: dict[str, Any]) -> str:
     columns = next((list(row) for row in metrics.values() if isinstance(row, dict)), [])
-    return evaluation.probe_table(metrics, columns, "share of boxes found again in another view, among those of up to 9 unseen images (")
+    return evaluation.probe_table(metrics, columns,
+                                  "share of boxes found again in another view, among those of up to 9 unseen images (")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Multi-scale deformable attention: our forms against the released core and Hugging Face transformers', in time, memory and exactness.
+"""Multi-scale deformable attention: our forms against the released core and Hugging Face transformers',
+in time, memory and exactness.
 
   python benchmarks/attention.py [--device cpu|cuda] [--rounds N] [--batch_sizes 2 16] [--sizes 480x600 800x1333] [--compile]
 
-The stacked core is what the released codes fall back to without their CUDA operator: samples of all levels side by side, one weighted sum. On CPU the
-clock is this process's CPU time at one thread, since others share the cores; `--threads N` takes the wall time of N.
+The stacked core is what the released codes fall back to without their CUDA operator: samples of all levels side by
+side, one weighted sum. On CPU the clock is this process's CPU time at one thread, since others share the cores;
+`--threads N` takes the wall time of N.
 """
 from __future__ import annotations
 
@@ -45,15 +47,18 @@ def transformers_core() -> Callable[..., Tensor] | None:
     return attend
 
 
-def case(batch: int, image_hw: tuple[int, int], queries: int | None, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple:
-    """Inputs as a detector has them: four levels, 8 heads of 32 channels, 4 points some pixels around each reference. queries None: the encoder,
-    every pixel of every level asks. No point lies on the border of a cell, where the gradient of its place jumps."""
+def case(batch: int, image_hw: tuple[int, int], queries: int | None, device: torch.device,
+         dtype: torch.dtype = torch.float32) -> tuple:
+    """Inputs as a detector has them: four levels, 8 heads of 32 channels, 4 points some pixels around each reference.
+    queries None: the encoder, every pixel of every level asks. No point lies on the border of a cell, where the
+    gradient of its place jumps."""
     torch.manual_seed(0)
     shapes, (h, w) = [], image_hw
     for stride in (8, 16, 32, 64):
         shapes.append((-(-h // stride), -(-w // stride)))
     grids = [torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij") for h, w in shapes]
-    reference = torch.rand(queries, 2) if queries else torch.cat([torch.stack([x, y], -1).view(-1, 2) for y, x in grids])
+    reference = (torch.rand(queries, 2) if queries
+                 else torch.cat([torch.stack([x, y], -1).view(-1, 2) for y, x in grids]))
     Q, size = len(reference), torch.tensor([(w, h) for h, w in shapes]).view(4, 1, 2)
     place = reference.view(1, Q, 1, 1, 1, 2) * size + torch.randn(batch, Q, 8, 4, 4, 2) * 2 - 0.5
     locations = (place.floor() + (place % 1).clamp(0.01, 0.99) + 0.5) / size
@@ -74,12 +79,14 @@ def run(attend: Callable[..., Tensor], inputs: tuple, backward: bool, direction:
 
 
 def error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest deviation from the float64 result, relative to its standard deviation, over the output and the three gradients."""
+    """Largest deviation from the float64 result, relative to its standard deviation,
+    over the output and the three gradients."""
     return max(((a.double() - b).abs().max() / b.std()).item() for a, b in zip(found, exact))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2])
@@ -94,7 +101,8 @@ def main() -> None:
                                               "reference": common.multi_scale_deformable_attention}
     ours = common.deformable_attention_for(device)
     ways["ours"] = ours if ours is not common.multi_scale_deformable_attention else None
-    ways["compiled reference"] = torch.compile(common.multi_scale_deformable_attention, dynamic=True) if args.compile else None
+    ways["compiled reference"] = (torch.compile(common.multi_scale_deformable_attention, dynamic=True)
+                                  if args.compile else None)
     ways = {name: way for name, way in ways.items() if way}
     rows: list[list[Any]] = []
     for batch in args.batch_sizes:
@@ -105,15 +113,20 @@ def main() -> None:
                 exact = run(common.multi_scale_deformable_attention, exact, True)
                 errors = {name: error(run(way, inputs, True), exact) for name, way in ways.items()}
                 del exact
-                forward = measure.interleave({n: lambda w=w: run(w, inputs, False) for n, w in ways.items()}, args.rounds, device, clock=clock)
-                both = measure.interleave({n: lambda w=w: run(w, inputs, True) for n, w in ways.items()}, args.rounds, device, clock=clock)
+                forward = measure.interleave({n: lambda w=w: run(w, inputs, False) for n, w in ways.items()},
+                                             args.rounds, device, clock=clock)
+                both = measure.interleave({n: lambda w=w: run(w, inputs, True) for n, w in ways.items()},
+                                          args.rounds, device, clock=clock)
                 for name, way in ways.items():
-                    rows.append([f"{part} {size} x{batch}", name, measure.spread(forward[name], 1000), measure.spread(both[name], 1000),
-                                 measure.spread(measure.ratios(both, name, "stacked core")), measure.peak_mib(lambda: run(way, inputs, True), device),
-                                 f"{errors[name]:.1e}"])
+                    rows.append([f"{part} {size} x{batch}", name, measure.spread(forward[name], 1000),
+                                 measure.spread(both[name], 1000),
+                                 measure.spread(measure.ratios(both, name, "stacked core")),
+                                 measure.peak_mib(lambda: run(way, inputs, True), device), f"{errors[name]:.1e}"])
     libraries = {"transformers": __import__("transformers").__version__} if "transformers" in ways else {}
-    columns = ["case", "form", "forward ms", "forward + backward ms", "time / stacked core", "peak MiB", "largest error / std"]
-    measure.report("Multi-scale deformable attention, fp32", columns, rows, measure.machine(device, clock=clock.__name__, **libraries))
+    columns = ["case", "form", "forward ms", "forward + backward ms", "time / stacked core",
+               "peak MiB", "largest error / std"]
+    measure.report("Multi-scale deformable attention, fp32", columns, rows,
+                   measure.machine(device, clock=clock.__name__, **libraries))
 
 
 if __name__ == "__main__":

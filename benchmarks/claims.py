@@ -5,15 +5,16 @@
   python benchmarks/claims.py --list                            # what there is, and what is left to run
   python benchmarks/claims.py --report                          # write claims.md and the pictures again, run nothing
 
-A run is a call of a script's own main(argv) in a process of its own, with one thread on a CPU; an arm is a chain of runs (proposals, backbone,
-pretraining, fine-tuning); a claim compares two arms seed by seed. Unlabelled images, their proposals and the frozen backbone of the DETR family
-are the same for all seeds; the seed draws labelled and test scenes, weights and order. Every finished run is a line of claims.jsonl, found again
-by the hash of its script and flags (and of the runs it starts from), so the benchmark can be stopped and continued anywhere, and arms share runs.
+A run is a call of a script's own main(argv) in a process of its own, with one thread on a CPU; an arm is a chain of
+runs (proposals, backbone, pretraining, fine-tuning); a claim compares two arms seed by seed. Unlabelled images, their
+proposals and the frozen backbone of the DETR family are the same for all seeds; the seed draws labelled and test
+scenes, weights and order. Every finished run is a line of claims.jsonl, found again by the hash of its script and flags
+(and of the runs it starts from), so the benchmark can be stopped and continued anywhere, and arms share runs.
 Checkpoints lie in out/claims until nothing needs them; one that is missing is made again.
 
-Judged claims get a word, from the 95 % t-interval of the paired differences over seeds: holds (all of it above zero), does not hold (below),
-inconclusive (zero inside). "No worse" holds where all of the interval lies above -10 % of the other arm's mean. The others stand without a word,
-with fewer seeds.
+Judged claims get a word, from the 95 % t-interval of the paired differences over seeds: holds (all of it above zero),
+does not hold (below), inconclusive (zero inside). "No worse" holds where all of the interval lies above -10 % of the
+other arm's mean. The others stand without a word, with fewer seeds.
 """
 from __future__ import annotations
 
@@ -58,8 +59,9 @@ ROOT = HERE.parent
 
 
 class Run(NamedTuple):
-    """A call of `script`.main. flags: its argv without --out, --device and --num_workers; a Run stands for the file (proposals: folder) it wrote and
-    is joined to a "NAME=" before it; {scenes}, {bccd}, {bccd_images}: the folder of drawn scenes, BCCD, and the list of its images not tested on."""
+    """A call of `script`.main. flags: its argv without --out, --device and --num_workers; a Run stands for the file
+    (proposals: folder) it wrote and is joined to a "NAME=" before it; {scenes}, {bccd}, {bccd_images}: the folder of
+    drawn scenes, BCCD, and the list of its images not tested on."""
     script: str
     flags: tuple[Any, ...]
 
@@ -93,11 +95,12 @@ def execute(run: Run, work: Path, device: str, bccd: str) -> None:
     """result.json: the line of claims.jsonl. In a process of its own."""
     out, started, kind = folder(run, work), time.time(), common.setup_distributed(device).type
     if kind == "cpu":
-        torch.set_num_threads(1)                                             # so that it comes out the same on any number of cores
+        torch.set_num_threads(1)  # so that it comes out the same on any number of cores
     out.mkdir(parents=True, exist_ok=True)
     places = {"{scenes}": str(work / "scenes"), "{bccd}": bccd, "{bccd_images}": str(work / "bccd.txt")}
     argv = [places.get(f, f) for f in run.named(lambda r: str(product(r, work)))]
-    argv = [name + value if name.endswith("=") else value for name, value in zip(["", *argv], argv) if not value.endswith("=")]
+    argv = [name + value if name.endswith("=") else value
+            for name, value in zip(["", *argv], argv) if not value.endswith("=")]
     if run.script == "proposals":
         argv += ["--out", str(out)]
     elif run.script == "figures":
@@ -112,16 +115,19 @@ def execute(run: Run, work: Path, device: str, bccd: str) -> None:
             sys.exit(1)
     log = out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    result = {"key": run.key, "script": run.script, "argv": run.named(key_of), "metrics": metrics if isinstance(metrics, dict) else {},
+    result = {"key": run.key, "script": run.script, "argv": run.named(key_of),
+              "metrics": metrics if isinstance(metrics, dict) else {},
               "curve": [{k: v for k, v in line.items() if k in ("step", "loss", "AP", "AR100")} for line in lines],
-              "seconds": round(time.time() - started, 1), "device": kind, "torch": torch.__version__, "commit": commit()}
+              "seconds": round(time.time() - started, 1), "device": kind,
+              "torch": torch.__version__, "commit": commit()}
     evaluation.write_json(out / "result.json", result)
 
 
 @functools.lru_cache(None)
 def commit() -> str:
     try:
-        return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -169,8 +175,9 @@ def left_to_do(runs: list[Run], results: dict[str, dict], work: Path) -> list[Ru
 def run_all(runs: list[Run], results: dict[str, dict], args: argparse.Namespace) -> None:
     """Run what is left, `--jobs` at a time; each result is a line of the file as soon as it is there."""
     work, todo = args.work, left_to_do(runs, results, args.work)
-    users: dict[str, set[str]] = {}                                          # of a checkpoint: unfinished runs of any claim
-    for user in todo + [r for claim in CLAIMS for data in claim.data for r in runs_of(claim, data, seeds_of(claim, args)) if r.key not in results]:
+    users: dict[str, set[str]] = {}  # of a checkpoint: unfinished runs of any claim
+    for user in todo + [r for claim in CLAIMS for data in claim.data
+                        for r in runs_of(claim, data, seeds_of(claim, args)) if r.key not in results]:
         for source in user.inputs:
             users.setdefault(source.key, set()).add(user.key)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -207,36 +214,41 @@ def run_all(runs: list[Run], results: dict[str, dict], args: argparse.Namespace)
                         for name in ("last.pt", "previous.pt"):
                             (folder(old, work) / name).unlink(missing_ok=True)
     finally:
-        for process, _ in running.values():                                  # a run that is cut off saves, and continues from there
+        for process, _ in running.values():  # a run that is cut off saves, and continues from there
             process.terminate()
         for process, _ in running.values():
             process.join()
 
 
 # ==== 2. Arms ====
-# What differs between two arms of a claim is what the claim names; all else is here, chosen for the scale on seeds 100 and 101, not on those below 5.
+# What differs between two arms of a claim is what the claim names; all else is here, chosen for the scale on seeds 100
+# and 101, not on those below 5.
 
 SYNTHETIC, BCCD = "synthetic", "bccd"
 SCENES = 800
 UNLABELLED = {SYNTHETIC: ("--data", "{scenes}"), BCCD: ("--data", "{bccd_images}")}
 LABELLED = {SYNTHETIC: ("--data", "synthetic"), BCCD: ("--data", "{bccd}", "--labels_percent", "10")}
-VIEWS = "--scales 96 112 --max_size 144"                                     # px; BCCD's 640 x 480 become 96..112 x 128..144
+VIEWS = "--scales 96 112 --max_size 144"  # px; BCCD's 640 x 480 become 96..112 x 128..144
 
-# All of the DETR family is a small Deformable DETR, DETReg's demo: DETR and Conditional DETR, which UP-DETR and Siamese DETR were made for, find
-# nothing within such budgets (from scratch, 280 to 300 steps: Conditional DETR AP 0.0003, on BCCD 0.005; DETR on BCCD 0.003).
-DEFORMABLE = ("--detector deformable_detr --hidden_dim 128 --nheads 8 --enc_layers 2 --dec_layers 3 --dim_feedforward 256 --dropout 0 "
-              "--num_queries 100 --with_box_refine")
+# All of the DETR family is a small Deformable DETR, DETReg's demo: DETR and Conditional DETR, which UP-DETR and Siamese
+# DETR were made for, find nothing within such budgets (from scratch, 280 to 300 steps: Conditional DETR AP 0.0003, on
+# BCCD 0.005; DETR on BCCD 0.003).
+DEFORMABLE = ("--detector deformable_detr --hidden_dim 128 --nheads 8 --enc_layers 2 --dec_layers 3 "
+              "--dim_feedforward 256 --dropout 0 --num_queries 100 --with_box_refine")
 FPN = "--box_head 4conv1fc --fpn_channels 32 --head_dim 128"                 # as soco.py's demo makes them
 # Pretraining
 BACKBONE = {SYNTHETIC: "--epochs 40 --probe_images 0", BCCD: "--epochs 100 --probe_images 0"}
-DETREG = {SYNTHETIC: "--batch_size 4 --epochs 2 --lr_drop 1.7 --probe_images 100", BCCD: "--batch_size 4 --epochs 6 --lr_drop 5 --probe_images 72"}
-SEARCH = f"{DEFORMABLE} --aligned_start false --patch_size 32 --batch_size 4 --lr 6e-4 --probe_images 0"      # of UP-DETR and Siamese DETR
+DETREG = {SYNTHETIC: "--batch_size 4 --epochs 2 --lr_drop 1.7 --probe_images 100",
+          BCCD: "--batch_size 4 --epochs 6 --lr_drop 5 --probe_images 72"}
+# of UP-DETR and Siamese DETR
+SEARCH = f"{DEFORMABLE} --aligned_start false --patch_size 32 --batch_size 4 --lr 6e-4 --probe_images 0"
 UPDETR = {SYNTHETIC: f"{SEARCH} --patch_colours true --num_patches 10 --epochs 2 --lr_drop 1.7",
           BCCD: f"{SEARCH} --patch_colours true --num_patches 10 --epochs 6 --lr_drop 5"}
 SIAMESE = {SYNTHETIC: f"{SEARCH} --num_regions 10 --epochs 2 --lr_drop 1.7",
            BCCD: f"{SEARCH} --num_regions 10 --epochs 6 --lr_drop 5"}
 BOXES = "--ema_momentum 0.99 --probe_images 0"
-SOCO = {SYNTHETIC: f"{BOXES} --epochs 2 --warmup_epochs 0.2", BCCD: f"{BOXES} --epochs 5 --warmup_epochs 0.5"}  # why so few: note of soco-scratch
+# why so few: note of soco-scratch
+SOCO = {SYNTHETIC: f"{BOXES} --epochs 2 --warmup_epochs 0.2", BCCD: f"{BOXES} --epochs 5 --warmup_epochs 0.5"}
 DUPR = "--batch_size 16 --epochs 20 --probe_images 0"
 UNFROZEN = 6e-4
 FIGURES = "--images 100 --size 128"
@@ -245,8 +257,10 @@ LARGER, SMALLER = f"{VIEWS} --eval_size 112", "--scales 64 72 80 --max_size 128 
 TUNE_DETR = {SYNTHETIC: f"{LARGER} --batch_size 4 --epochs 30 --lr_drop 25 --eval_every 10",
              BCCD: f"{LARGER} --batch_size 4 --epochs 40 --lr_drop 33 --eval_every 10"}
 FASTER_RCNN = f"--detector faster_rcnn_fpn {SMALLER} --rois_per_image 32 --precise_bn 10"
-TUNE_FPN = {SYNTHETIC: f"{FASTER_RCNN} --synthetic_images 200 --batch_size 8 --epochs 10", BCCD: f"{FASTER_RCNN} --batch_size 4 --epochs 30"}
-TUNE_C4 = {BCCD: f"--detector faster_rcnn_c4 {LARGER} --rois_per_image 8 --proposals_per_image 20 --batch_size 4 --epochs 24 --precise_bn 10"}
+TUNE_FPN = {SYNTHETIC: f"{FASTER_RCNN} --synthetic_images 200 --batch_size 8 --epochs 10",
+            BCCD: f"{FASTER_RCNN} --batch_size 4 --epochs 30"}
+TUNE_C4 = {BCCD: f"--detector faster_rcnn_c4 {LARGER} --rois_per_image 8 --proposals_per_image 20 --batch_size 4 "
+           "--epochs 24 --precise_bn 10"}
 INTRODUCTION = """
 Not the papers' numbers: their claims, at a scale of minutes. Synthetic: 800 unlabelled scenes of 160 px; 40 labelled ones (R-CNN family: 200) and
 100 to test on, drawn anew for each seed. BCCD: microscope images of blood cells; 292 unlabelled, 29 of them labelled (10 %), 72 to test on; the R-CNN
@@ -259,7 +273,8 @@ on seeds 100 and 101 with other scenes; BCCD has but one test split. DUPR's were
 
 def run(script: str, seed: int, *parts: Any) -> Run:
     """A run of the demo preset; text is split at spaces."""
-    words = [word for part in parts for word in (part.split() if isinstance(part, str) else [part] if isinstance(part, Run) else part)]
+    words = [word for part in parts
+             for word in (part.split() if isinstance(part, str) else [part] if isinstance(part, Run) else part)]
     return Run(script, ("--preset", "demo", "--seed", str(seed), *words))
 
 
@@ -268,7 +283,8 @@ def store(data: str) -> Run:
 
 
 def backbone(data: str) -> Run:
-    """The frozen backbone of the DETR family: one for all seeds and arms, as the papers have one SwAV; on the same unlabelled images."""
+    """The frozen backbone of the DETR family: one for all seeds and arms, as the papers have one SwAV;
+    on the same unlabelled images."""
     return run("dupr", 0, UNLABELLED[data], BACKBONE[data])
 
 
@@ -288,7 +304,8 @@ def frozen(data: str, more: str) -> tuple[Any, ...]:
 
 def detreg(data: str, seed: int, more: str = "") -> Run:
     probe = ("--probe_data", LABELLED[data][1])
-    return run("detreg", seed, UNLABELLED[data], ("--proposal_store", store(data)), frozen(data, more), VIEWS, DETREG[data], probe, more)
+    return run("detreg", seed, UNLABELLED[data], ("--proposal_store", store(data)), frozen(data, more), VIEWS,
+               DETREG[data], probe, more)
 
 
 def updetr(data: str, seed: int, more: str = "") -> Run:
@@ -316,8 +333,8 @@ class Arm(NamedTuple):
 
 @dataclass
 class Claim:
-    """a is better than b. paper: the numbers there, with table and row. sign -1: smaller is better. margin: "no worse", by
-    this share of b's mean, rather than better."""
+    """a is better than b. paper: the numbers there, with table and row. sign -1: smaller is better. margin: "no worse",
+    by this share of b's mean, rather than better."""
     name: str
     text: str
     paper: str
@@ -340,14 +357,16 @@ def after(name: str, make: Callable[..., Run], schedule: dict[str, str], more: s
 
 def from_scratch(path: str = "AP") -> Arm:
     """The same detector on the same backbone, its transformer from scratch."""
-    return Arm("scratch", lambda data, seed: tuned(data, seed, TUNE_DETR, "--backbone_weights", backbone(data), DEFORMABLE), path)
+    return Arm("scratch",
+               lambda data, seed: tuned(data, seed, TUNE_DETR, "--backbone_weights", backbone(data), DEFORMABLE), path)
 
 
 def analysis(name: str, figure: str, which: str, path: str) -> Arm:
     """One of DUPR's figures, drawn of the two checkpoints of a seed."""
     def make(data: str, seed: int) -> Run:
         pair = ("dupr=", dupr(data, seed), "image=", dupr(data, seed, IMAGE_ONLY))
-        return Run("figures", (figure, "--checkpoint", *pair, "--data", "synthetic", "--seed", str(seed), *FIGURES.split()))
+        return Run("figures",
+                   (figure, "--checkpoint", *pair, "--data", "synthetic", "--seed", str(seed), *FIGURES.split()))
     return Arm(name, make, f"checkpoints/{which}/{path}")
 
 
@@ -426,20 +445,26 @@ def claims() -> list[Claim]:
               after("edge boxes", siamese, detr, "--proposal_method edge_boxes --cache_proposals"), after("selective search", siamese, detr),
               judged=False),
     ]
-    off = ["--proposal_method whole --num_boxes 1", "--fpn false", "--box_head false", "--scale_aware false", "--jitter_prob 0", "--multi_view false"]
-    steps = [(name, " ".join(off[i:]), ap) for i, (name, ap) in enumerate((("whole image", 38.1), ("+ proposals", 40.6), ("+ FPN", 40.2), (
-        "+ head", 41.2), ("+ scale-aware", 41.6), ("+ jitter", 41.7), ("+ multi-view", 42.3)))]
+    off = ["--proposal_method whole --num_boxes 1", "--fpn false", "--box_head false", "--scale_aware false",
+           "--jitter_prob 0", "--multi_view false"]
+    steps = [(name, " ".join(off[i:]), ap)
+             for i, (name, ap) in enumerate((("whole image", 38.1), ("+ proposals", 40.6), ("+ FPN", 40.2),
+                                             ("+ head", 41.2), ("+ scale-aware", 41.6), ("+ jitter", 41.7),
+                                             ("+ multi-view", 42.3)))]
     note = """90 steps are enough for the whole image alone, not for what is added. Is it that FPN and head start from SoCo's? Two seeds show no sign
               of it: on 100 and 101 all of SoCo gave AP 0.145 and 0.055, its backbone alone 0.090 and 0.072."""
     for i, ((name, more, ap), (old, less, before_ap)) in enumerate(zip(steps[1:], steps), 1):
-        found.append(Claim(f"soco-ablation-{i}", f"SoCo, Table 4 step by step: {name} / without", f"SoCo Table 4: {ap} / {before_ap}",
-                           after(name, soco, fpn, more), after(old, soco, fpn, less), judged=False, data=(BCCD,), note=note if i == 1 else ""))
+        found.append(Claim(f"soco-ablation-{i}", f"SoCo, Table 4 step by step: {name} / without",
+                           f"SoCo Table 4: {ap} / {before_ap}", after(name, soco, fpn, more),
+                           after(old, soco, fpn, less), judged=False, data=(BCCD,), note=note if i == 1 else ""))
     for k, ap in ((1, 41.6), (8, 41.6), (16, 41.2)):
         found.append(Claim(f"soco-boxes-{k}", f"SoCo: K = 4 / {k} boxes", f"SoCo Table 5c: 42.3 / {ap}",
-                           after("K = 4", soco, fpn), after(f"K = {k}", soco, fpn, f"--num_boxes {k}"), judged=False, data=(BCCD,)))
+                           after("K = 4", soco, fpn), after(f"K = {k}", soco, fpn, f"--num_boxes {k}"),
+                           judged=False, data=(BCCD,)))
     for path, gain in (("AP50", "82.2 / 82.4"), ("AP75", "64.6 / 63.6")):
-        found.append(Claim(f"dupr-{path.lower()}", f"DUPR in {path}: patch loss alone / image loss alone, conv5", f"DUPR Table 2c, VOC: {gain}",
-                           after("patch", dupr, c4, PATCH_ONLY, path), after("image", dupr, c4, CONV5_ONLY, path), judged=False, data=(BCCD,)))
+        found.append(Claim(f"dupr-{path.lower()}", f"DUPR in {path}: patch loss alone / image loss alone, conv5",
+                           f"DUPR Table 2c, VOC: {gain}", after("patch", dupr, c4, PATCH_ONLY, path),
+                           after("image", dupr, c4, CONV5_ONLY, path), judged=False, data=(BCCD,)))
     return found
 
 
@@ -450,7 +475,8 @@ CLAIMS = claims()
 
 
 def value(result: dict, path: str) -> float:
-    """A number of a finished run: a path in its metrics; "mean AP": over all evaluations; "last loss": over the last fifth of the log."""
+    """A number of a finished run: a path in its metrics; "mean AP": over all evaluations; "last loss":
+    over the last fifth of the log."""
     if path == "mean AP":
         return float(np.mean([line["AP"] for line in result["curve"] if "AP" in line] + [result["metrics"]["AP"]]))
     if path == "last loss":
@@ -481,7 +507,8 @@ class Comparison:
     @property
     def word(self) -> str:
         _, low, high = self.interval
-        return "holds" if low > -self.claim.margin * abs(np.mean(self.b)) else "does not hold" if high < 0 else "inconclusive"
+        return ("holds" if low > -self.claim.margin * abs(np.mean(self.b))
+                else "does not hold" if high < 0 else "inconclusive")
 
 
 def compare(claim: Claim, data: str, seeds: range, results: dict[str, dict]) -> Comparison | None:
@@ -496,19 +523,23 @@ def compare(claim: Claim, data: str, seeds: range, results: dict[str, dict]) -> 
 def markdown(comparisons: list[Comparison], results: dict[str, dict], used: list[Run]) -> str:
     def row(c: Comparison) -> str:
         mean, low, high = c.interval
-        cells = [c.claim.text, c.data, c.claim.paper, f"{c.claim.a.name} {np.mean(c.a):.3f}", f"{c.claim.b.name} {np.mean(c.b):.3f}",
+        cells = [c.claim.text, c.data, c.claim.paper, f"{c.claim.a.name} {np.mean(c.a):.3f}",
+                 f"{c.claim.b.name} {np.mean(c.b):.3f}",
                  f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if len(c.a) > 1 else f"{mean:+.3f}", str(len(c.a))]
-        return "| " + " | ".join([*cells, *([f"**{c.word}**" if len(c.a) > 1 else "one seed"] if c.claim.judged else [])]) + " |"
+        return "| " + " | ".join([*cells, *([f"**{c.word}**" if len(c.a) > 1 else "one seed"]
+                                            if c.claim.judged else [])]) + " |"
 
     def table(rows: list[Comparison], judged: bool) -> list[str]:
-        head = ["claim" if judged else "question", "data", "paper", "a, here", "b, here", "a better by [95 %]", "seeds", *(["verdict"] * judged)]
+        head = ["claim" if judged else "question", "data", "paper", "a, here", "b, here", "a better by [95 %]",
+                "seeds", *(["verdict"] * judged)]
         return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *map(row, rows), ""]
 
     spent = [results[r.key] for r in used if r.key in results]
     hours = sum(r["seconds"] for r in spent) / 3600
     lines = ["# Do the papers' claims hold at laptop scale?", "", " ".join(INTRODUCTION.split()), "",
-             f"Written by `python benchmarks/claims.py` from claims.jsonl: {len(spent)} runs, {hours:.1f} hours when added up, several at a time "
-             f"(torch {', '.join(sorted({r['torch'] for r in spent}))}; commits {', '.join(sorted({r['commit'] for r in spent}))}).", "",
+             f"Written by `python benchmarks/claims.py` from claims.jsonl: {len(spent)} runs, {hours:.1f} "
+             f"hours when added up, several at a time (torch {', '.join(sorted({r['torch'] for r in spent}))}; "
+             f"commits {', '.join(sorted({r['commit'] for r in spent}))}).", "",
              "![bars](claims-bars.png)", "", "![curves](claims-curves.png)", "", "## Judged", ""]
     lines += table([c for c in comparisons if c.claim.judged], True) + ["## Reported, not judged", ""]
     lines += table([c for c in comparisons if not c.claim.judged], False) + ["## Notes", ""]
@@ -519,10 +550,12 @@ def markdown(comparisons: list[Comparison], results: dict[str, dict], used: list
     for c in comparisons:
         lines.append(f"| {c.claim.name}: {c.claim.a.name} / {c.claim.b.name} | {c.data} | {c.claim.a.path} | "
                      + " | ".join(", ".join(f"{v:.4f}" for v in values) for values in (c.a, c.b)) + " |")
-    lines += ["", "## Flags", "", "All with `--device`, `--num_workers 0` and `--out`; <...> is the file that another run wrote. Seed 0:", "", "```"]
+    lines += ["", "## Flags", "", "All with `--device`, `--num_workers 0` and `--out`; "
+              "<...> is the file that another run wrote. Seed 0:", "", "```"]
     for run in used:
         if "--seed" in run.flags and run.flags[run.flags.index("--seed") + 1] == "0":
-            lines.append(f"{run.script}.py " + " ".join(run.named(lambda r: f"<{r.script} {r.key}>")) + f"    # {run.key}")
+            lines.append(f"{run.script}.py "
+                         + " ".join(run.named(lambda r: f"<{r.script} {r.key}>")) + f"    # {run.key}")
     return "\n".join(lines + ["```", ""])
 
 
@@ -539,7 +572,8 @@ def sheet(panels: int, columns: int = 4) -> tuple[Image.Image, ImageDraw.ImageDr
     return image, ImageDraw.Draw(image), [(PANEL[0] * (i % columns), PANEL[1] * (i // columns)) for i in range(panels)]
 
 
-def axis(draw: ImageDraw.ImageDraw, corner: tuple[int, int], low: float, high: float, title: str) -> Callable[[float, float], tuple[float, float]]:
+def axis(draw: ImageDraw.ImageDraw, corner: tuple[int, int], low: float, high: float,
+         title: str) -> Callable[[float, float], tuple[float, float]]:
     """Frame of a panel with 3 to 7 ticks; returns (x in 0..1, y) -> px."""
     left, top, right, bottom = corner[0] + 100, corner[1] + 60, corner[0] + PANEL[0] - 30, corner[1] + PANEL[1] - 60
     step = next(s for s in (m * 10.0 ** e for e in range(-6, 6) for m in (1, 2, 5)) if high - low <= 6 * s)
@@ -571,7 +605,8 @@ def draw_bars(path: Path, comparisons: list[Comparison]) -> None:
 
 
 def draw_curves(path: Path, comparisons: list[Comparison], results: dict[str, dict]) -> None:
-    """One panel per comparison of runs that were evaluated on the way, or whose loss is compared: mean over seeds against the step."""
+    """One panel per comparison of runs that were evaluated on the way, or whose loss is compared:
+    mean over seeds against the step."""
     panels, drawn = [], set()
     for c in comparisons:
         pair = (c.claim.a.run(c.data, 0).key, c.claim.b.run(c.data, 0).key)
@@ -588,7 +623,8 @@ def draw_curves(path: Path, comparisons: list[Comparison], results: dict[str, di
                     rows.append((result["metrics"]["steps"], result["metrics"]["AP"]))
                 for step, y in rows:
                     curves.setdefault(step, []).append(y)
-            lines[arm.name] = [(step, float(np.mean(ys))) for step, ys in sorted(curves.items()) if len(ys) == len(c.seeds)]
+            lines[arm.name] = [(step, float(np.mean(ys)))
+                               for step, ys in sorted(curves.items()) if len(ys) == len(c.seeds)]
         if all(len(points) > 1 for points in lines.values()):
             panels.append((c, wanted, lines))
     if not panels:
@@ -596,7 +632,8 @@ def draw_curves(path: Path, comparisons: list[Comparison], results: dict[str, di
     image, draw, corners = sheet(len(panels))
     for (c, wanted, lines), corner in zip(panels, corners):
         ys, steps = [y for points in lines.values() for _, y in points], max(points[-1][0] for points in lines.values())
-        place = axis(draw, corner, min(0.0, *ys) if wanted == "AP" else min(ys), max(ys), f"{c.claim.name} ({c.data}): {wanted}")
+        place = axis(draw, corner, min(0.0, *ys) if wanted == "AP" else min(ys), max(ys),
+                     f"{c.claim.name} ({c.data}): {wanted}")
         draw.text((corner[0] + PANEL[0] - 30, corner[1] + PANEL[1] - 44), f"{steps} steps", "black", SMALL, anchor="rt")
         for i, (name, points) in enumerate(lines.items()):
             draw.line([place(step / steps, y) for step, y in points], COLOURS[i], 5, joint="curve")
@@ -608,7 +645,8 @@ def draw_curves(path: Path, comparisons: list[Comparison], results: dict[str, di
 
 
 def main(argv: list[str] | None = None) -> list[Comparison]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="claims whose name begins with one of these (--list)")
     parser.add_argument("--seeds", type=int, help="0..N-1 of each; default 5 for what is judged, 3 for the rest")
     parser.add_argument("--first_seed", type=int, default=0, help="another first seed: what is tuned is tuned on 100")
@@ -617,7 +655,8 @@ def main(argv: list[str] | None = None) -> list[Comparison]:
     parser.add_argument("--data", nargs="+", choices=[SYNTHETIC, BCCD], default=[SYNTHETIC, BCCD])
     parser.add_argument("--bccd", type=Path, default=ROOT.parent / "shared" / "data" / "bccd",
                         help="BCCD data set, a folder in VOC layout; left out if absent")
-    parser.add_argument("--results", type=Path, default=HERE / "claims.jsonl", help="finished runs; claims.md and the pictures are written beside it")
+    parser.add_argument("--results", type=Path, default=HERE / "claims.jsonl",
+                        help="finished runs; claims.md and the pictures are written beside it")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "claims", help="checkpoints and logs of the runs")
     parser.add_argument("--list", action="store_true", help="the claims and what is left to run")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report")
@@ -628,7 +667,8 @@ def main(argv: list[str] | None = None) -> list[Comparison]:
         raise UserError(f"--only {' '.join(args.only)}: no such claim; there are {', '.join(c.name for c in CLAIMS)}")
     have = [d for d in args.data if d == SYNTHETIC or args.bccd.is_dir()]
     if BCCD in args.data and BCCD not in have:
-        say(f"note: no {args.bccd}: the rows on BCCD are left as they are. It is BCCD_Dataset by Shenggan, MIT, on GitHub; --bccd FOLDER")
+        say(f"note: no {args.bccd}: the rows on BCCD are left as they are. It is BCCD_Dataset by Shenggan, MIT, "
+            "on GitHub; --bccd FOLDER")
     results = read_results(args.results)
     planned = [(claim, data, seeds_of(claim, args)) for claim in chosen for data in claim.data if data in args.data]
     if args.list:
@@ -639,7 +679,8 @@ def main(argv: list[str] | None = None) -> list[Comparison]:
         return []
     if not args.report:
         prepare(args, have)
-        run_all([r for claim, data, seeds in planned if data in have for r in runs_of(claim, data, seeds)], results, args)
+        run_all([r for claim, data, seeds in planned if data in have for r in runs_of(claim, data, seeds)], results,
+                args)
     return report(args, read_results(args.results))                          # another call may have added to the file
 
 
@@ -652,7 +693,8 @@ def runs_of(claim: Claim, data: str, seeds: range) -> list[Run]:
 
 
 def prepare(args: argparse.Namespace, have: list[str]) -> None:
-    """The unlabelled images: drawn scenes as files, and the list of BCCD's trainval split, so that nobody pretrains on what is tested on."""
+    """The unlabelled images: drawn scenes as files, and the list of BCCD's trainval split,
+    so that nobody pretrains on what is tested on."""
     scenes = args.work / "scenes"
     scenes.mkdir(parents=True, exist_ok=True)
     source = SyntheticScenes(SCENES, seed=0)
@@ -680,7 +722,8 @@ def report(args: argparse.Namespace, results: dict[str, dict]) -> list[Compariso
     for c in comparisons:
         mean, low, high = c.interval
         say(f"{c.claim.name:22} {c.data:10} {c.claim.a.name} {np.mean(c.a):.4f}  {c.claim.b.name} {np.mean(c.b):.4f}  "
-                   f"{mean:+.4f} [{low:+.4f}, {high:+.4f}] {len(c.a)} seeds  {c.word if c.claim.judged and len(c.a) > 1 else ''}")
+                   f"{mean:+.4f} [{low:+.4f}, {high:+.4f}] {len(c.a)} seeds  "
+                   f"{c.word if c.claim.judged and len(c.a) > 1 else ''}")
     say(f"wrote {stem}.md, {stem.name}-bars.png, {stem.name}-curves.png")
     return comparisons
 

@@ -1,11 +1,13 @@
-"""Images/s per core of every method's data set, against the same pipeline in torchvision's v1 transforms on PIL images, as in the released codes;
-then how long a list of ImageNet's length takes to open, and what its loader processes hold for themselves.
+"""Images/s per core of every method's data set, against the same pipeline in torchvision's v1 transforms on PIL images,
+as in the released codes; then how long a list of ImageNet's length takes to open,
+and what its loader processes hold for themselves.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py                       # both tables, 3 minutes
     python benchmarks/loader.py --methods soco dupr --images FOLDER --rounds 9 --list 0
 
-CPU time of one thread, draws anew in every round, files in the page cache. Proposals are read from a store (ours) or from memory (baseline, where the
-released codes have them in files); DETReg's released loader searches them while it loads, so its row `online search` has that in it.
+CPU time of one thread, draws anew in every round, files in the page cache. Proposals are read from a store (ours) or
+from memory (baseline, where the released codes have them in files); DETReg's released loader searches them while it
+loads, so its row `online search` has that in it.
 """
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import interleave, machine, median, peak_mib, ratios, report, spread  # first: it puts the project on the path
+# first: it puts the project on the path
+from measure import interleave, machine, median, peak_mib, ratios, report, spread
 import cv2
 import numpy as np
 import torch
@@ -51,7 +54,8 @@ def blurred(image: Image.Image) -> Image.Image:
 
 
 def colours(saturation: float = 0.4, blur: float = 0.5, solarize: float = 0.0) -> list:
-    return [T.RandomApply([T.ColorJitter(0.4, 0.4, saturation, 0.1)], 0.8), T.RandomGrayscale(0.2), T.RandomApply([blurred], blur),
+    return [T.RandomApply([T.ColorJitter(0.4, 0.4, saturation, 0.1)], 0.8),
+            T.RandomGrayscale(0.2), T.RandomApply([blurred], blur),
             T.RandomApply([functools.partial(ImageOps.solarize, threshold=128)], solarize)]
 
 
@@ -60,19 +64,22 @@ NORMAL = [T.ToTensor(), T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)]
 PLAIN, PATCH = T.Compose(NORMAL), T.Compose([T.Resize((128, 128)), *colours()[:3], *NORMAL])
 
 
-def resize(image: Image.Image, boxes: torch.Tensor, size: int, max_size: int | None) -> tuple[Image.Image, torch.Tensor]:
+def resize(image: Image.Image, boxes: torch.Tensor, size: int,
+           max_size: int | None) -> tuple[Image.Image, torch.Tensor]:
     hw = data.resized_hw((image.height, image.width), size, max_size)
     return F.resize(image, list(hw)), data.resize_boxes(boxes, (image.height, image.width), hw)
 
 
-def detr_transform(image: Image.Image, boxes: torch.Tensor, cfg, crop: bool = True, flip: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def detr_transform(image: Image.Image, boxes: torch.Tensor, cfg, crop: bool = True,
+                   flip: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """DETR's: flip, then one resize, or in half of the cases resize, crop, resize."""
     if flip and random.random() < 0.5:
         image, boxes = F.hflip(image), data.flip_boxes(boxes, image.width)
     if crop and random.random() < 0.5:
         image, boxes = resize(image, boxes, random.choice(cfg.crop_scales), None)
         low, high = cfg.crop_range
-        region = T.RandomCrop.get_params(image, [random.randint(min(low, side), min(side, high)) for side in (image.height, image.width)])
+        region = T.RandomCrop.get_params(image, [random.randint(min(low, side), min(side, high))
+                                                 for side in (image.height, image.width)])
         image, boxes = F.crop(image, *region), data.crop_boxes(boxes, region)[0]
     image, boxes = resize(image, boxes, random.choice(cfg.scales), cfg.max_size)
     return PLAIN(image), data.normalized_cxcywh(boxes, (image.height, image.width))
@@ -108,11 +115,13 @@ def siamese_baseline(path: Path, cfg, found: Callable) -> tuple:
     if random.random() < 0.5:
         image, boxes = F.hflip(image), data.flip_boxes(boxes, image.width)
     top, left, h, w = T.RandomResizedCrop.get_params(image, (0.5, 1.0), (3 / 4, 4 / 3))
-    views = siamese_detr.view_boxes((left, top, left + w, top + h), cfg.view_iou, random.random(), random.random(), random.random() < 0.5)
+    views = siamese_detr.view_boxes((left, top, left + w, top + h), cfg.view_iou, random.random(),
+                                    random.random(), random.random() < 0.5)
     usable = siamese_detr.usable_regions(boxes.double(), views, (h, w), cfg.min_area)
     if not len(usable[0]):
         usable = tuple(siamese_detr.to_view(views[2][None], v, (h, w)) for v in views[:2])
-    regions = siamese_detr.choose_regions(usable, views, (h, w), cfg.num_regions, torch.randn(cfg.num_regions, 4, dtype=torch.float64))
+    regions = siamese_detr.choose_regions(usable, views, (h, w), cfg.num_regions,
+                                          torch.randn(cfg.num_regions, 4, dtype=torch.float64))
     pictures = [F.resize(image.crop(tuple(v.tolist())), [h, w]) for v in views[:2]]
     view = T.Compose([*colours()[:3], *NORMAL])
     return [patches(p, r) for p, r in zip(pictures, regions)], [view(p) for p in pictures]
@@ -121,13 +130,15 @@ def siamese_baseline(path: Path, cfg, found: Callable) -> tuple:
 def soco_baseline(path: Path, cfg, found: Callable) -> tuple:
     image = Image.open(path).convert("RGB")
     boxes = soco.usable_boxes(found(image), image.size, cfg)
-    crops = [(0, 0, image.height, image.width), *(T.RandomResizedCrop.get_params(image, cfg.crop_area, (3 / 4, 4 / 3)) for _ in range(2))]
+    crops = [(0, 0, image.height, image.width),
+             *(T.RandomResizedCrop.get_params(image, cfg.crop_area, (3 / 4, 4 / 3)) for _ in range(2))]
     rects, flips = [(x, y, x + w, y + h) for y, x, h, w in crops], [random.random() < 0.5 for _ in crops]
     targets = []
     for rect, flip, side in zip(rects[1:], flips[1:], (224, 112)):
         draw = soco.draw_pair(RNG, len(soco.overlapping(boxes, rect)), cfg)
         both = soco.pair_boxes(boxes, rects[0], rect, draw, cfg.num_boxes)
-        levels = [soco.assign_levels(soco.resize_boxes(b, r, s), cfg.level_sizes) for b, r, s in zip(both, (rects[0], rect), (224, side))]
+        levels = [soco.assign_levels(soco.resize_boxes(b, r, s), cfg.level_sizes)
+                  for b, r, s in zip(both, (rects[0], rect), (224, side))]
         targets.append([soco.relative_boxes(both[0], rects[0], flips[0]), soco.relative_boxes(both[1], rect, flip),
                         soco.correspondence(both[0][:, 4], both[1][:, 4], *levels, 4)])
     views = []
@@ -154,9 +165,10 @@ def labels_file(folder: Path, source: data.ImageFiles) -> Path:
     """A COCO json with 5 boxes in every image."""
     sizes = [source.load(i).size for i in range(len(source))]
     images = [{"id": i, "width": w, "height": h, "file_name": source.key(i)} for i, (w, h) in enumerate(sizes)]
-    annotations = [{"id": 5 * i + k, "image_id": i, "category_id": 1, "bbox": [w * k / 10, h * k / 10, w / 2, h / 2], "iscrowd": 0}
-                   for i, (w, h) in enumerate(sizes) for k in range(5)]
-    (folder / "boxes.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}))
+    annotations = [{"id": 5 * i + k, "image_id": i, "category_id": 1, "bbox": [w * k / 10, h * k / 10, w / 2, h / 2],
+                    "iscrowd": 0} for i, (w, h) in enumerate(sizes) for k in range(5)]
+    (folder / "boxes.json").write_text(json.dumps({"images": images, "annotations": annotations,
+                                                   "categories": [{"id": 1, "name": "thing"}]}))
     return folder / "boxes.json"
 
 
@@ -165,35 +177,44 @@ def ways_of(method: str, source: data.ImageFiles, work: Path) -> dict[str, Calla
     script, everything, paths = globals()[method], np.arange(len(source)), [source.root / key for key in source.keys]
     cfg = script.Config()
     if method in ("updetr", "dupr"):
-        ours, baseline = {"updetr": (updetr.PatchDataset, updetr_baseline), "dupr": (dupr.TwoCropsDataset, dupr_baseline)}[method]
+        ours, baseline = {"updetr": (updetr.PatchDataset, updetr_baseline),
+                          "dupr": (dupr.TwoCropsDataset, dupr_baseline)}[method]
         ours = ours(cfg, source, everything)
         return {"ours": lambda i, epoch: ours[epoch, i], "baseline": lambda i, epoch: baseline(paths[i], cfg)}
     if method == "finetune":
         labelled = open_detection(str(labels_file(work, source)), str(source.root), "train")
-        ours, boxes = finetune.LabelledDataset(cfg, labelled), [torch.from_numpy(record.boxes) for record in labelled.records]
+        ours, boxes = (finetune.LabelledDataset(cfg, labelled),
+                       [torch.from_numpy(record.boxes) for record in labelled.records])
         return {"ours": lambda i, epoch: ours[epoch, i],
                 "baseline": lambda i, epoch: detr_transform(Image.open(paths[i]).convert("RGB"), boxes[i], cfg)}
     store = proposals.build_store(work / method, source, script.proposal_generator(cfg), progress=False)
     found = [store.boxes(i, Image.open(path).size[::-1]) for i, path in enumerate(paths)]
-    if method == "soco":                                                      # its file holds x, y, w, h in whole pixels
-        found = [np.rint(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)).astype(np.int64) for boxes in found]
-    ours, baseline = {"detreg": (detreg.RegionDataset, detreg_baseline), "siamese_detr": (siamese_detr.TwoViewDataset, siamese_baseline),
+    if method == "soco":  # its file holds x, y, w, h in whole pixels
+        found = [np.rint(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)).astype(np.int64)
+                 for boxes in found]
+    ours, baseline = {"detreg": (detreg.RegionDataset, detreg_baseline),
+                      "siamese_detr": (siamese_detr.TwoViewDataset, siamese_baseline),
                       "soco": (soco.ObjectViewsDataset, soco_baseline)}[method]
     ours = ours(cfg, source, everything, store)
-    ways = {"ours": lambda i, epoch: ours[epoch, i], "baseline": lambda i, epoch: baseline(paths[i], cfg, lambda image: found[i])}
-    return ways | ({"baseline, online search": lambda i, epoch: baseline(paths[i], cfg, online_search)} if method == "detreg" else {})
+    ways = {"ours": lambda i, epoch: ours[epoch, i],
+            "baseline": lambda i, epoch: baseline(paths[i], cfg, lambda image: found[i])}
+    return ways | ({"baseline, online search": lambda i, epoch: baseline(paths[i], cfg, online_search)}
+                   if method == "detreg" else {})
 
 
 def speed(args, source: data.ImageFiles, work: Path) -> None:
     rows, epochs, device = [], itertools.count(1), torch.device("cpu")
     for method in args.methods:
-        ways = {name: lambda way=way: [way(i, next(epochs)) for i in range(len(source))] for name, way in ways_of(method, source, work).items()}
+        ways = {name: lambda way=way: [way(i, next(epochs)) for i in range(len(source))]
+                for name, way in ways_of(method, source, work).items()}
         seconds = interleave(ways, args.rounds, device, clock=time.process_time)
         per_s = {name: len(source) / median(s) for name, s in seconds.items()}
-        rows += [[method, name, per_s["ours"], per_s[name], spread(ratios(seconds, name, "ours"))] for name in ways if name != "ours"]
-    report("images/s per core (CPU time), full-size configuration; ratio: ours over the baseline, median (least..most) over rounds",
-           ["method", "against", "ours", "baseline", "ratio"], rows,
-           machine(device, images=len(source), rounds=args.rounds, median_px=int(np.median([source.load(i).width for i in range(len(source))]))))
+        rows += [[method, name, per_s["ours"], per_s[name], spread(ratios(seconds, name, "ours"))]
+                 for name in ways if name != "ours"]
+    report("images/s per core (CPU time), full-size configuration; ratio: ours over the baseline, "
+           "median (least..most) over rounds", ["method", "against", "ours", "baseline", "ratio"], rows,
+           machine(device, images=len(source), rounds=args.rounds,
+                   median_px=int(np.median([source.load(i).width for i in range(len(source))]))))
 
 
 # ==== 3. Start-up on a long list ====
@@ -214,7 +235,8 @@ def private_mib() -> tuple[int, float]:
 
 
 def open_and_load(path: str) -> list:
-    """-> [files, seconds to open, MiB of the peak, MiB per worker], of two loader processes that look up 100,000 keys each. In a fresh process."""
+    """-> [files, seconds to open, MiB of the peak, MiB per worker], of two loader processes that look up 100,000 keys
+    each. In a fresh process."""
     opened, seconds = [], []
 
     def work():
@@ -242,14 +264,16 @@ def start_up(files: int, folder: Path) -> None:
         for kind, path in (("folder", root / "tree"), ("list", root / "list.txt")):
             child = subprocess.run([sys.executable, __file__, "--open", path], stdout=subprocess.PIPE, check=True)
             rows.append([kind, *json.loads(child.stdout)])
-    report("opening a source with its fingerprint, in a fresh process; memory beyond its imports at most, and of each of two loader processes alone",
-           ["source", "files", "s", "peak MiB", "MiB per worker"], rows, machine(torch.device("cpu"), loader=multiprocessing.get_start_method()))
+    report("opening a source with its fingerprint, in a fresh process; memory beyond its imports at most, "
+           "and of each of two loader processes alone", ["source", "files", "s", "peak MiB", "MiB per worker"], rows,
+           machine(torch.device("cpu"), loader=multiprocessing.get_start_method()))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--images", help="folder of pictures (default: ../shared/data/imagenet_sample, else drawn scenes)")
+    parser.add_argument("--images",
+                        help="folder of pictures (default: ../shared/data/imagenet_sample, else drawn scenes)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--per_round", type=int, default=24, help="images in a round, spread over the folder")
     parser.add_argument("--list", type=int, default=1_281_167, help="files of the long list; 0: no such part")

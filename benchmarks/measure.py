@@ -1,7 +1,9 @@
-"""What the benchmarks share: ways of doing one piece of work run in turn, their medians with spread, one table and one JSON line.
+"""What the benchmarks share: ways of doing one piece of work run in turn, their medians with spread,
+one table and one JSON line.
 
-Machines drift and are shared, so the ways are never timed one after the other: every round runs each of them once, in an order that is turned by one
-each round, and a ratio is the median over rounds of what two ways took in the SAME round. Trust ratios; seconds are those of one machine on one day.
+Machines drift and are shared, so the ways are never timed one after the other: every round runs each of them once, in
+an order that is turned by one each round, and a ratio is the median over rounds of what two ways took in the SAME
+round. Trust ratios; seconds are those of one machine on one day.
 """
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))       # the project's files, from wherever this is started
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's files, from wherever this is started
 import common  # noqa: E402, F401  before torch: it tells OpenMP how to wait
 import torch  # noqa: E402
 
@@ -24,7 +26,8 @@ import torch  # noqa: E402
 def machine(device: torch.device, **sizes: Any) -> dict[str, Any]:
     """Versions, cores, threads, device, and the sizes of the work: what a number means nothing without."""
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
-    return {"torch": torch.__version__, "python": platform.python_version(), "cpu": platform.processor() or platform.machine(),
+    return {"torch": torch.__version__, "python": platform.python_version(),
+            "cpu": platform.processor() or platform.machine(),
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": device.type, **gpu, **sizes}
 
 
@@ -36,7 +39,8 @@ def finish(device: torch.device) -> None:
 
 def interleave(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 1,
                clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of every way in every round. clock: time.process_time for the CPU time of this process, where others share the cores."""
+    """Seconds of every way in every round. clock: time.process_time for the CPU time of this process,
+    where others share the cores."""
     names, seconds = list(ways), {name: [] for name in ways}
     for i in range(-warmup, rounds):
         for name in names[i % len(names):] + names[:i % len(names)]:
@@ -65,7 +69,8 @@ def ratios(seconds: dict[str, list[float]], over: str, of: str) -> list[float]:
 
 
 def peak_mib(work: Callable[[], Any], device: torch.device) -> float | None:
-    """What `work` needs at most beyond what is held before it, MiB. CPU: pages of this process (Linux only, else None)."""
+    """What `work` needs at most beyond what is held before it, MiB. CPU:
+    pages of this process (Linux only, else None)."""
     finish(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -75,7 +80,7 @@ def peak_mib(work: Callable[[], Any], device: torch.device) -> float | None:
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 20)                                         # M_MMAP_THRESHOLD: tensors above 1 MiB go back to the system when freed
+        libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: tensors above 1 MiB go back to the system when freed
         libc.malloc_trim(0)
         clear.write_text("5")                                             # the peak restarts at what is resident now
     except (OSError, AttributeError):

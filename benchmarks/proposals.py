@@ -1,11 +1,12 @@
-"""Proposals: CPU time per image, and recall at IoU 0.5 of the first 30, 100 and 1000 boxes, on labelled images and on synthetic scenes; then what
-a second process brings to the build of a store.
+"""Proposals: CPU time per image, and recall at IoU 0.5 of the first 30, 100 and 1000 boxes, on labelled images and on
+synthetic scenes; then what a second process brings to the build of a store.
 
   python benchmarks/proposals.py [--rounds 5] [--images 72] [--seeds 3] [--data ../shared/data/bccd] [--time_data ../shared/data/imagenet_sample]
 
-CPU time counts decoding, proposals and ranking in one thread. `speed`: against the released setting on the same images, median over rounds. Recall of
-settings with a draw is the mean over --seeds seeds, @100 with its least and largest. ImageNet-1k: 1,281,167 images; at original size a lower bound
-where the pictures that are timed are smaller than ImageNet's (about 500 x 375). Rows at original size on a larger set use fewer images: `found on`.
+CPU time counts decoding, proposals and ranking in one thread. `speed`: against the released setting on the same images,
+median over rounds. Recall of settings with a draw is the mean over --seeds seeds, @100 with its least and largest.
+ImageNet-1k: 1,281,167 images; at original size a lower bound where the pictures that are timed are smaller than
+ImageNet's (about 500 x 375). Rows at original size on a larger set use fewer images: `found on`.
 """
 from __future__ import annotations
 
@@ -32,9 +33,11 @@ from data import SyntheticScenes, open_images
 
 assert Path(proposals.__file__).resolve() != Path(__file__).resolve()
 SHARED, CPU, IMAGENET = Path(__file__).resolve().parents[2] / "shared" / "data", torch.device("cpu"), 1_281_167
-SETTINGS = {"selective search fast 128": {}, "quality 128": {"mode": "quality"}, "quick 128": {"mode": "quick"}, "fast 224": {"grid": 224},
+SETTINGS = {"selective search fast 128": {}, "quality 128": {"mode": "quality"},
+            "quick 128": {"mode": "quick"}, "fast 224": {"grid": 224},
             "fast original size": {"grid": None}, "quick original size": {"grid": None, "mode": "quick"},
-            "edge boxes 224": {"method": "edge_boxes", "grid": 224}, "edge boxes original size": {"method": "edge_boxes", "grid": None},
+            "edge boxes 224": {"method": "edge_boxes", "grid": 224},
+            "edge boxes original size": {"method": "edge_boxes", "grid": None},
             "random boxes": {"method": "random", "grid": None}}
 RELEASED = ("selective search fast 128", "own")
 FEW = 12  # images per labelled set for selective search at original size
@@ -59,19 +62,22 @@ def recalls(settings: dict[str, Any], labelled: Any, images: int, seeds: int) ->
             ordered = {"own": boxes, "nms": proposals.rank_nms(boxes, hw, np.random.default_rng(drawn))}
             for order, some in ordered.items():
                 ranks.setdefault(order, [[] for _ in range(seeds)])[seed].append(found_at(some, truth))
-    return {order: {k: [float((np.concatenate(r) < k).mean()) for r in per_seed] for k in (30, 100, 1000)} for order, per_seed in ranks.items()}
+    return {order: {k: [float((np.concatenate(r) < k).mean()) for r in per_seed] for k in (30, 100, 1000)}
+            for order, per_seed in ranks.items()}
 
 
 def settings_table(args: argparse.Namespace, pictures: Any, labelled: dict[str, Any]) -> None:
     chosen = np.linspace(0, len(pictures) - 1, min(args.time_images, len(pictures))).astype(int)
     shown = {name: settings for name, settings in SETTINGS.items() if args.only in name or name == RELEASED[0]}
     generators = {(name, order): proposals.Generator(**settings, rank="nms" if order == "nms" else "opencv")
-                  for name, settings in shown.items() for order in ("own", "nms") if (name, order) != ("random boxes", "nms")}
+                  for name, settings in shown.items() for order in ("own", "nms")
+                  if (name, order) != ("random boxes", "nms")}
     counts = {}
 
     def work(way: tuple[str, str]) -> None:
         counts[way] = [len(generators[way](pictures.load(int(i)), proposals.image_seed(0, i))) for i in chosen]
-    seconds = measure.interleave({way: lambda way=way: work(way) for way in generators}, args.rounds, CPU, clock=time.process_time)
+    seconds = measure.interleave({way: lambda way=way: work(way) for way in generators}, args.rounds,
+                                 CPU, clock=time.process_time)
     columns = ["setting", "order", "CPU ms/image", "images/s", "speed", "boxes", "ImageNet-1k core-hours"]
     columns += [f"{name} @{k}" for name in labelled for k in (30, 100, 1000)] + ["found on"]
     rows = []
@@ -84,13 +90,15 @@ def settings_table(args: argparse.Namespace, pictures: Any, labelled: dict[str, 
                 continue
             each = measure.median(seconds[way]) / len(chosen)
             rows.append([name, order, measure.spread(seconds[way], 1e3 / len(chosen)), 1 / each,
-                         measure.spread(measure.ratios(seconds, RELEASED, way)), float(np.mean(counts[way])), IMAGENET * each / 3600])
+                         measure.spread(measure.ratios(seconds, RELEASED, way)),
+                         float(np.mean(counts[way])), IMAGENET * each / 3600])
             for data in labelled:
                 at = found[data][order]
                 rows[-1] += [float(np.mean(at[30])), measure.spread(at[100]), float(np.mean(at[1000]))]
             rows[-1].append("/".join(map(str, size.values())))
     measure.report("proposals: cost of a setting and what it finds (IoU 0.5)", columns, rows, measure.machine(
-        CPU, opencv=cv2.__version__, rounds=args.rounds, timed_images=len(chosen), timed_on=pictures.name, seeds=args.seeds))
+        CPU, opencv=cv2.__version__, rounds=args.rounds, timed_images=len(chosen),
+        timed_on=pictures.name, seeds=args.seeds))
 
 
 class Watched(proposals.Generator):
@@ -104,12 +112,14 @@ class Watched(proposals.Generator):
 
 
 def scaling_table(args: argparse.Namespace, pictures: Any) -> None:
-    """build_store with 0, 1, 2 workers, and two builds that know nothing of each other: what this machine can give at that moment. Where others
-    compute too, wall time says little. `wants a core`: the part of the wall time that a worker ran, or waited for a core and not for work. From it
-    and from what an image costs in CPU time follows the speed on cores that nobody else uses: processes x wants a core x cost alone / cost here."""
+    """build_store with 0, 1, 2 workers, and two builds that know nothing of each other: what this machine can give at
+    that moment. Where others compute too, wall time says little. `wants a core`: the part of the wall time that a
+    worker ran, or waited for a core and not for work. From it and from what an image costs in CPU time follows the
+    speed on cores that nobody else uses: processes x wants a core x cost alone / cost here."""
     def build(workers: int, out: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            proposals.build_store(out, pictures, Watched(mode=args.store_mode), workers=workers, limit=args.store_images, progress=False)
+            proposals.build_store(out, pictures, Watched(mode=args.store_mode), workers=workers,
+                                  limit=args.store_images, progress=False)
 
     def side_by_side(out: str) -> None:
         both = [multiprocessing.get_context("fork").Process(target=build, args=(0, f"{out}/{k}")) for k in range(2)]
@@ -126,11 +136,13 @@ def scaling_table(args: argparse.Namespace, pictures: Any) -> None:
             ways[name][2](f"{folder}/store")
             wall = time.perf_counter() - began
             used[name].append(cpu() - before)
-            seen = [sum(map(int, file.read_text().split()[:2])) / 1e9 for file in Path(folder).iterdir() if file.is_file()]
+            seen = [sum(map(int, file.read_text().split()[:2])) / 1e9
+                    for file in Path(folder).iterdir() if file.is_file()]
             wants[name].append(sum(seen) / len(seen) / wall)
 
+    # processes, stores made, work
     ways = {"0 workers": (1, 1, lambda out: build(0, out)), "1 worker": (1, 1, lambda out: build(1, out)),
-            "2 workers": (2, 1, lambda out: build(2, out)), "two builds side by side": (2, 2, side_by_side)}  # processes, stores made, work
+            "2 workers": (2, 1, lambda out: build(2, out)), "two builds side by side": (2, 2, side_by_side)}
     used, wants = {name: [] for name in ways}, {name: [] for name in ways}
     cv2.setNumThreads(0)  # before any fork
     seconds = measure.interleave({name: lambda name=name: watched(name) for name in ways}, args.rounds, CPU)
@@ -140,12 +152,13 @@ def scaling_table(args: argparse.Namespace, pictures: Any) -> None:
         wall = [[stores * r for r in measure.ratios(seconds, base, name)] for base in ("0 workers", "1 worker")]
         busy = [c / (processes * s) for c, s in zip(cpu, seconds[name])]
         free = [processes * w * a / (c / stores) for w, a, c in zip(want, used["0 workers"][-args.rounds:], cpu)]
-        rows.append([name, stores * args.store_images / measure.median(seconds[name]), *map(measure.spread, (*wall, busy)),
-                     measure.median(cpu) / stores / args.store_images * 1e3])
+        rows.append([name, stores * args.store_images / measure.median(seconds[name]),
+                     *map(measure.spread, (*wall, busy)), measure.median(cpu) / stores / args.store_images * 1e3])
         rows[-1] += [None, None] if name == "0 workers" else map(measure.spread, (want, free))
-    measure.report(f"build_store, {args.store_mode}", ["way", "images/s", "wall: speed / 0 workers", "/ 1 worker", "CPU time / (processes x wall)",
-                   "CPU ms/image", "wants a core", "on free cores / 0 workers"], rows,
-                   measure.machine(CPU, rounds=args.rounds, images=args.store_images, source=pictures.name))
+    measure.report(f"build_store, {args.store_mode}",
+                   ["way", "images/s", "wall: speed / 0 workers", "/ 1 worker", "CPU time / (processes x wall)",
+                    "CPU ms/image", "wants a core", "on free cores / 0 workers"],
+                   rows, measure.machine(CPU, rounds=args.rounds, images=args.store_images, source=pictures.name))
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
   python benchmarks/scaling.py [--method detreg] [--processes 1 2] [--rounds 3] [--steps 40] [any flag of the script]
 
-Each run is the script itself with one thread per process (CPU) or one GPU per process; its images/s is the median of its log after the first
-quarter. Efficiency of N processes = their images/s / (N x those of one), round by round. `alone x N`: N runs of one process at the same time, what
-this machine gives N processes that say nothing to each other, the most that any N could reach. Accumulation: two micro-batches per step against one.
+Each run is the script itself with one thread per process (CPU) or one GPU per process; its images/s is the median of
+its log after the first quarter. Efficiency of N processes = their images/s / (N x those of one), round by round.
+`alone x N`: N runs of one process at the same time, what this machine gives N processes that say nothing to each other,
+the most that any N could reach. Accumulation: two micro-batches per step against one.
 """
 from __future__ import annotations
 
@@ -30,9 +31,12 @@ METHODS = ("detreg", "updetr", "siamese_detr", "soco", "dupr")
 
 
 def start(method: str, flags: list[str], processes: int, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(ROOT / f"{method}.py")]
-    command += ["--preset", "demo", "--probe_images", "0", "--log_every", "1", "--save_every", "1000000", "--out", str(out), *flags]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               str(ROOT / f"{method}.py")]
+    command += ["--preset", "demo", "--probe_images", "0", "--log_every", "1", "--save_every", "1000000",
+                "--out", str(out), *flags]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
 
 
 def images_per_s(run: subprocess.Popen, out: Path) -> float:
@@ -44,7 +48,8 @@ def images_per_s(run: subprocess.Popen, out: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--method", default="detreg", choices=METHODS)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
@@ -62,7 +67,7 @@ def main() -> None:
             outs = [Path(folder) / f"alone{i}" for i in range(most)]
             runs = [start(args.method, ["--batch_size", str(batch), *flags], 1, out) for out in outs]
             found.setdefault(f"alone x {most}", []).append(sum(images_per_s(run, out) for run, out in zip(runs, outs)))
-            if args.method not in ("soco", "dupr"):                           # BatchNorm or queues see the whole batch: they do not accumulate
+            if args.method not in ("soco", "dupr"):  # BatchNorm or queues see the whole batch: they do not accumulate
                 out = Path(folder) / "accumulate"
                 run = start(args.method, ["--batch_size", str(2 * batch), "--accumulate", "2", *flags], 1, out)
                 found.setdefault("1 process, accumulate 2", []).append(images_per_s(run, out))
@@ -71,8 +76,10 @@ def main() -> None:
     for name, values in found.items():
         n = most if "alone" in name else int(name.split()[0])
         rows.append([name, measure.spread(values), measure.spread([v / (n * first) for v, first in zip(values, one)])])
-    measure.report(f"{args.method}, {batch} images per process and micro-batch", ["run", "images/s", "per process / one alone"], rows,
-                   measure.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), rounds=args.rounds, steps=args.steps))
+    measure.report(f"{args.method}, {batch} images per process and micro-batch",
+                   ["run", "images/s", "per process / one alone"], rows,
+                   measure.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+                                   rounds=args.rounds, steps=args.steps))
 
 
 if __name__ == "__main__":

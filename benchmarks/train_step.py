@@ -4,8 +4,9 @@
   python benchmarks/train_step.py --method deformable_detr      # the detector step against Hugging Face transformers (detr, conditional_detr alike)
   python benchmarks/train_step.py --method faster_rcnn_fpn      # fine-tuning against torchvision's detector (mask_rcnn_fpn, retinanet_fpn, fcos_fpn)
 
-A method runs its default recipe with its own data set, loader and train_step, on a few ImageNet pictures (../shared/data) or drawn scenes as large.
-Its split is measured alone, as a run goes; then the ways below take the same batches in turn:
+A method runs its default recipe with its own data set, loader and train_step, on a few ImageNet pictures
+(../shared/data) or drawn scenes as large. Its split is measured alone, as a run goes;
+then the ways below take the same batches in turn:
   ours    as a run goes
   plain   fp32, eager, attention by grid_sample, norms apart from their convolutions, one optimizer kernel per operation
   bf16    ours with --amp bf16
@@ -34,21 +35,25 @@ import proposals
 import torch
 from torch import nn
 
-LOSS = {"detreg": "detreg_loss", "updetr": "updetr_loss", "siamese_detr": "siamese_loss", "soco": "soco_loss", "dupr": "dupr_loss"}
-BATCH = {"detreg": 2, "updetr": 2, "siamese_detr": 2, "soco": 4, "dupr": 8}      # images; but for DUPR those of RELEASED
-RELEASED = {"detreg": 9.7, "updetr": 1.5, "siamese_detr": 2.1, "soco": 4.6}      # their seconds a step at that batch, 2 threads of such a machine
+LOSS = {"detreg": "detreg_loss", "updetr": "updetr_loss", "siamese_detr": "siamese_loss",
+        "soco": "soco_loss", "dupr": "dupr_loss"}
+BATCH = {"detreg": 2, "updetr": 2, "siamese_detr": 2, "soco": 4, "dupr": 8}  # images; but for DUPR those of RELEASED
+# their seconds a step at that batch, 2 threads of such a machine
+RELEASED = {"detreg": 9.7, "updetr": 1.5, "siamese_detr": 2.1, "soco": 4.6}
 TRANSFORMERS = ("detr", "conditional_detr", "deformable_detr")
 TORCHVISION = ("faster_rcnn_fpn", "mask_rcnn_fpn", "retinanet_fpn", "fcos_fpn")
 
 
 # ==== 1. A method's own step ====
 class Step:
-    """One way of running a method: its own network, optimizer and train_step. Calling it takes one step on the next of `batches`."""
+    """One way of running a method: its own network, optimizer and train_step.
+    Calling it takes one step on the next of `batches`."""
 
     def __init__(self, method: str, cfg: Any, device: torch.device):
         self.script, self.cfg, self.device, self.number = importlib.import_module(method), cfg, device, 0
         torch.manual_seed(cfg.seed)
-        self.model, *frozen = self.script.build_models(cfg) if hasattr(self.script, "build_models") else [self.script.build_model(cfg)]
+        self.model, *frozen = (self.script.build_models(cfg) if hasattr(self.script, "build_models")
+                               else [self.script.build_model(cfg)])
         self.model, frozen = self.model.to(device).train(), [f.to(device) if f is not None else None for f in frozen]
         self.wrapped = common.wrap_model(self.model, device, compiled=cfg.compile)
         build = getattr(self.script, "build_optimizer", common.build_optimizer)
@@ -59,7 +64,8 @@ class Step:
     def __call__(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         batch = [batch] if hasattr(self.script, "build_criterion") else batch
         self.number += 1
-        more = {"soco": (0.99,), "dupr": (self.number,)}.get(self.script.__name__, ())         # target momentum; number of the step
+        # target momentum; number of the step
+        more = {"soco": (0.99,), "dupr": (self.number,)}.get(self.script.__name__, ())
         return self.script.train_step(*self.before, batch, *more, self.device)
 
 
@@ -67,12 +73,14 @@ class Step:
 def plain_forms():
     """What a reader would write first: the reference attention, a norm after each convolution, no fused optimizer."""
     with (mock.patch.object(common, "deformable_attention_for", lambda device: common.multi_scale_deformable_attention),
-          mock.patch.object(common, "convolve", lambda x, conv, norm: norm(conv(x))), mock.patch.object(common, "can_fuse", lambda model: False)):
+          mock.patch.object(common, "convolve", lambda x, conv, norm: norm(conv(x))),
+          mock.patch.object(common, "can_fuse", lambda model: False)):
         yield
 
 
 def open_data(method: str, argv: list[str], folder: str) -> tuple[Any, Any, Any]:
-    """-> (the configuration, the data set, its collate). Proposals come from a store, as the README advises for more than a few epochs."""
+    """-> (the configuration, the data set, its collate). Proposals come from a store,
+    as the README advises for more than a few epochs."""
     script = importlib.import_module(method)
     sample, flags = Path(__file__).resolve().parents[2] / "shared/data/imagenet_sample/train", []
     if "--data" not in argv:
@@ -81,14 +89,17 @@ def open_data(method: str, argv: list[str], folder: str) -> tuple[Any, Any, Any]
             (Path(folder) / "images.txt").write_text("\n".join(map(str, sorted(sample.rglob("*.*"))[::12][:24])))
             flags[:2] = ["--data", f"{folder}/images.txt"]
     flags += ["--backbone_weights", "random", "--batch_size", str(BATCH[method]), "--out", folder, "--num_workers", "1"]
-    cfg = run.parse_config(script.Config, script.PRESETS, flags + argv, script=method, description="", by_data=script.recipe_of)
-    source = data.open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
-    kind = {"detreg": "RegionDataset", "updetr": "PatchDataset", "siamese_detr": "TwoViewDataset", "soco": "ObjectViewsDataset",
-            "dupr": "TwoCropsDataset"}[method]
+    cfg = run.parse_config(script.Config, script.PRESETS, flags + argv, script=method, description="",
+                           by_data=script.recipe_of)
+    source = data.open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images,
+                              synthetic_size=cfg.synthetic_size, seed=cfg.seed)
+    kind = {"detreg": "RegionDataset", "updetr": "PatchDataset", "siamese_detr": "TwoViewDataset",
+            "soco": "ObjectViewsDataset", "dupr": "TwoCropsDataset"}[method]
     arguments = [cfg, source, np.arange(len(source))]
     if hasattr(script, "proposal_generator"):
         with contextlib.redirect_stdout(None):
-            arguments.append(proposals.build_store(f"{folder}/store", source, script.proposal_generator(cfg), workers=2, progress=False))
+            arguments.append(proposals.build_store(f"{folder}/store", source, script.proposal_generator(cfg),
+                                                   workers=2, progress=False))
     return cfg, getattr(script, kind)(*arguments), getattr(script, "collate", data.collate)
 
 
@@ -99,13 +110,14 @@ def resized(batch: dict[str, Any], hw: list[int] | None) -> dict[str, Any]:
     old = batch["images"].shape[-2:]
     scale = torch.tensor([hw[1] / old[1], hw[0] / old[0]] * 2)
     images = torch.nn.functional.interpolate(batch["images"], size=hw, mode="bilinear")
-    moved = {key: batch[key] * scale for key in ("boxes", "rois") if key in batch}             # Siamese DETR's are pixels
+    moved = {key: batch[key] * scale for key in ("boxes", "rois") if key in batch}  # Siamese DETR's are pixels
     sizes = {"sizes": torch.tensor([hw] * len(images))} if "sizes" in batch else {}
     return {**batch, **moved, **sizes, "images": images, "mask": torch.zeros(len(images), *hw, dtype=torch.bool)}
 
 
 def split(step: Step, batches: Any, steps: int) -> dict[str, list[float]]:
-    """Seconds of each part of every step: data wait, forward, matching + loss, backward, optimizer (with clipping and the check for NaN)."""
+    """Seconds of each part of every step: data wait, forward, matching + loss, backward,
+    optimizer (with clipping and the check for NaN)."""
     parts: dict[str, list[float]] = defaultdict(list)
     last = time.perf_counter()
 
@@ -126,7 +138,8 @@ def split(step: Step, batches: Any, steps: int) -> dict[str, list[float]]:
     def timed_backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         backward(self, *args, **kwargs)
         lap("backward")
-    with mock.patch.object(step.script, loss.__name__, timed_loss), mock.patch.object(torch.Tensor, "backward", timed_backward):
+    with (mock.patch.object(step.script, loss.__name__, timed_loss),
+          mock.patch.object(torch.Tensor, "backward", timed_backward)):
         for i in range(steps + 1):
             batch = next(batches)
             lap("data wait")
@@ -149,7 +162,7 @@ def method_step(args: argparse.Namespace, argv: list[str]) -> None:
                 steps[way] = Step(args.method, type(cfg)(**{**vars(cfg), **changed}), device)
         parts = split(steps["ours"], batches, args.rounds)
         kept = [next(batches) for _ in range(4)]
-        del batches, loader                                               # its workers end: they would take a core from what is timed below
+        del batches, loader  # its workers end: they would take a core from what is timed below
         turn = {way: 0 for way in steps}
 
         def run(way: str) -> None:
@@ -162,14 +175,16 @@ def method_step(args: argparse.Namespace, argv: list[str]) -> None:
     shape = tuple(first.shape) if isinstance(first, torch.Tensor) else tuple(first[0].shape)
     total = sum(measure.median(values) for values in parts.values())
     measure.report(f"{args.method}: one step, in a loop of its own", ["part", "seconds", "share"],
-                   [[name, measure.spread(values), f"{measure.median(values) / total:.0%}"] for name, values in parts.items()],
+                   [[name, measure.spread(values), f"{measure.median(values) / total:.0%}"]
+                    for name, values in parts.items()],
                    measure.machine(device, batch_size=cfg.batch_size, images=str(shape)))
     released = RELEASED.get(args.method) if device.type == "cpu" and cfg.batch_size == BATCH[args.method] else None
     rows = [[way, measure.spread(seconds[way]), cfg.batch_size / measure.median(seconds[way]),
              measure.spread(measure.ratios(seconds, "plain", way)) if "plain" in seconds else None, memory[way],
              measure.median(seconds[way]) / released if released else None] for way in seconds]
     columns = ["way", "seconds", "images/s", "plain / way", "peak MiB", "of the released step"]
-    measure.report(f"{args.method}: the same batches in turn", columns, rows, measure.machine(device, batch_size=cfg.batch_size, images=str(shape)))
+    measure.report(f"{args.method}: the same batches in turn", columns, rows,
+                   measure.machine(device, batch_size=cfg.batch_size, images=str(shape)))
 
 
 # ==== 2. The detector step against other libraries ====
@@ -179,18 +194,22 @@ def boxes_of(batch: int, count: int, device: torch.device) -> list[dict[str, tor
              "labels": torch.randint(0, 90, (count,), generator=generator).to(device)} for _ in range(batch)]
 
 
-def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device: torch.device, amp: str) -> dict[str, Any]:
-    """Forward, loss, backward, clip and AdamW of a detector with a frozen ResNet-50, 91 classes, dropout 0.1: ours, and theirs."""
+def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device: torch.device,
+                   amp: str) -> dict[str, Any]:
+    """Forward, loss, backward, clip and AdamW of a detector with a frozen ResNet-50, 91 classes,
+    dropout 0.1: ours, and theirs."""
     import transformers
     import finetune
     flags = ["--data", "coco", "--detector", name, "--backbone_weights", "random", "--lr_backbone", "0", "--amp", amp]
-    cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags, script="finetune", description="", by_data=finetune.recipe_of)
+    cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags, script="finetune", description="",
+                           by_data=finetune.recipe_of)
     queries = cfg.num_queries
     ours = common.build_detector(cfg, 91 + (name == "detr"), focal=name != "detr").to(device).train()
     criterion, mask = finetune.build_criterion(cfg), torch.zeros_like(images[:, 0], dtype=torch.bool)
     optimizer = common.build_optimizer(cfg, ours)
     kind = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[name]
-    backbone = transformers.ResNetConfig(out_features=[f"stage{i}" for i in ((2, 3, 4) if name == "deformable_detr" else (4,))])
+    backbone = transformers.ResNetConfig(out_features=[f"stage{i}"
+                                                       for i in ((2, 3, 4) if name == "deformable_detr" else (4,))])
     config = getattr(transformers, f"{kind}Config")(
         backbone_config=backbone, num_queries=queries, num_labels=91, auxiliary_loss=True,
         **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), cfg.dropout),
@@ -225,13 +244,15 @@ def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: tor
     import torchvision
 
     import finetune
-    cfg = run.parse_config(finetune.Config, finetune.PRESETS, ["--data", "coco", "--detector", name, "--backbone_weights", "random"],
+    cfg = run.parse_config(finetune.Config, finetune.PRESETS,
+                              ["--data", "coco", "--detector", name, "--backbone_weights", "random"],
                               script="finetune", description="", by_data=finetune.recipe_of)
-    build = {"faster_rcnn_fpn": "fasterrcnn_resnet50_fpn", "mask_rcnn_fpn": "maskrcnn_resnet50_fpn", "retinanet_fpn": "retinanet_resnet50_fpn",
-             "fcos_fpn": "fcos_resnet50_fpn"}[name]
+    build = {"faster_rcnn_fpn": "fasterrcnn_resnet50_fpn", "mask_rcnn_fpn": "maskrcnn_resnet50_fpn",
+             "retinanet_fpn": "retinanet_resnet50_fpn", "fcos_fpn": "fcos_resnet50_fpn"}[name]
     first = rcnn.first_label(name)
     height, width = images.shape[-2:]
-    theirs = getattr(torchvision.models.detection, build)(weights=None, weights_backbone=None, num_classes=91 + first, trainable_backbone_layers=5,
+    theirs = getattr(torchvision.models.detection, build)(weights=None, weights_backbone=None,
+                                                          num_classes=91 + first, trainable_backbone_layers=5,
                                                           min_size=min(height, width), max_size=max(height, width))
     wanted = []
     for t in targets:
@@ -243,7 +264,8 @@ def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: tor
     steps = {}
     for way, model in (("ours", rcnn.build_rcnn(cfg, 91)), ("torchvision", theirs)):
         model = model.to(device).train()
-        optimizer = rcnn.build_sgd(cfg, model) if way == "ours" else torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        optimizer = (rcnn.build_sgd(cfg, model) if way == "ours"
+                     else torch.optim.SGD(model.parameters(), 0.02, momentum=0.9))
 
         def step(model=model, optimizer=optimizer) -> None:
             optimizer.zero_grad()
@@ -251,7 +273,7 @@ def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: tor
                 losses = model(list(images), wanted)
             sum(losses.values()).backward()
             for group in optimizer.param_groups:
-                group["lr"] = 0.0                                         # random labels: nothing may run away while it is timed
+                group["lr"] = 0.0  # random labels: nothing may run away while it is timed
             optimizer.step()
         steps[way] = step
     return steps
@@ -265,24 +287,32 @@ def library_step(args: argparse.Namespace, argv: list[str]) -> None:
     parser.add_argument("--amp", choices=["off", "bf16"], default="off")
     sizes = parser.parse_args(argv)
     torch.manual_seed(0)
-    images, targets = torch.randn(sizes.batch_size, 3, *sizes.size, device=device), boxes_of(sizes.batch_size, 10, device)
-    steps = (detector_steps if args.method in TRANSFORMERS else rcnn_steps)(args.method, images, targets, device, sizes.amp)
+    images, targets = (torch.randn(sizes.batch_size, 3, *sizes.size, device=device),
+                       boxes_of(sizes.batch_size, 10, device))
+    steps = (detector_steps if args.method in TRANSFORMERS
+             else rcnn_steps)(args.method, images, targets, device, sizes.amp)
     seconds = measure.interleave(steps, args.rounds, device)
     other = next(way for way in steps if way != "ours")
-    rows = [[way, measure.spread(seconds[way]), sizes.batch_size / measure.median(seconds[way]), measure.spread(measure.ratios(seconds, other, way)),
-             measure.peak_mib(steps[way], device)] for way in steps]
+    rows = [[way, measure.spread(seconds[way]), sizes.batch_size / measure.median(seconds[way]),
+             measure.spread(measure.ratios(seconds, other, way)), measure.peak_mib(steps[way], device)]
+            for way in steps]
     versions = {library: importlib.import_module(library).__version__ for library in (other,)}
-    measure.report(f"{args.method}: forward, loss, backward, optimizer", ["way", "seconds", "images/s", f"{other} / way", "peak MiB"], rows,
-                   measure.machine(device, batch_size=sizes.batch_size, size=str(tuple(sizes.size)), amp=sizes.amp, **versions))
+    measure.report(f"{args.method}: forward, loss, backward, optimizer",
+                   ["way", "seconds", "images/s", f"{other} / way", "peak MiB"], rows,
+                   measure.machine(device, batch_size=sizes.batch_size, size=str(tuple(sizes.size)),
+                                   amp=sizes.amp, **versions))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--method", required=True, choices=[*LOSS, *TRANSFORMERS, *TORCHVISION])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pixels", type=int, nargs=2, metavar=("H", "W"), help="of the DETR family's images; default: as the data set draws them")
-    parser.add_argument("--ways", nargs="+", default=["ours", "plain", "bf16"], choices=["ours", "plain", "bf16", "compile"])
+    parser.add_argument("--pixels", type=int, nargs=2, metavar=("H", "W"),
+                        help="of the DETR family's images; default: as the data set draws them")
+    parser.add_argument("--ways", nargs="+", default=["ours", "plain", "bf16"],
+                        choices=["ours", "plain", "bf16", "compile"])
     args, rest = parser.parse_known_args()
     (method_step if args.method in LOSS else library_step)(args, rest)
 

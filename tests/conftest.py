@@ -1,4 +1,5 @@
-"""Tests import the project's files from the folder above, and run single-threaded where that is faster on small tensors."""
+"""Tests import the project's files from the folder above, and run single-threaded where that
+is faster on small tensors."""
 import os
 import socket
 import subprocess
@@ -13,22 +14,26 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(2)
 
-SMALL = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=32, dropout=0.0, num_queries=8)
+SMALL = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=32,
+             dropout=0.0, num_queries=8)
 
 
 def small_config(config_class, **values):
-    """A configuration of the small detector that the tests build (frozen BatchNorm, four levels, no box refinement unless said)."""
+    """A configuration of the small detector that the tests build (frozen BatchNorm, four levels,
+    no box refinement unless said)."""
     return config_class(**{**SMALL, **values})
 
 
 def flags(values: dict) -> list[str]:
     """{"scales": (48, 64), "preset": "demo"} as a command line."""
-    return [text for k, v in values.items() for text in (f"--{k}", *map(str, v if isinstance(v, (tuple, list)) else [v]))]
+    return [text for k, v in values.items()
+            for text in (f"--{k}", *map(str, v if isinstance(v, (tuple, list)) else [v]))]
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """One thread: on tensors as small as here a second one only waits, and where other work shares the cores it waits five times as long."""
+    """One thread: on tensors as small as here a second one only waits, and where other work shares the cores it
+    waits five times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,9 +52,10 @@ def run_processes(code: str, out: Path, world: int = 2, timeout: float = 180) ->
             "torch.distributed.destroy_process_group()")
     processes = []
     for r in map(str, range(world)):
-        env = {**os.environ, "RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-               "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-        processes.append(subprocess.Popen([sys.executable, "-c", code], env=env, cwd=out, stderr=subprocess.PIPE, text=True))
+        env = {**os.environ, "RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(port), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        processes.append(subprocess.Popen([sys.executable, "-c", code], env=env, cwd=out,
+                                          stderr=subprocess.PIPE, text=True))
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]
     finally:
@@ -60,9 +66,11 @@ def run_processes(code: str, out: Path, world: int = 2, timeout: float = 180) ->
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory):
-    """What worker() of these modules gives in two processes joined by gloo, as torchrun starts them: {module: [rank 0, rank 1]}."""
+    """What worker() of these modules gives in two processes joined by gloo, as torchrun starts them:
+    {module: [rank 0, rank 1]}."""
     out = tmp_path_factory.mktemp("two_processes")
-    modules = ("test_detreg", "test_dupr", "test_finetune", "test_rcnn", "test_siamese_detr", "test_soco", "test_updetr")
+    modules = ("test_detreg", "test_dupr", "test_finetune", "test_rcnn", "test_siamese_detr",
+               "test_soco", "test_updetr")
     run_processes(f"for name in {modules}: torch.save(__import__(name).worker(), f'{{name}}{{common.rank()}}.pt')", out)
     return {name: [torch.load(out / f"{name}{r}.pt") for r in (0, 1)] for name in modules}
 
@@ -76,7 +84,8 @@ def fails(capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             run.cli(lambda: main(list(map(str, argv))))
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and not line.startswith("warning: ") and "%|" not in line]
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()
+                 and not line.startswith("warning: ") and "%|" not in line]
         assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
 

@@ -5,8 +5,10 @@ import numpy as np
 
 
 def fill(name: str, shape, seed: int = 0) -> np.ndarray:
-    """float32 array that depends on (name, shape, seed) only; statistics and scales stay sane, matrices have variance 1 / fan-in."""
-    x = np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()), seed])).standard_normal(shape).astype(np.float32)
+    """float32 array that depends on (name, shape, seed) only; statistics and scales stay sane,
+    matrices have variance 1 / fan-in."""
+    x = (np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()), seed]))
+         .standard_normal(shape).astype(np.float32))
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "num_batches_tracked":
         return np.zeros(shape, np.int64)

@@ -1,5 +1,6 @@
-"""A corpus of broken and odd inputs, each with its outcome, through main(argv) as a user's command runs them. Three outcomes there are: the input is
-used, it is skipped and counted, or the run ends in one sentence that names file and reason, with exit code 2."""
+"""A corpus of broken and odd inputs, each with its outcome, through main(argv) as a user's command runs them. Three
+outcomes there are: the input is used, it is skipped and counted, or the run ends in one sentence that names file and
+reason, with exit code 2."""
 import ast
 import importlib
 import io
@@ -29,9 +30,9 @@ import run
 from conftest import ROOT, SMALL, flags
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {**SMALL, "preset": "demo", "num_feature_levels": 3, "scales": (48,), "max_size": 96, "crop_scales": (64,), "crop_range": (40, 60),
-        "patch_size": 16, "max_prop": 6, "proposal_grid": 64, "no_cache_proposals": (), "backbone_weights": "random", "num_workers": 0, "seed": 3,
-        "probe_images": 0, "batch_size": 2, "max_steps": 1}
+TINY = {**SMALL, "preset": "demo", "num_feature_levels": 3, "scales": (48,), "max_size": 96, "crop_scales": (64,),
+        "crop_range": (40, 60), "patch_size": 16, "max_prop": 6, "proposal_grid": 64, "no_cache_proposals": (),
+        "backbone_weights": "random", "num_workers": 0, "seed": 3, "probe_images": 0, "batch_size": 2, "max_steps": 1}
 RED, WHITE, GREY = (255, 0, 0), (255, 255, 255), (90, 90, 90)
 
 
@@ -53,8 +54,9 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 def png_of(width: int, height: int, *more: bytes) -> bytes:
     """A PNG that declares a size and has next to no pixels."""
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + b"".join(more) + chunk(
-        b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + b"".join(more) + chunk(
+                b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
 
 
 def red(width: int = 40, height: int = 20) -> Image.Image:
@@ -73,7 +75,7 @@ def palette() -> Image.Image:
 
 def turned(form: str) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6                                                         # stored on its side: to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # stored on its side: to be turned by 90 degrees clockwise
     return encoded(red(), form, exif=exif)
 
 
@@ -84,7 +86,9 @@ def deep(depth: int, *shape: int) -> bytes:
 FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (40, 20), (0, 0, 255))], "duration": 100}
 TEXT_BOMB = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 50_000_000))
 SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-IMAGES = [  # file name, its content (a str: a link to there; None: a pipe), outcome: "skipped", or "used" with the size and the first pixel
+# file name, its content (a str: a link to there; None: a pipe), outcome:
+# "skipped", or "used" with the size and the first pixel
+IMAGES = [
     ("grey.png", encoded(Image.new("L", (40, 20), 90), "PNG"), "used", (40, 20), GREY),
     ("one bit.png", encoded(Image.new("1", (40, 20), 1), "PNG"), "used", (40, 20), WHITE),
     ("16 bit.png", deep(16, 20, 40), "used", (40, 20), GREY),
@@ -107,7 +111,7 @@ IMAGES = [  # file name, its content (a str: a link to there; None: a pipe), out
     ("1x1.png", encoded(red(1, 1), "PNG"), "used", (1, 1), RED),
     ("1x5000.png", encoded(red(1, 5000), "PNG"), "used", (1, 5000), RED),
     ("5000x1.png", encoded(red(5000, 1), "PNG"), "used", (5000, 1), RED),
-    ("flat.bmp", encoded(red(), "BMP"), "used", (40, 20), RED),              # no two proposals: detreg.py draws another image (D9)
+    ("flat.bmp", encoded(red(), "BMP"), "used", (40, 20), RED),  # no two proposals: detreg.py draws another image (D9)
     ("grüße 文字 🙂.png", encoded(red(), "PNG"), "used", (40, 20), RED),
     (os.fsdecode(b"not utf-8 \xff.png"), encoded(red(), "PNG"), "used", (40, 20), RED),
     ("a link.png", "000.png", "used", (48, 48), None),
@@ -155,7 +159,8 @@ def quick(monkeypatch):
     batches = []
     monkeypatch.setattr(detreg, "build_models", lambda cfg: (layer, layer))
     monkeypatch.setattr(detreg, "train_step", lambda cfg, model, descriptor, criterion, optimizer, micro, *_:
-                        batches.extend(micro) or {k: torch.zeros(()) for k in ("loss", "loss_bbox", "loss_object_embedding")})
+                        batches.extend(micro) or {k: torch.zeros(())
+                                                  for k in ("loss", "loss_bbox", "loss_object_embedding")})
     return batches
 
 
@@ -185,9 +190,10 @@ def test_image(case, good, quick, tmp_path, monkeypatch, capsys):
         assert len(store.boxes(4, image.size[::-1])) == 300 and "skipped" not in done.out
     else:
         assert str(path) not in seen and store.header["unreadable"] == 1 and len(store.boxes(4, (9, 9))) == 0
-        assert len(errors) == 2 and all(f"skipped {run.printable(str(path))}: " in line for line in errors)      # by each of the two commands
+        # by each of the two commands
+        assert len(errors) == 2 and all(f"skipped {run.printable(str(path))}: " in line for line in errors)
         assert done.out.splitlines()[-1].startswith(f"skipped 1 of 120 images: {run.printable(str(path))}: ")
-        assert name != "a program.jpg" or "UnidentifiedImageError" in errors[0]                  # not even looked for Ghostscript
+        assert name != "a program.jpg" or "UnidentifiedImageError" in errors[0]  # not even looked for Ghostscript
 
 
 def used(name: str) -> bytes:
@@ -201,22 +207,26 @@ def test_one_step_on_all_of_them_at_once(tmp_path):
             (tmp_path / f"{k} {name}").write_bytes(content)
     count = len(list(tmp_path.iterdir()))
     assert count > 20
-    detreg.main(flags({**TINY, "data": tmp_path, "out": tmp_path / "out", "batch_size": count, "proposal_method": "random"}))
+    detreg.main(flags({**TINY, "data": tmp_path, "out": tmp_path / "out", "batch_size": count,
+                       "proposal_method": "random"}))
     line = json.loads((tmp_path / "out/log.jsonl").read_text())
     assert 0 < line["loss"] < 1e3 and 0 < line["grad_norm"] < 1e6
 
 
 @pytest.mark.parametrize("script", ("updetr", "siamese_detr", "soco", "dupr"))
 def test_every_method_skips_and_counts(script, good, tmp_path, capsys):
-    """As detreg.py in test_image, here with the model: a step on three images and one drawn for the unreadable fourth."""
+    """As detreg.py in test_image, here with the model:
+    a step on three images and one drawn for the unreadable fourth."""
     folder, values = tmp_path / "images", importlib.import_module(f"test_{script}").RUN
     shutil.copytree(good, folder, copy_function=os.link)
     (folder / "003~bad.jpg").write_bytes(b"")
     values = {k: v for k, v in values.items() if k not in ("proposal_method", "cache_proposals")} | {
-        "data": folder, "out": tmp_path / "out", "batch_size": 4, "max_steps": 1, "probe_images": 0, "seed": TINY["seed"]}
+        "data": folder, "out": tmp_path / "out", "batch_size": 4, "max_steps": 1,
+        "probe_images": 0, "seed": TINY["seed"]}
     values |= {} if script in ("updetr", "dupr") else {"proposal_method": "random", "no_cache_proposals": ()}
     run.cli(lambda: importlib.import_module(script).main(flags(values)))
-    assert re.fullmatch(r"skipped 1 of 120 images: \S+/003~bad.jpg: UnidentifiedImageError: .*", capsys.readouterr().out.splitlines()[-1])
+    assert re.fullmatch(r"skipped 1 of 120 images: \S+/003~bad.jpg: UnidentifiedImageError: .*",
+                        capsys.readouterr().out.splitlines()[-1])
     assert math.isfinite(json.loads((tmp_path / "out/log.jsonl").read_text())["loss"])
 
 
@@ -231,16 +241,19 @@ def test_an_image_that_may_not_be_read(good, quick, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(data.Image, "open", refuse)
     run.cli(lambda: detreg.main(flags({**TINY, "data": good, "out": tmp_path / "out"})))
-    assert re.fullmatch(r"skipped 1 of 119 images: \S+004.png: PermissionError: .*", capsys.readouterr().out.splitlines()[-1])
+    assert re.fullmatch(r"skipped 1 of 119 images: \S+004.png: PermissionError: .*",
+                        capsys.readouterr().out.splitlines()[-1])
 
 
 def test_too_many_are_an_error_that_names_them(good, quick, tmp_path, fails):
     for k in range(20):
         (tmp_path / f"{k}.png").write_bytes(used("grey.png") if k != 7 else b"")
     for main, argv in ((proposals.main, ["--data", tmp_path, "--method", "random", "--out", tmp_path / "store"]),
-                       (detreg.main, flags({**TINY, "data": tmp_path, "out": tmp_path / "out", "batch_size": 20, "proposal_method": "random"}))):
+                       (detreg.main, flags({**TINY, "data": tmp_path, "out": tmp_path / "out", "batch_size": 20,
+                                            "proposal_method": "random"}))):
         message = fails(main, argv)
-        assert f"1 of 20 images cannot be read (more than 1 %), the first: {tmp_path / '7.png'}: UnidentifiedImageError" in message
+        assert (f"1 of 20 images cannot be read (more than 1 %), the first: {tmp_path / '7.png'}: "
+                "UnidentifiedImageError" in message)
 
 
 @pytest.mark.parametrize("workers", (0, 1))
@@ -265,11 +278,12 @@ def tree(root: Path, *files: str, links: dict[str, str] = {}) -> None:
 FOLDERS = {  # what is in it, and which images are used, or the error
     "the same name in two folders": (dict(files=["a/x.png", "b/x.png"]), ["a/x.png", "b/x.png"]),
     "a link to the folder around it": (dict(files=["a/x.png"], links={"a/up": "..", "a/here": "."}), ["a/x.png"]),
-    "links in a circle": (dict(files=["a/x.png", "b/y.png"], links={"a/b": "../b", "b/a": "../a"}), ["a/b/y.png", "a/x.png"]),
+    "links in a circle": (dict(files=["a/x.png", "b/y.png"], links={"a/b": "../b", "b/a": "../a"}),
+                          ["a/b/y.png", "a/x.png"]),
     "a link to a folder that is there too": (dict(files=["a/x.png"], links={"b": "a"}), ["a/x.png"]),
     "a link that leads out": (dict(files=["x.png"], links={"out": "{good}"}), ["out/000.png", "... 120"]),
-    "hidden files, other files": (dict(files=["x.png", ".y.png", "._x.png", ".git/z.png", "lost+found/z.png", "x.png.part", "x.gif", "x.tif",
-                                             "x.txt"]), ["x.png"]),
+    "hidden files, other files": (dict(files=["x.png", ".y.png", "._x.png", ".git/z.png", "lost+found/z.png",
+                                             "x.png.part", "x.gif", "x.tif", "x.txt"]), ["x.png"]),
     "endings in capitals": (dict(files=["a.PNG", "b.Jpeg", "c.JPG"]), ["a.PNG", "b.Jpeg", "c.JPG"]),
     "a folder named like an image": (dict(files=["x.png/y.png"]), ["x.png/y.png"]),
     "nothing but gifs": (dict(files=["x.gif"]), "no images in .*images. Looked for .jpg .jpeg .png .webp .bmp"),
@@ -292,7 +306,8 @@ def test_folder(name, good, tmp_path, fails):
 
 
 def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch, fails):
-    """Leaving its images out without a word would be another data set. The refusal is played, as root may list everything."""
+    """Leaving its images out without a word would be another data set. The refusal is played,
+    as root may list everything."""
     tree(tmp_path, "a/x.png", "b/y.png")
     listed = os.scandir
 
@@ -309,7 +324,8 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch, fails):
 LISTS = {  # the text of images/list.txt, and the images used, or the error
     "below it, beside it, absolute": (b"x.png\n../y.png\n{root}/images/z.gif\n", ["../y.png", "x.png", "z.gif"]),
     "the same line twice, ./ and blanks": (b"x.png\n  x.png \n./x.png\n", ["x.png"]),
-    "byte order mark, CRLF, comments, no end of line": (b"\xef\xbb\xbfx.png\r\n# mine\r\n\r\nz.gif", ["x.png", "z.gif"]),
+    "byte order mark, CRLF, comments, "
+    "no end of line": (b"\xef\xbb\xbfx.png\r\n# mine\r\n\r\nz.gif", ["x.png", "z.gif"]),
     "names in UTF-8 with blanks": ("ü 文.png\n".encode(), ["ü 文.png"]),
     "a missing image": (b"x.png\ngone.png\n", "list.txt, line 2: .*gone.png does not exist"),
     "a folder": (b"x.png\n..\n", "list.txt, line 2: .* does not exist"),
@@ -333,7 +349,8 @@ def test_list(name, tmp_path, fails):
     assert images.keys == outcome and store.header["unreadable"] == 0 and len(store) == len(outcome)
 
 
-@pytest.mark.parametrize("name, reason", [("absent", "no such folder"), ("x.png", "no such folder"), ("absent.txt", "cannot be read")])
+@pytest.mark.parametrize("name, reason",
+                         [("absent", "no such folder"), ("x.png", "no such folder"), ("absent.txt", "cannot be read")])
 def test_what_is_no_data_set(name, reason, tmp_path, fails):
     tree(tmp_path, "x.png")
     for main, argv in ((proposals.main, ["--data", tmp_path / name]),
@@ -347,7 +364,7 @@ def test_what_is_no_data_set(name, reason, tmp_path, fails):
 NAN, INF, PENTAGON = float("nan"), float("inf"), [1, 1, 9, 1, 9, 9, 1, 9, 1, 5]
 BOX = {"image_id": 20, "category_id": 7, "bbox": [1, 2, 10, 5]}              # what is right, in a.png, which is 40 x 20
 RIGHT = (1, 2, 11, 7, "cat")
-BOXES = {"the right box": ([BOX], [RIGHT])}                                  # annotations, and the boxes used, or the error
+BOXES = {"the right box": ([BOX], [RIGHT])}  # annotations, and the boxes used, or the error
 BOXES |= {f"a box {where}": ([{**BOX, "bbox": box}], outcome) for where, box, outcome in (
     ("over the edge", [-5, 15, 20, 30], [(0, 15, 15, 20, "cat")]),
     ("in words", ["1", "2", "10", "5"], [RIGHT]),
@@ -365,19 +382,23 @@ BOXES |= {
     "one empty box in 150": ([BOX] * 149 + [{**BOX, "bbox": [1, 2, 0, 5]}], [RIGHT] * 149),
     "two empty boxes in 150": ([BOX] * 148 + [{**BOX, "bbox": [1, 2, 0, 5]}] * 2, "2 of 150 boxes are empty"),
     "a missing image": ([{**BOX, "image_id": 77}], "KeyError 77.*image_id of a listed image"),
-    "an unknown category": ([{**BOX, "category_id": 99}], r"category 99 \(not listed\) is not one of the known: dog, cat"),
+    "an unknown category": ([{**BOX, "category_id": 99}],
+                            r"category 99 \(not listed\) is not one of the known: dog, cat"),
     "ids in words, or 7.0": ([{**BOX, "image_id": "20", "category_id": 7.0}], [RIGHT]),
     "an id that would be rounded": ([{**BOX, "category_id": 7.9}], "7.9 is no whole number"),
     "an id that is a truth value": ([{**BOX, "category_id": True}], "True is no whole number"),
-    "the same annotation id twice": ([{**BOX, "id": 1}, {**BOX, "id": 1, "category_id": 3}], [RIGHT, (1, 2, 11, 7, "dog")]),
+    "the same annotation id twice": ([{**BOX, "id": 1}, {**BOX, "id": 1, "category_id": 3}],
+                                     [RIGHT, (1, 2, 11, 7, "dog")]),
     "no annotation ids": ([BOX, BOX], [RIGHT] * 2),
-    "a crowd": ([{**BOX, "iscrowd": 1}, {**BOX, "iscrowd": "0"}, {**BOX, "iscrowd": None}], [(*RIGHT, "crowd"), RIGHT, RIGHT]),
+    "a crowd": ([{**BOX, "iscrowd": 1}, {**BOX, "iscrowd": "0"}, {**BOX, "iscrowd": None}],
+                [(*RIGHT, "crowd"), RIGHT, RIGHT]),
     "a crowd in letters": ([{**BOX, "iscrowd": "no"}], "no COCO detection json: ValueError"),
     "no bbox": ([{"image_id": 20, "category_id": 7}], "no COCO detection json: KeyError 'bbox'"),
     "an annotation that is a list": ([[20, 7]], "no COCO detection json: TypeError"),
     "a useless area": ([{**BOX, "area": None}, {**BOX, "area": NAN}], [RIGHT] * 2),
 }
-FILES = [{"id": 20, "width": 40, "height": 20, "file_name": "a.png"}, {"id": 3, "width": 40, "height": 20, "file_name": "ü b/a.png"}]
+FILES = [{"id": 20, "width": 40, "height": 20, "file_name": "a.png"},
+         {"id": 3, "width": 40, "height": 20, "file_name": "ü b/a.png"}]
 
 
 def image(**changed) -> dict:
@@ -389,10 +410,13 @@ SETS = {  # what is changed in the file, or its bytes; a note or None where it i
     "byte order mark": (lambda text: b"\xef\xbb\xbf" + text, None),
     "unknown keys": ({"info": None, "licenses": 5}, None),
     "huge ids": ({"images": [FILES[0], {**FILES[1], "id": 2**70}]}, None),
-    "ids with gaps, the same name under two": ({"categories": [{"id": i, "name": n} for i, n in ((7, "cat"), (900, "cat"), (-3, "dog"))]}, None),
-    "one file under two ids": ({"images": [*FILES, {**FILES[0], "id": 21}]}, "1 of 3 images name a file that another one names too"),
+    "ids with gaps, the same name under two":
+    ({"categories": [{"id": i, "name": n} for i, n in ((7, "cat"), (900, "cat"), (-3, "dog"))]}, None),
+    "one file under two ids": ({"images": [*FILES, {**FILES[0], "id": 21}]},
+                               "1 of 3 images name a file that another one names too"),
     "an image id twice": ({"images": [FILES[0]] * 2}, "an image id or category id occurs twice"),
-    "a category id twice": ({"categories": [{"id": 7, "name": "cat"}, {"id": 7, "name": "dog"}]}, "an image id or category id occurs twice"),
+    "a category id twice": ({"categories": [{"id": 7, "name": "cat"}, {"id": 7, "name": "dog"}]},
+                            "an image id or category id occurs twice"),
     "an image that is not there": (image(file_name="gone.png"), "1 of 2 images are not there, the first: .*gone.png"),
     "no name": (image(file_name=""), "1 of 2 images are not there"),
     "a folder up": (image(file_name="../outside.png"), r"file name '\.\./outside\.png' leads out of the image folder"),
@@ -402,7 +426,8 @@ SETS = {  # what is changed in the file, or its bytes; a note or None where it i
     "an absolute name in Windows' way": (image(file_name="C:\\outside.png"), "leads out of the image folder"),
     "a name with a NUL": (image(file_name="a\0.png"), "1 of 2 images are not there"),
     "a name with line ends": (image(file_name="a\nb.png"), r"1 of 2 images are not there, the first: .*a\\nb.png"),
-    "half a character in a name": (image(file_name="\ud800.png"), r"1 of 2 images are not there, the first: .*\\ud800.png"),
+    "half a character in a name": (image(file_name="\ud800.png"),
+                                   r"1 of 2 images are not there, the first: .*\\ud800.png"),
     "no size": ({"images": [{"id": 20, "file_name": "a.png"}]}, "no COCO detection json: KeyError 'height'"),
     "a size of 0": (image(width=0), "ValueError image a.png is 0 x 20 px"),
     "a negative size": (image(height=-20), "ValueError image a.png is 40 x -20 px"),
@@ -420,10 +445,12 @@ SETS = {  # what is changed in the file, or its bytes; a note or None where it i
     "a list": (lambda text: b"[" + text + b"]", "no COCO detection json: TypeError"),
     "a number": (lambda text: b"7", "no COCO detection json: TypeError"),
     "100,000 brackets": (lambda text: b"[" * 100_000, "no COCO detection json: RecursionError"),
-    "10,000 digits": (lambda text: text.replace(b"[1, 2,", b"[" + b"1" * 10_000 + b", 2,"), "no COCO detection json: ValueError"),
+    "10,000 digits": (lambda text: text.replace(b"[1, 2,", b"[" + b"1" * 10_000 + b", 2,"),
+                      "no COCO detection json: ValueError"),
     "latin-1": (lambda text: text.replace(b'"cat"', b'"\xff"'), "no COCO detection json: UnicodeDecodeError"),
     "utf-16": (lambda text: text.decode().encode("utf-16"), "no COCO detection json: UnicodeDecodeError"),
-    "detections instead of annotations": (lambda text: json.dumps([{**BOX, "score": 0.5}]).encode(), "no COCO detection json: TypeError"),
+    "detections instead of annotations": (lambda text: json.dumps([{**BOX, "score": 0.5}]).encode(),
+                                          "no COCO detection json: TypeError"),
 }
 
 
@@ -435,7 +462,8 @@ def read(monkeypatch, tmp_path, capsys, fails):
         with monkeypatch.context() as patch:
             patch.setattr(finetune, "open_sets", lambda cfg: sets.append(opened(cfg)) or sets[0])
             patch.setattr(finetune, "build_model", lambda *_: (_ for _ in ()).throw(Stop()))
-            argv = ["--data", str(path), *argv, "--batch_size", "1", "--arch", "resnet18", "--out", str(tmp_path / "run")]
+            argv = ["--data", str(path), *argv, "--batch_size", "1", "--arch", "resnet18",
+                    "--out", str(tmp_path / "run")]
             if error:
                 message = fails(finetune.main, argv)
                 assert re.search(error, message), message
@@ -458,7 +486,8 @@ def coco(folder: Path, **changed) -> Path:
 def boxes_of(labelled, k: int) -> list[tuple]:
     target = labelled.load(k)[1]
     names = [labelled.categories[label]["name"] for label in target["labels"]]
-    return [(*box, name, *["crowd"] * crowd) for box, name, crowd in zip(target["boxes_xyxy"].tolist(), names, target["crowd"].tolist())]
+    return [(*box, name, *["crowd"] * crowd)
+            for box, name, crowd in zip(target["boxes_xyxy"].tolist(), names, target["crowd"].tolist())]
 
 
 @pytest.mark.parametrize("name", BOXES)
@@ -490,17 +519,22 @@ def test_coco_file(name, tmp_path, read, capsys):
 MASKS = {  # the segmentation of a 40 x 20 image, and how many pixels of it are used, or None: refused
     "a polygon": ([PENTAGON], 64), "two polygons": ([PENTAGON, [20, 1, 24, 1, 24, 5, 20, 5]], 80),
     "a polygon and a line": ([PENTAGON, [1, 2, 3, 4]], 64),
-    "an RLE": ({"size": [20, 40], "counts": [20, 100, 680]}, 100), "an RLE in letters": ({"size": [20, 40], "counts": "d0T3XR1"}, None),
+    "an RLE": ({"size": [20, 40], "counts": [20, 100, 680]}, 100),
+    "an RLE in letters": ({"size": [20, 40], "counts": "d0T3XR1"}, None),
     "an RLE of another size": ({"size": [40, 20], "counts": [20, 100, 680]}, None),
-    "an RLE too short": ({"size": [20, 40], "counts": [20, 100]}, None), "an RLE too long": ({"size": [20, 40], "counts": [20, 100, 6800]}, None),
-    "a negative RLE": ({"size": [20, 40], "counts": [-20, 820]}, None), "an RLE of words": ({"size": [20, 40], "counts": ["20", "780"]}, None),
-    "an RLE that breaks off": ({"size": [20, 40], "counts": "d0T"}, None), "an RLE of other letters": ({"size": [20, 40], "counts": "ü!"}, None),
-    "an empty RLE": ({"size": [20, 40], "counts": ""}, None), "an RLE without end": ({"size": [20, 40], "counts": "o" * 1000}, None),
+    "an RLE too short": ({"size": [20, 40], "counts": [20, 100]}, None),
+    "an RLE too long": ({"size": [20, 40], "counts": [20, 100, 6800]}, None),
+    "a negative RLE": ({"size": [20, 40], "counts": [-20, 820]}, None),
+    "an RLE of words": ({"size": [20, 40], "counts": ["20", "780"]}, None),
+    "an RLE that breaks off": ({"size": [20, 40], "counts": "d0T"}, None),
+    "an RLE of other letters": ({"size": [20, 40], "counts": "ü!"}, None),
+    "an empty RLE": ({"size": [20, 40], "counts": ""}, None),
+    "an RLE without end": ({"size": [20, 40], "counts": "o" * 1000}, None),
     "an RLE without counts": ({"size": [20, 40]}, None), "an RLE without size": ({"counts": [800]}, None),
-    "no polygon": ([], None), "a line": ([[1, 2, 3, 4]], None), "an odd polygon": ([[1, 2, 3, 4, 5, 6, 7]], None), "words": ("everything", None),
-    "a polygon of words": ([["a"] * 6], None), "a polygon with NaN": ([[NAN] + PENTAGON[1:]], None),
-    "an infinite polygon": ([[INF] + PENTAGON[1:]], None), "a polygon of a light year": ([[1e16] + PENTAGON[1:]], None), "a number": (7, None),
-    "nothing": (None, None),
+    "no polygon": ([], None), "a line": ([[1, 2, 3, 4]], None), "an odd polygon": ([[1, 2, 3, 4, 5, 6, 7]], None),
+    "words": ("everything", None), "a polygon of words": ([["a"] * 6], None),
+    "a polygon with NaN": ([[NAN] + PENTAGON[1:]], None), "an infinite polygon": ([[INF] + PENTAGON[1:]], None),
+    "a polygon of a light year": ([[1e16] + PENTAGON[1:]], None), "a number": (7, None), "nothing": (None, None),
 }
 
 
@@ -509,10 +543,12 @@ def test_coco_masks(name, tmp_path, read):
     segmentation, pixels = MASKS[name]
     path = coco(tmp_path, annotations=[{**BOX, "segmentation": segmentation}])
     if name == "an RLE in letters":
-        segmentation["counts"], pixels = annotations.segment_rle({"size": [20, 40], "counts": [20, 100, 680]}, (20, 40))["counts"].decode(), 100
+        segmentation["counts"], pixels = annotations.segment_rle({"size": [20, 40], "counts": [20, 100, 680]},
+                                                                 (20, 40))["counts"].decode(), 100
         path = coco(tmp_path, annotations=[{**BOX, "segmentation": segmentation}])
     if pixels is None:
-        return read(path, "--detector", "mask_rcnn_fpn", error=r"1 of 1 objects have no segmentation .*object 1 of .*a.png")
+        return read(path, "--detector", "mask_rcnn_fpn",
+                    error=r"1 of 1 objects have no segmentation .*object 1 of .*a.png")
     labelled = read(path, "--detector", "mask_rcnn_fpn")
     masks = labelled.masks(0)                                               # images without objects are left out
     assert labelled.image_ids == [20] and masks.shape == (1, 20, 40) and masks.max() == 1 and masks.sum() == pixels
@@ -520,7 +556,8 @@ def test_coco_masks(name, tmp_path, read):
 
 # ==== VOC folders ====
 
-def xml(size: str = "<size><width>40</width><height>20</height></size>", box: str = "<xmin>2</xmin><ymin>3</ymin><xmax>11</xmax><ymax>7</ymax>",
+def xml(size: str = "<size><width>40</width><height>20</height></size>",
+        box: str = "<xmin>2</xmin><ymin>3</ymin><xmax>11</xmax><ymax>7</ymax>",
         name: str = "<name>cat</name>", more: str = "", head: str = "") -> str:
     return f"{head}<annotation><filename>a.jpg</filename>{size}<object>{name}<bndbox>{box}</bndbox>{more}</object></annotation>"
 
@@ -529,51 +566,61 @@ def corners(*values) -> str:
     return xml(box="".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), values)))
 
 
-LAUGHS = "<!DOCTYPE a [<!ENTITY l0 'ha'>" + "".join(f"<!ENTITY l{k} '{f'&l{k - 1};' * 10}'>" for k in range(1, 10)) + "]>"
+LAUGHS = ("<!DOCTYPE a [<!ENTITY l0 'ha'>"
+          + "".join(f"<!ENTITY l{k} '{f'&l{k - 1};' * 10}'>" for k in range(1, 10)) + "]>")
 OUTSIDE = "<!DOCTYPE a [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>"
 VOC_RIGHT = [(1, 2, 11, 7, "cat")]
 XML = {  # Annotations/a.xml, and the boxes used, or the error
+    # the xml's own name decides; a note says so
     "as it should be": (xml(), VOC_RIGHT),
     "with a declaration": (xml(head='<?xml version="1.0" encoding="utf-8"?>'), VOC_RIGHT),
     "numbers with fractions": (corners("2.0", "3.0", "11.0", "7.0"), VOC_RIGHT),
     "parts of an object": (xml(more="<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"), VOC_RIGHT),
     "over the edge": (corners(2, 3, 110, 70), [(1, 2, 40, 20, "cat")]),
-    "no object": ("<annotation><size><width>40</width><height>20</height></size></annotation>", "1 images and 0 classes"),
-    "no size": (xml(size=""), "a.xml is no VOC annotation"),
+    "no object": ("<annotation><size><width>40</width><height>20</height></size></annotation>",
+                  "1 images and 0 classes"), "no size": (xml(size=""), "a.xml is no VOC annotation"),
     "half a size": (xml(size="<size><width>40</width></size>"), "a.xml is no VOC annotation"),
-    "a size of 0": (xml(size="<size><width>0</width><height>0</height></size>"), "a.xml is no VOC annotation: the image is 0 x 0 px"),
+    "a size of 0": (xml(size="<size><width>0</width><height>0</height></size>"),
+                    "a.xml is no VOC annotation: the image is 0 x 0 px"),
     "an infinite size": (xml(size="<size><width>1e999</width><height>9</height></size>"), "a.xml is no VOC annotation"),
     "a size in words": (xml(size="<size><width>wide</width><height>9</height></size>"), "a.xml is no VOC annotation"),
-    "no box": (xml(box=""), "a.xml is no VOC annotation"),
-    "no name": (xml(name=""), "a.xml is no VOC annotation"),
+    "no box": (xml(box=""), "a.xml is no VOC annotation"), "no name": (xml(name=""), "a.xml is no VOC annotation"),
     "an empty name": (xml(name="<name> </name>"), "a.xml is no VOC annotation: an object's name"),
-    "a click": (corners(2, 3, 2, 3), "1 of 1 boxes are empty"), "corners swapped": (corners(11, 7, 2, 3), "1 of 1 boxes are empty"),
-    "outside": (corners(200, 3, 210, 7), "1 of 1 boxes are empty or outside"), "NaN": (corners("nan", 3, 11, 7), "1 of 1 boxes are empty"),
-    "infinite": (corners(2, 3, "inf", 7), "1 of 1 boxes are empty"), "words": (corners("a", 3, 11, 7), "a.xml is no VOC annotation"),
+    "a click": (corners(2, 3, 2, 3), "1 of 1 boxes are empty"),
+    "corners swapped": (corners(11, 7, 2, 3), "1 of 1 boxes are empty"),
+    "outside": (corners(200, 3, 210, 7), "1 of 1 boxes are empty or outside"),
+    "NaN": (corners("nan", 3, 11, 7), "1 of 1 boxes are empty"),
+    "infinite": (corners(2, 3, "inf", 7), "1 of 1 boxes are empty"),
+    "words": (corners("a", 3, 11, 7), "a.xml is no VOC annotation"),
     "cut in the middle": (xml()[:99], "a.xml is no VOC annotation"), "zero bytes": ("", "a.xml is no VOC annotation"),
     "two roots": (xml() * 2, "a.xml is no VOC annotation"), "a json": ('{"size": 4}', "a.xml is no VOC annotation"),
     "a billion laughs": (xml(head=LAUGHS, name="<name>&l9;</name>"), "a.xml is no VOC annotation: it defines entities"),
-    "a billion laughs in UTF-16": (xml(head=LAUGHS, name="<name>&l9;</name>").encode("utf-16"), "a.xml is no VOC annotation: it defines entities"),
-    "another file's text": (xml(head=OUTSIDE, name="<name>&e;</name>"), "a.xml is no VOC annotation: it defines entities"),
+    "a billion laughs in UTF-16": (xml(head=LAUGHS, name="<name>&l9;</name>").encode("utf-16"),
+                                   "a.xml is no VOC annotation: it defines entities"),
+    "another file's text": (xml(head=OUTSIDE, name="<name>&e;</name>"),
+                            "a.xml is no VOC annotation: it defines entities"),
     "an unknown entity": (xml(name="<name>&what;</name>"), "a.xml is no VOC annotation: undefined entity"),
     "an unknown encoding": (xml(head='<?xml version="1.0" encoding="klingon"?>'), "a.xml is no VOC annotation"),
     "a wrong encoding": (xml(name="<name>\ud8ff</name>"), "a.xml is no VOC annotation: not well-formed"),
-    "another picture's name": (xml().replace("a.jpg", "../../../etc/passwd"), VOC_RIGHT),      # the xml's own name decides; a note says so
+    "another picture's name": (xml().replace("a.jpg", "../../../etc/passwd"), VOC_RIGHT),
     "none": (None, "a.xml cannot be read"),
 }
 VOC_LISTS = {  # ImageSets/Main/trainval.txt, and the error
-    "a missing image": ("a\nghost\n", "no image ghost.jpg"), "a way out": ("../../outside\n", r"no image \.\./\.\./outside.jpg"),
-    "an absolute name": ("/etc/passwd\n", "no image /etc/passwd.jpg"), "the same name twice": ("a\na\n", "a is listed twice"),
-    "two files of one name": ("b\n", "b may be b.jpg or b.png"), "nothing": ("\n", "0 images"), "not UTF-8": ("\udcff\n", "cannot be read"),
-    "none": (None, "cannot be read")}
+    "a missing image": ("a\nghost\n", "no image ghost.jpg"),
+    "a way out": ("../../outside\n", r"no image \.\./\.\./outside.jpg"),
+    "an absolute name": ("/etc/passwd\n", "no image /etc/passwd.jpg"),
+    "the same name twice": ("a\na\n", "a is listed twice"), "two files of one name": ("b\n", "b may be b.jpg or b.png"),
+    "nothing": ("\n", "0 images"), "not UTF-8": ("\udcff\n", "cannot be read"), "none": (None, "cannot be read")}
 
 
 def voc(folder: Path, annotation: str | bytes | None, listed: str | None = "a\n") -> Path:
     tree(folder, "VOC2007/JPEGImages/a.png", "VOC2007/JPEGImages/b.png", "VOC2007/JPEGImages/b.jpg", "outside.jpg")
-    for file, text in (("Annotations/a.xml", annotation), ("ImageSets/Main/trainval.txt", listed), ("ImageSets/Main/test.txt", "a\n")):
+    for file, text in (("Annotations/a.xml", annotation), ("ImageSets/Main/trainval.txt", listed),
+                       ("ImageSets/Main/test.txt", "a\n")):
         (folder / "VOC2007" / file).parent.mkdir(parents=True, exist_ok=True)
         if text is not None:
-            content = text if isinstance(text, bytes) else text.encode(errors="surrogateescape" if "\udcff" in text else "surrogatepass")
+            content = (text if isinstance(text, bytes)
+                       else text.encode(errors="surrogateescape" if "\udcff" in text else "surrogatepass"))
             (folder / "VOC2007" / file).write_bytes(content)
     return folder
 
@@ -596,13 +643,15 @@ def test_voc_list(name, tmp_path, read):
 
 # ==== Fine-tuning on what is odd, faults of our own ====
 
-FINETUNE = {"arch": "resnet18", "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 32, "num_queries": 8,
-            "dropout": 0.0, "num_feature_levels": 2, "scales": (48,), "max_size": 80, "crop_scales": (48,), "crop_range": (30, 44), "eval_size": 48,
+FINETUNE = {"arch": "resnet18", "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 1,
+            "dim_feedforward": 32, "num_queries": 8, "dropout": 0.0, "num_feature_levels": 2,
+            "scales": (48,), "max_size": 80, "crop_scales": (48,), "crop_range": (30, 44), "eval_size": 48,
             "num_workers": 0, "batch_size": 2, "max_steps": 1, "backbone_weights": "random"}
 
 
 def test_fine_tuning_skips_and_counts(tmp_path, fails, capsys):
-    """One image of 120 cannot be decoded, one object of 120 is empty: trained without them, both said; a test set must be whole."""
+    """One image of 120 cannot be decoded, one object of 120 is empty: trained without them, both said;
+    a test set must be whole."""
     first = next(index for _, index in next(iter(data.StepSampler(120, 2, 1, seed=42))))
     tree(tmp_path, *(f"images/{k}.png" for k in range(120)))
     (tmp_path / f"images/{first}.png").write_bytes(b"")
@@ -616,9 +665,11 @@ def test_fine_tuning_skips_and_counts(tmp_path, fails, capsys):
     argv = flags({**FINETUNE, "data": tmp_path, "out": tmp_path / "out"})
     run.cli(lambda: finetune.main(argv))
     lines = capsys.readouterr().out.splitlines()
-    assert any("1 of 120 boxes left out as empty or outside: image 119.png, object 1" in line for line in lines if line.startswith("note: "))
+    assert any("1 of 120 boxes left out as empty or outside: image 119.png, object 1" in line
+               for line in lines if line.startswith("note: "))
     assert [line for line in lines if line.startswith("skipped ")] == [
-        f"skipped 1 of 120 images: {tmp_path}/images/{first}.png: UnidentifiedImageError: cannot identify image file '{tmp_path}/images/{first}.png'"]
+        f"skipped 1 of 120 images: {tmp_path}/images/{first}.png: UnidentifiedImageError: "
+        f"cannot identify image file '{tmp_path}/images/{first}.png'"]
     (tmp_path / "test.json").write_text((tmp_path / "train.json").read_text())
     argv = flags({**FINETUNE, "data": tmp_path, "out": tmp_path / "out2"})
     assert f"{tmp_path}/images/{first}.png: UnidentifiedImageError" in fails(finetune.main, argv)
@@ -635,7 +686,8 @@ def test_our_own_fault_ends_with_1_and_its_traceback(good, tmp_path):
     argv = flags({**TINY, "data": good, "out": tmp_path / "out", "num_workers": 1})
     code = f"import run, data, detreg\ndel data.draw_geometry\nrun.cli(lambda: detreg.main({argv!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "Traceback" in done.stderr and done.stderr.strip().splitlines()[-1].startswith("AttributeError: ")
+    assert (done.returncode == 1 and "Traceback" in done.stderr
+            and done.stderr.strip().splitlines()[-1].startswith("AttributeError: "))
 
 
 def test_training_on_a_damaged_store(good, quick, tmp_path, fails):
@@ -651,26 +703,30 @@ def test_training_on_a_damaged_store(good, quick, tmp_path, fails):
 # ==== Nothing that is read can run ====
 
 def runs_code(source: str) -> list[int]:
-    """Lines of a script that could run what a file holds. Allowed: torch's restricted reader, and a class on top of pickle.Unpickler, which decides
-    itself what it lets in."""
+    """Lines of a script that could run what a file holds. Allowed: torch's restricted reader, and a class on top of
+    pickle.Unpickler, which decides itself what it lets in."""
     def name(node) -> str:
-        return f"{name(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else "?"
+        return (f"{name(node.value)}.{node.attr}" if isinstance(node, ast.Attribute)
+                else node.id if isinstance(node, ast.Name) else "?")
 
     def true(value) -> bool:
         return not isinstance(value, ast.Constant) or bool(value.value)
 
     def bad(node) -> bool:
         if isinstance(node, ast.ImportFrom):
-            return node.module in ("pickle", "os", "subprocess", "numpy", "builtins", *NEVER)     # what is called keeps the name it is known by
+            # what is called keeps the name it is known by
+            return node.module in ("pickle", "os", "subprocess", "numpy", "builtins", *NEVER)
         if isinstance(node, ast.Import):
             return any(a.name in NEVER or a.name in ("pickle", "os", "subprocess") and a.asname for a in node.names)
         if not isinstance(node, ast.Call):
             return False
         called, given = name(node.func), {k.arg: k.value for k in node.keywords}
-        return (called in {"eval", "exec", "compile", "__import__", "os.system", "os.popen"} or called.startswith(("os.exec", "os.spawn"))
+        return (called in {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
+                or called.startswith(("os.exec", "os.spawn"))
                 or called in {f"pickle.{k}" for k in ("load", "loads", "Unpickler", "_load", "_loads", "_Unpickler")}
                 or called in {"np.load", "numpy.load"} and true(given.get("allow_pickle", ast.Constant(False)))
-                or called == "torch.load" and not (isinstance(given.get("weights_only"), ast.Constant) and given["weights_only"].value is True)
+                or called == "torch.load"
+                and not (isinstance(given.get("weights_only"), ast.Constant) and given["weights_only"].value is True)
                 or "shell" in given and true(given["shell"]) or called.startswith("subprocess.get"))
 
     return [node.lineno for node in ast.walk(ast.parse(source)) if bad(node)]
@@ -681,15 +737,18 @@ NEVER = ("marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml")
 
 def test_no_code_is_read_from_files():
     files = sorted(ROOT.glob("*.py"))
-    assert len(files) >= 11 and {f.name: lines for f in files if (lines := runs_code(f.read_text(encoding="utf-8")))} == {}
+    assert (len(files) >= 11
+            and {f.name: lines for f in files if (lines := runs_code(f.read_text(encoding="utf-8")))} == {})
 
 
 @pytest.mark.parametrize("line", (
-    "pickle.load(f)", "pickle.loads(b)", "x = pickle.Unpickler(f).load()", "from pickle import loads", "import pickle as p", "import yaml",
-    "eval(t)", "exec(t)", "__import__(t)", "np.load(f, allow_pickle=True)", "np.load(f, allow_pickle=x)", "torch.load(f)",
-    "torch.load(f, weights_only=False)", "torch.load(f, weights_only=x)", "os.system(t)", "os.execv(t, a)", "subprocess.run(t, shell=True)",
-    "import joblib"))
+    "pickle.load(f)", "pickle.loads(b)", "x = pickle.Unpickler(f).load()", "from pickle import loads",
+    "import pickle as p", "import yaml", "eval(t)", "exec(t)", "__import__(t)", "np.load(f, allow_pickle=True)",
+    "np.load(f, allow_pickle=x)", "torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=x)",
+    "os.system(t)", "os.execv(t, a)", "subprocess.run(t, shell=True)", "import joblib"))
 def test_what_would_read_code_is_found(line):
-    allowed = ("import pickle\nclass Reader(pickle.Unpickler):\n    def find_class(self, *a):\n        raise pickle.UnpicklingError('no')\n"
-               "Reader(f).load(), model.eval(), np.load(f), np.load(f, allow_pickle=False), torch.load(f, weights_only=True), subprocess.run([t])\n")
+    allowed = ("import pickle\nclass Reader(pickle.Unpickler):\n    def find_class(self, "
+               "*a):\n        raise pickle.UnpicklingError('no')\n"
+               "Reader(f).load(), model.eval(), np.load(f), np.load(f, allow_pickle=False), torch.load(f, "
+               "weights_only=True), subprocess.run([t])\n")
     assert runs_code(allowed) == [] and runs_code(allowed + line) == [6]

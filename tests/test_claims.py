@@ -12,13 +12,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import claims as C  # noqa: E402
 
-TINY = ("--max_steps 2 --synthetic_images 8 --synthetic_test_images 4 --epochs 2 --eval_every 1 --scales 64 --max_size 64 --eval_size 64 "
-        "--enc_layers 1")
+TINY = ("--max_steps 2 --synthetic_images 8 --synthetic_test_images 4 --epochs 2 --eval_every 1 --scales 64 "
+        "--max_size 64 --eval_size 64 --enc_layers 1")
 
 
 def result(run: C.Run, **metrics) -> dict:
-    return {"key": run.key, "script": run.script, "argv": [], "metrics": metrics, "curve": [], "seconds": 1.0, "device": "cpu", "torch": "t",
-            "commit": "c"}
+    return {"key": run.key, "script": run.script, "argv": [], "metrics": metrics, "curve": [], "seconds": 1.0,
+            "device": "cpu", "torch": "t", "commit": "c"}
 
 
 def claim_of(a: str, b: str, **more) -> C.Claim:
@@ -45,8 +45,9 @@ def test_interval_by_hand():
 
 
 @pytest.mark.parametrize("differences, margin, word", [
-    ([0.10, 0.11, 0.12], 0.0, "holds"), ([-0.10, -0.11, -0.12], 0.0, "does not hold"), ([0.1, -0.1, 0.05], 0.0, "inconclusive"),
-    ([0.001, -0.001, 0.0], 0.02, "holds"), ([0.05, -0.05, 0.0], 0.02, "inconclusive"), ([-0.10, -0.11, -0.12], 0.02, "does not hold"),
+    ([0.10, 0.11, 0.12], 0.0, "holds"), ([-0.10, -0.11, -0.12], 0.0, "does not hold"),
+    ([0.1, -0.1, 0.05], 0.0, "inconclusive"), ([0.001, -0.001, 0.0], 0.02, "holds"),
+    ([0.05, -0.05, 0.0], 0.02, "inconclusive"), ([-0.10, -0.11, -0.12], 0.02, "does not hold"),
     ([-0.009, -0.0091, -0.0092], 0.02, "holds"), ([-0.011, -0.0111, -0.0112], 0.02, "does not hold"),
 ])
 def test_words(differences, margin, word):
@@ -67,7 +68,8 @@ def test_key_follows_flags_and_inputs():
     first = C.run("finetune", 0, "--init_from", start)
     assert first.flags == ("--preset", "demo", "--seed", "0", "--init_from", start) and first.inputs == [start]
     assert first.key == C.run("finetune", 0, "--init_from", C.run("detreg", 0, ("--lr", "1e-4"))).key
-    assert len({first.key, C.run("finetune", 1, "--init_from", start).key, C.run("finetune", 0, "--init_from", other).key}) == 3
+    assert len({first.key, C.run("finetune", 1, "--init_from", start).key,
+                C.run("finetune", 0, "--init_from", other).key}) == 3
 
 
 def test_values_of_a_run():
@@ -102,9 +104,10 @@ def test_every_claim_of_the_issue_is_there():
 
 
 def test_arms_of_a_claim_share_budget_and_schedule():
-    """Fine-tunings of both arms differ only in what they start from (and in the flags that give a scratch detector the same architecture)."""
-    budget = ("--epochs", "--batch_size", "--lr", "--lr_backbone", "--lr_drop", "--eval_every", "--synthetic_images", "--labels_percent", "--data",
-              "--seed", "--scales", "--eval_size", "--max_size")
+    """Fine-tunings of both arms differ only in what they start from (and in the flags that give a scratch
+    detector the same architecture)."""
+    budget = ("--epochs", "--batch_size", "--lr", "--lr_backbone", "--lr_drop", "--eval_every", "--synthetic_images",
+              "--labels_percent", "--data", "--seed", "--scales", "--eval_size", "--max_size")
     for claim in C.CLAIMS:
         for data in claim.data:
             runs = [arm.run(data, 3) for arm in (claim.a, claim.b)]
@@ -116,15 +119,16 @@ def test_arms_of_a_claim_share_budget_and_schedule():
 def test_runs_are_kept_and_continued(tmp_path, monkeypatch, capsys):
     """Two arms with one pretraining between them: what is written, and that a second call runs nothing."""
     def pretrained(data: str, seed: int) -> C.Run:
-        start = C.run("detreg", seed, "--data {scenes} --max_steps 1 --probe_images 0 --cache_proposals false --batch_size 2 --max_prop 2",
-                      "--enc_layers 1")
+        start = C.run("detreg", seed, "--data {scenes} --max_steps 1 --probe_images 0 --cache_proposals false "
+                      "--batch_size 2 --max_prop 2", "--enc_layers 1")
         return C.run("finetune", seed, "--data", data, TINY, "--init_from", start)
     claim = C.Claim("tiny", "1. a beats b", "Table 0: 2 / 1", C.Arm("pretrained", pretrained, "mean AP"),
-                    C.Arm("scratch", lambda data, seed: C.run("finetune", seed, "--data", data, TINY), "mean AP"), data=("synthetic",))
+                    C.Arm("scratch", lambda data, seed: C.run("finetune", seed, "--data", data, TINY), "mean AP"),
+                    data=("synthetic",))
     monkeypatch.setattr(C, "CLAIMS", [claim])
     monkeypatch.setattr(C, "SCENES", 4)
-    argv = ["--seeds", "1", "--results", str(tmp_path / "claims.jsonl"), "--work", str(tmp_path / "work"), "--data", "synthetic", "--jobs", "2",
-            "--device", "cpu"]
+    argv = ["--seeds", "1", "--results", str(tmp_path / "claims.jsonl"), "--work", str(tmp_path / "work"), "--data",
+            "synthetic", "--jobs", "2", "--device", "cpu"]
     found = C.main(argv)
     lines = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
     assert sorted(line["script"] for line in lines) == ["detreg", "finetune", "finetune"]
@@ -148,7 +152,8 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(C, "CLAIMS", [C.Claim("tiny", "1. a beats b", "-", bad, bad)])
     monkeypatch.setattr(C, "SCENES", 1)
     with pytest.raises(C.UserError, match="finetune failed.*printed.txt"):
-        C.main(["--seeds", "1", "--results", str(tmp_path / "c.jsonl"), "--work", str(tmp_path / "work"), "--device", "cpu"])
+        C.main(["--seeds", "1", "--results", str(tmp_path / "c.jsonl"), "--work",
+                str(tmp_path / "work"), "--device", "cpu"])
 
 
 def test_unknown_name():

@@ -71,21 +71,25 @@ def test_precedence_default_data_preset_flag():
     assert parse(by_data=recipe) == Knobs(out="out/s-set")
     assert parse("--data", "big", by_data=recipe) == Knobs("big", "out/s-big", None, 10, 10.0, 10)
     assert parse("--data=big", "--preset", "a", by_data=recipe) == Knobs("big", "out/s-a", "a", 10, 2.0, 10, True)
-    assert parse("--data", "big", "--preset", "a", "--rate", "3", "--limit", "4", by_data=recipe) == Knobs("big", "out/s-a", "a", 10, 3.0, 4, True)
+    assert (parse("--data", "big", "--preset", "a", "--rate", "3", "--limit", "4", by_data=recipe)
+            == Knobs("big", "out/s-a", "a", 10, 3.0, 4, True))
 
 
 def test_flag_spellings():
-    assert parse("--box-count", "5").box_count == parse("--box_count=5").box_count == parse("--box-count=5").box_count == 5
-    assert parse("--data", "my-set", "--out=a-b") == Knobs("my-set", "a-b")                           # values keep their hyphens
+    assert (parse("--box-count", "5").box_count == parse("--box_count=5").box_count
+            == parse("--box-count=5").box_count == 5)
+    assert parse("--data", "my-set", "--out=a-b") == Knobs("my-set", "a-b")  # values keep their hyphens
     assert all(parse(*argv).flag for argv in (["--flag"], ["--flag", "true"], ["--flag=yes"]))
     assert not any(parse(*argv).flag for argv in (["--flag", "false"], ["--flag", "0"], []))
-    assert parse("--preset", "a").flag and not parse("--preset", "a", "--no_flag").flag and not parse("--preset", "a", "--no-flag").flag
+    assert (parse("--preset", "a").flag and not parse("--preset", "a", "--no_flag").flag
+            and not parse("--preset", "a", "--no-flag").flag)
     assert parse("--sizes", "4", "5", "6").sizes == (4, 5, 6)
     assert parse("--limit", "none").limit is None and parse("--out", "None").out == "out/s-set"
     assert parse("--mode", "fast").mode == "fast"
 
 
-@pytest.mark.parametrize("argv", (["--mode", "quick"], ["--flag", "perhaps"], ["--box_count", "x"], ["--box", "5"], ["--nothing"], ["--preset", "b"]))
+@pytest.mark.parametrize("argv", (["--mode", "quick"], ["--flag", "perhaps"], ["--box_count", "x"], ["--box", "5"],
+                                  ["--nothing"], ["--preset", "b"]))
 def test_bad_flags_end_with_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(*argv)
@@ -105,7 +109,9 @@ def test_every_knob_is_explained_and_read(script):
     explained = run._knob_help(script.Config)
     for field in dataclasses.fields(script.Config):
         assert explained.get(field.name), f"{field.name} has no comment"
-        read = re.search(rf"""\b(cfg|config)\.{field.name}\b|values\[["']{field.name}["']\]|values\[k\] for k in \([^)]*"{field.name}\"""", code)
+        read = re.search(
+            rf"""\b(cfg|config)\.{field.name}\b|values\[["']{field.name}["']\]|values\[k\] for k in \([^)]*"{field.name}\"""",
+            code)
         assert read, f"nothing reads {script.__name__}.Config.{field.name}"
     for preset in script.PRESETS.values():
         assert preset.keys() <= explained.keys()
@@ -113,7 +119,8 @@ def test_every_knob_is_explained_and_read(script):
 
 def test_shared_knobs_have_one_order():
     scripts = (detreg, updetr, siamese_detr, finetune)
-    for one, two in itertools.combinations([[f.name for f in dataclasses.fields(script.Config)] for script in scripts], 2):
+    for one, two in itertools.combinations([[f.name for f in dataclasses.fields(script.Config)]
+                                            for script in scripts], 2):
         shared = set(one) & set(two)
         assert [n for n in one if n in shared] == [n for n in two if n in shared]
 
@@ -121,7 +128,8 @@ def test_shared_knobs_have_one_order():
 # ==== Deformable attention =========================================================================================
 
 def sample(level, x, y):
-    """float64 bilinear sample of level [H, W, D] at (x, y) in 0..1: pixel i has its centre at (i + .5) / W, outside is zero."""
+    """float64 bilinear sample of level [H, W, D] at (x, y) in 0..1:
+    pixel i has its centre at (i + .5) / W, outside is zero."""
     H, W, D = level.shape
     column, row = x * W - 0.5, y * H - 0.5
     total = np.zeros(D)
@@ -152,7 +160,8 @@ def test_deformable_sampling_against_loops():
     rng = np.random.default_rng(0)
     value, weights = rng.standard_normal((2, 19, 2, 3)), rng.random((2, 4, 2, 2, 3))
     locations = rng.uniform(-0.4, 1.4, (2, 4, 2, 2, 3, 2))                # a good part lies outside
-    locations[0, 0, 0, 0, 0], locations[0, 0, 0, 0, 1] = (0.1, 0.5), (0.0, 0.0)      # a pixel centre, the corner: a quarter of one pixel
+    # a pixel centre, the corner: a quarter of one pixel
+    locations[0, 0, 0, 0, 0], locations[0, 0, 0, 0, 1] = (0.1, 0.5), (0.0, 0.0)
     assert sample(np.ones((3, 5, 1)), 0.0, 0.0) == 0.25 and sample(np.arange(15.0).reshape(3, 5, 1), 0.1, 0.5) == 5.0
     output = common.multi_scale_deformable_attention(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v
                                                        for v in (value, SHAPES, locations, weights)))
@@ -169,8 +178,9 @@ def test_deformable_attention_module(coordinates):
     w = {k: v.double().numpy() for k, v in module.state_dict().items()}
     q, s, r = query.double().numpy(), source.double().numpy(), reference.double().numpy()
     value = s @ w["value_proj.weight"].T + w["value_proj.bias"]
-    value[mask.numpy()] = 0                                               # after the projection: its bias does not come back
-    offsets = (q @ w["sampling_offsets.weight"].T + w["sampling_offsets.bias"]).reshape(2, 4, 2, 2, 3, 2)      # head, level, point, (x, y)
+    value[mask.numpy()] = 0  # after the projection: its bias does not come back
+    # head, level, point, (x, y)
+    offsets = (q @ w["sampling_offsets.weight"].T + w["sampling_offsets.bias"]).reshape(2, 4, 2, 2, 3, 2)
     logits = np.exp(q @ w["attention_weights.weight"].T + w["attention_weights.bias"]).reshape(2, 4, 2, 6)
     weights = (logits / logits.sum(-1, keepdims=True)).reshape(2, 4, 2, 2, 3)
     locations = np.zeros((2, 4, 2, 2, 3, 2))
@@ -178,16 +188,18 @@ def test_deformable_attention_module(coordinates):
         around = r[:, :, None, l, None, :2]
         step = 1 / np.array([W, H]) if coordinates == 2 else r[:, :, None, l, None, 2:] / 2 / 3
         locations[:, :, :, l] = around + offsets[:, :, :, l] * step
-    expected = sampled(value.reshape(2, 19, 2, 4), SHAPES, locations, weights) @ w["output_proj.weight"].T + w["output_proj.bias"]
+    expected = sampled(value.reshape(2, 19, 2, 4), SHAPES, locations,
+                       weights) @ w["output_proj.weight"].T + w["output_proj.bias"]
     np.testing.assert_allclose(module(query, reference, source, SHAPES, mask).detach().numpy(), expected, atol=2e-6)
 
 
 def test_sine_position_of_one_row():
     mask = torch.tensor([[[False, False, False, True]]])
-    encoded = common.PositionEmbeddingSine(4)(mask)[0, :, 0, :3].double().numpy()             # the padded column is never read
-    y = math.pi                                                           # (1 - .5) / 1 * 2 pi; frequencies 1, 1, 100, 100
+    encoded = common.PositionEmbeddingSine(4)(mask)[0, :, 0, :3].double().numpy()  # the padded column is never read
+    y = math.pi  # (1 - .5) / 1 * 2 pi; frequencies 1, 1, 100, 100
     for i, x in enumerate(((k - 0.5) / 3 * 2 * math.pi for k in (1, 2, 3))):
-        wanted = [math.sin(y), math.cos(y), math.sin(y / 100), math.cos(y / 100), math.sin(x), math.cos(x), math.sin(x / 100), math.cos(x / 100)]
+        wanted = [math.sin(y), math.cos(y), math.sin(y / 100), math.cos(y / 100), math.sin(x), math.cos(x),
+                  math.sin(x / 100), math.cos(x / 100)]
         np.testing.assert_allclose(encoded[:, i], wanted, atol=1e-5)
     unshifted = common.PositionEmbeddingSine(4, offset=0.0)(mask)[0, 4, 0, :3]
     np.testing.assert_allclose(unshifted, np.sin([2 * math.pi / 3, 4 * math.pi / 3, 2 * math.pi]), atol=1e-5)
@@ -206,7 +218,8 @@ def test_what_of_the_backbone_learns(norm, trainable, learning):
     assert not fixed & learning
 
 
-@pytest.mark.parametrize(("arch", "channels"), (("resnet18", (64, 128, 256, 512)), ("resnet50", (256, 512, 1024, 2048))))
+@pytest.mark.parametrize(("arch", "channels"),
+                         (("resnet18", (64, 128, 256, 512)), ("resnet50", (256, 512, 1024, 2048))))
 def test_backbone_outputs(arch, channels):
     with torch.no_grad():
         for layers in ((1, 2, 3, 4), (2, 3)):
@@ -214,7 +227,8 @@ def test_backbone_outputs(arch, channels):
             shapes = [tuple(f.shape) for f in backbone(torch.zeros(1, 3, 32, 64))]
             assert shapes == [(1, channels[i - 1], 32 >> i + 1, 64 >> i + 1) for i in layers]    # strides 4, 8, 16, 32
             assert backbone.num_channels == [channels[i - 1] for i in layers]
-            assert [n for n, _ in backbone.body.named_children() if n.startswith("layer")] == [f"layer{i}" for i in range(1, max(layers) + 1)]
+            assert ([n for n, _ in backbone.body.named_children() if n.startswith("layer")]
+                    == [f"layer{i}" for i in range(1, max(layers) + 1)])
 
 
 def test_build_detector_follows_lr_backbone_and_norm():
@@ -240,15 +254,19 @@ def batch(*sizes):
 @pytest.mark.parametrize("refine", (False, True))
 def test_detector_outputs_and_initial_values(levels, refine):
     torch.manual_seed(0)
-    model = common.build_detector(small_config(finetune.Config, num_feature_levels=levels, with_box_refine=refine), 3, focal=True).eval()
+    model = common.build_detector(small_config(finetune.Config, num_feature_levels=levels, with_box_refine=refine), 3,
+                                  focal=True).eval()
     with torch.no_grad():
         outputs = model(*batch((64, 96), (80, 64)))
-    assert set(outputs) == {"pred_logits", "pred_boxes", "aux_outputs", "hs", "memory"} and len(outputs["aux_outputs"]) == 1
+    assert (set(outputs) == {"pred_logits", "pred_boxes", "aux_outputs", "hs", "memory"}
+            and len(outputs["aux_outputs"]) == 1)
     for layer in (outputs, *outputs["aux_outputs"]):
-        assert layer["pred_logits"].shape == (2, 8, 3) and layer["pred_boxes"].shape == (2, 8, 4) and layer["hs"].shape == (2, 8, 64)
+        assert (layer["pred_logits"].shape == (2, 8, 3) and layer["pred_boxes"].shape == (2, 8, 4)
+                and layer["hs"].shape == (2, 8, 64))
         assert ((layer["pred_boxes"] > 0) & (layer["pred_boxes"] < 1)).all()
-    first = 8 << max(3 - levels, 0)                                       # stride of the first level; the images are 80 x 96 together
-    assert [m.shape for m in outputs["memory"]] == [(2, 64, -(-80 // (first << i)), -(-96 // (first << i))) for i in range(levels)]
+    first = 8 << max(3 - levels, 0)  # stride of the first level; the images are 80 x 96 together
+    assert ([m.shape for m in outputs["memory"]]
+            == [(2, 64, -(-80 // (first << i)), -(-96 // (first << i))) for i in range(levels)])
     # the box head starts at zero: every box stands on its reference point, as large as its bias says
     references = torch.sigmoid(model.transformer.reference_points(model.query_embed.weight[:, :64]))
     size = torch.sigmoid(torch.tensor(-2.0)).item()
@@ -259,11 +277,14 @@ def test_detector_outputs_and_initial_values(levels, refine):
     last = [b.layers[-1] for b in model.bbox_embed]
     assert not any(l.weight.any() for l in last)
     assert [l.bias.tolist() for l in last] == [[0, 0, -2, -2], [0, 0, 0, 0] if refine else [0, 0, -2, -2]]
-    assert (model.class_embed[0] is model.class_embed[1]) != refine and (model.bbox_embed[0] is model.bbox_embed[1]) != refine
+    assert ((model.class_embed[0] is model.class_embed[1]) != refine
+            and (model.bbox_embed[0] is model.bbox_embed[1]) != refine)
     assert len(model.input_proj) == levels and model.transformer.level_embed.shape == (levels, 64)
-    assert [p[0].in_channels for p in model.input_proj] == ({1: [512], 2: [256, 512]}.get(levels) or [128, 256, 512, 512, 64][:levels])
+    assert [p[0].in_channels for p in model.input_proj] == ({1: [512], 2: [256, 512]}.get(levels)
+                                                            or [128, 256, 512, 512, 64][:levels])
     names = model.state_dict()
-    assert ("transformer.decoder.bbox_embed.0.layers.0.weight" in names) == refine and "bbox_embed.1.layers.2.bias" in names
+    assert (("transformer.decoder.bbox_embed.0.layers.0.weight" in names) == refine
+            and "bbox_embed.1.layers.2.bias" in names)
 
 
 @pytest.mark.parametrize("refine", (False, True))
@@ -303,8 +324,10 @@ def test_content_of_padding_does_not_reach_the_transformer(refine):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
         valid = ~torch.cat([m.flatten(1) for m in masks], 1)
         torch.testing.assert_close(first[3][valid], second[3][valid], atol=1e-6, rtol=0)
-        # the same image without its padding: positions, centres and references are relative to the image, a sample beyond its border is zero
-        cut = [s[1:, :, :h, :w] for s, (h, w) in zip(sources, ((2, 4), (1, 2)))], [torch.zeros(1, *hw, dtype=torch.bool) for hw in ((2, 4), (1, 2))]
+        # the same image without its padding: positions, centres and references are relative to the image,
+        # a sample beyond its border is zero
+        cut = ([s[1:, :, :h, :w] for s, (h, w) in zip(sources, ((2, 4), (1, 2)))],
+               [torch.zeros(1, *hw, dtype=torch.bool) for hw in ((2, 4), (1, 2))])
         alone = model(*cut, [common.PositionEmbeddingSine(8)(m) for m in cut[1]], query)
         for a, b in zip(alone[:3], (first[0][:, 1:], first[1][1:], first[2][:, 1:])):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -331,14 +354,16 @@ DETECTORS = ("detr", "conditional_detr", "deformable_detr_ss", "deformable_detr"
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_queries_that_say_what_to_look_for(name):
-    model = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3), 3, focal=False).eval()
+    model = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3), 3,
+                                  focal=False).eval()
     table, features = model.query_embed.weight.detach(), tensor("query_features", 2, 6, 64)
     assert table.shape == (8, 128 if name.startswith("deformable") else 64)
     for order, rows in ((None, table[:6]), (torch.tensor([7, 0, 1, 6, 5, 4, 3, 2]), table[[7, 0, 1, 6, 5, 4]])):
         queries = model.conditioned_queries(features, order).detach()
         assert queries.shape == (2, 6, table.shape[1])
         for b in range(2):
-            assert torch.equal(queries[b, :, :64], rows[:, :64] + features[b]) and torch.equal(queries[b, :, 64:], rows[:, 64:])
+            assert (torch.equal(queries[b, :, :64], rows[:, :64] + features[b])
+                    and torch.equal(queries[b, :, 64:], rows[:, 64:]))
     images, mask = tensor("query_images", 2, 3, 32, 48), torch.zeros(2, 32, 48, dtype=torch.bool)
     with torch.no_grad():                                                 # features of zeros are the detector as it is
         one, two = model(images, mask), model(images, mask, model.conditioned_queries(torch.zeros(2, 8, 64)))
@@ -351,7 +376,8 @@ def test_queries_that_say_what_to_look_for(name):
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_query_sees_what_the_mask_lets_it_see(name):
     """A mask that keeps the halves of the queries apart: each half is what it is alone."""
-    model = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3), 3, focal=False).eval()
+    model = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3), 3,
+                                  focal=False).eval()
     images, mask = tensor("query_images", 2, 3, 32, 48), torch.zeros(2, 32, 48, dtype=torch.bool)
     half = torch.arange(8) // 4
     queries = model.query_embed.weight.detach().expand(2, -1, -1)
@@ -373,7 +399,7 @@ def test_aligned_start(name):
     if name.startswith("deformable"):
         assert not changed
         return
-    maps = tensor("align_maps", 2, 512, 2, 3)                             # a feature enters a query as it enters the encoder
+    maps = tensor("align_maps", 2, 512, 2, 3)  # a feature enters a query as it enters the encoder
     torch.testing.assert_close(to_query(maps.mean((2, 3))), model.input_proj(maps).mean((2, 3)), atol=1e-5, rtol=1e-4)
     def scale(now, then):                                                 # both are one tensor, but for a factor
         factor = (now.norm() / then.norm()).item()
@@ -382,10 +408,11 @@ def test_aligned_start(name):
 
     assert scale(after["query_embed.weight"], before["query_embed.weight"]) < 1
     allowed = {"query_embed.weight"}
-    for i, layer in enumerate(model.transformer.decoder.layers):          # keys start as queries do; nothing else has changed
+    for i, layer in enumerate(model.transformer.decoder.layers):  # keys start as queries do; nothing else has changed
         prefix = f"transformer.decoder.layers.{i}."
         if name == "conditional_detr":
-            names = [prefix + f"{part}_proj.weight" for part in ("ca_qcontent", "ca_kcontent", *(["ca_qpos"] if i == 0 else []))]
+            names = [prefix + f"{part}_proj.weight"
+                     for part in ("ca_qcontent", "ca_kcontent", *(["ca_qpos"] if i == 0 else []))]
             assert all(torch.equal(after[k], after[names[0]]) for k in names)
             assert scale(after[names[0]], before[names[0]]) >= 1
             allowed |= set(names)
@@ -406,19 +433,23 @@ def test_pretext_models_keep_the_released_names(name):
 
     def make(seed):
         torch.manual_seed(seed)
-        return Task(common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3, with_box_refine=True), 3, focal=False))
+        return Task(common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3,
+                                                       with_box_refine=True), 3, focal=False))
 
     one, two = make(0), make(1)
     state = one.state_dict()
     assert state.keys() == one.detector.state_dict().keys() | {"head.weight", "head.bias"}
-    assert not any(k.startswith("detector.") for k in state) and "query_embed.weight" in state and "backbone.0.body.conv1.weight" in state
-    assert {k for k, _ in one.named_parameters()} & {"detector.query_embed.weight", "head.weight"} == {"detector.query_embed.weight", "head.weight"}
+    assert (not any(k.startswith("detector.") for k in state) and "query_embed.weight" in state
+            and "backbone.0.body.conv1.weight" in state)
+    assert ({k for k, _ in one.named_parameters()} & {"detector.query_embed.weight", "head.weight"}
+            == {"detector.query_embed.weight", "head.weight"})
     two.load_state_dict(state)
     assert all(torch.equal(v, state[k]) for k, v in two.state_dict().items())
     assert torch.equal(two.detector.query_embed.weight, one.detector.query_embed.weight)
     with pytest.raises(RuntimeError, match="query_embed.weight"):
         two.load_state_dict({k: v for k, v in state.items() if k != "query_embed.weight"})
-    bare = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3, with_box_refine=True), 3, focal=False)
+    bare = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3, with_box_refine=True),
+                                 3, focal=False)
     convert.load_matching(bare, state, drop={r"^head\.": "pretext"}, source="FILE")
     assert all(torch.equal(v, state[k]) for k, v in bare.state_dict().items())
 
@@ -447,7 +478,8 @@ def test_assignment_refuses_nan():
 
 def giou64(a, b):
     """Generalised IoU of two cxcywh boxes, float64."""
-    (ax, ay, aX, aY), (bx, by, bX, bY) = ((c[0] - c[2] / 2, c[1] - c[3] / 2, c[0] + c[2] / 2, c[1] + c[3] / 2) for c in (a, b))
+    (ax, ay, aX, aY), (bx, by, bX, bY) = ((c[0] - c[2] / 2, c[1] - c[3] / 2, c[0] + c[2] / 2, c[1] + c[3] / 2)
+                                          for c in (a, b))
     inter = max(0, min(aX, bX) - max(ax, bx)) * max(0, min(aY, bY) - max(ay, by))
     union = (aX - ax) * (aY - ay) + (bX - bx) * (bY - by) - inter
     hull = (max(aX, bX) - min(ax, bx)) * (max(aY, bY) - min(ay, by))
@@ -465,7 +497,8 @@ def losses64(logits, boxes, targets, num_boxes, cost=(2.0, 5.0, 2.0)):
             focal = 0.25 * (1 - x) ** 2 * -math.log(x + 1e-8) - 0.75 * x ** 2 * -math.log(1 - x + 1e-8)
             C[q, t] = cost[0] * focal + cost[1] * np.abs(b[q] - true[t]).sum() - cost[2] * giou64(b[q], true[t])
         few = min(C.shape)
-        ways = [list(zip(qs, ts)) for qs in itertools.combinations(range(C.shape[0]), few) for ts in itertools.permutations(range(C.shape[1]), few)]
+        ways = [list(zip(qs, ts)) for qs in itertools.combinations(range(C.shape[0]), few)
+                for ts in itertools.permutations(range(C.shape[1]), few)]
         pairs = min(ways, key=lambda way: sum(C[q, t] for q, t in way))
         onehot = np.zeros_like(p)
         for q, t in pairs:
@@ -488,19 +521,20 @@ def criterion_case(counts=(2, 0, 4), layers=2, Q=3, C=2):
 
 
 def torch_case(predictions, targets):
-    outputs = [{name: torch.tensor(value, dtype=torch.float32, requires_grad=True) for name, value in zip(("pred_logits", "pred_boxes"), layer)}
+    outputs = [{name: torch.tensor(value, dtype=torch.float32, requires_grad=True)
+                for name, value in zip(("pred_logits", "pred_boxes"), layer)}
                for layer in predictions]
     targets = [{"labels": torch.as_tensor(l), "boxes": torch.as_tensor(b, dtype=torch.float32)} for l, b in targets]
     return outputs, {**outputs[-1], "aux_outputs": outputs[:-1]}, targets
 
 
 def test_criterion_against_numpy():
-    predictions, targets = criterion_case()                               # an empty image, and one with more targets than queries
+    predictions, targets = criterion_case()  # an empty image, and one with more targets than queries
     layers, outputs, torch_targets = torch_case(predictions, targets)
     criterion = common.SetCriterion(common.HungarianMatcher(2, 5, 2), 1.5, 4.0, 3.0)
     losses, pairs = criterion(outputs, torch_targets, 6.0)
-    assert set(losses) == {"loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "loss_ce_0", "loss_bbox_0", "loss_giou_0",
-                           "cardinality_error_0"}
+    assert set(losses) == {"loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error", "loss_ce_0",
+                           "loss_bbox_0", "loss_giou_0", "cardinality_error_0"}
     total = 0.0
     for suffix, (logits, boxes), layer in (("", predictions[1], layers[1]), ("_0", predictions[0], layers[0])):
         expected, wanted_pairs, matrices = losses64(logits, boxes, targets, 6.0)
@@ -513,7 +547,8 @@ def test_criterion_against_numpy():
             assert [list(zip(q.tolist(), t.tolist())) for q, t in pairs] == wanted_pairs
             hits = [logits[i, q].argmax() == targets[i][0][t] for i, image in enumerate(wanted_pairs) for q, t in image]
             assert losses["class_error"].item() == pytest.approx(100 - 100 * np.mean(hits))
-            assert [t.tolist() for t in common.matched_index(pairs)] == [[0, 0, 2, 2, 2], [q for image in wanted_pairs for q, _ in image]]
+            assert ([t.tolist() for t in common.matched_index(pairs)]
+                    == [[0, 0, 2, 2, 2], [q for image in wanted_pairs for q, _ in image]])
     assert criterion.total(losses).item() == pytest.approx(total, rel=1e-5)
 
 
@@ -533,14 +568,16 @@ def test_criterion_without_any_target():
 
 
 def softmax64(logits, boxes, targets, eos, cost):
-    """Cross-entropy (its weighted sum, its weights), L1 and GIoU sums of one layer, matched by trying every assignment; and the pairs."""
+    """Cross-entropy (its weighted sum, its weights), L1 and GIoU sums of one layer, matched by trying every
+    assignment; and the pairs."""
     total, all_pairs = np.zeros(4), []
     for s, b, (labels, true) in zip(logits, boxes, targets):
         log_p = s - np.log(np.exp(s).sum(1, keepdims=True))
         C = np.array([[-cost[0] * np.exp(log_p[q, label]) + cost[1] * np.abs(b[q] - t).sum() - cost[2] * giou64(b[q], t)
                        for label, t in zip(labels, true)] for q in range(len(s))]).reshape(len(s), len(labels))
         few = min(C.shape)
-        ways = [list(zip(qs, ts)) for qs in itertools.combinations(range(C.shape[0]), few) for ts in itertools.permutations(range(C.shape[1]), few)]
+        ways = [list(zip(qs, ts)) for qs in itertools.combinations(range(C.shape[0]), few)
+                for ts in itertools.permutations(range(C.shape[1]), few)]
         pairs = min(ways, key=lambda way: sum(C[q, t] for q, t in way))
         wanted = dict(pairs)
         for q in range(len(s)):
@@ -553,7 +590,7 @@ def softmax64(logits, boxes, targets, eos, cost):
 
 
 def test_softmax_criterion_against_numpy():
-    predictions, targets = criterion_case(C=4)                            # three classes and "no object"; image 2 has more targets than queries
+    predictions, targets = criterion_case(C=4)  # three classes and "no object"; image 2 has more targets than queries
     targets = [(labels % 3, boxes) for labels, boxes in targets]
     layers, outputs, torch_targets = torch_case(predictions, targets)
     criterion = common.SetCriterion(common.HungarianMatcher(1.5, 4, 3, focal=False), 1.5, 4.0, 3.0, eos_coef=0.25)
@@ -574,19 +611,23 @@ def test_softmax_criterion_against_numpy():
     by_hand = common.SetCriterion(common.HungarianMatcher(focal=False), eos_coef=0.5)
     logits = torch.log(torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.25, 0.25, 0.5]]]))
     value = by_hand.class_loss(logits, (torch.tensor([0]), torch.tensor([2])), torch.tensor([1]), 99.0, None)
-    assert value.item() == pytest.approx(-(math.log(0.25) + 0.5 * math.log(0.2) + 0.5 * math.log(0.8)) / 2)      # weights 1, 1/2, 1/2
+    # weights 1, 1/2, 1/2
+    assert value.item() == pytest.approx(-(math.log(0.25) + 0.5 * math.log(0.2) + 0.5 * math.log(0.8)) / 2)
 
 
 def test_feature_loss_by_hand():
     criterion = common.SetCriterion(common.HungarianMatcher(focal=False), weight_feature=2.0)
     outputs = {"pred_logits": torch.zeros(1, 3, 3), "pred_boxes": torch.full((1, 3, 4), 0.4),
                "pred_features": torch.tensor([[[3.0, 4], [1, 0], [0, -2]]])}
-    targets = [{"labels": torch.tensor([1, 1]), "boxes": torch.full((2, 4), 0.4), "features": torch.tensor([[0.0, 5], [2, 0]])}]
+    targets = [{"labels": torch.tensor([1, 1]), "boxes": torch.full((2, 4), 0.4),
+                "features": torch.tensor([[0.0, 5], [2, 0]])}]
     pairs = [(torch.tensor([0, 2]), torch.tensor([1, 0]))]                # cosines 3/5 and -1
     losses = criterion.losses(outputs, targets, pairs, 4.0)
     assert losses["loss_feature"].item() == pytest.approx((2 - 2 * 0.6 + 4) / 4)
-    assert losses["loss_bbox"].item() == 0 and criterion.total(losses).item() == pytest.approx(2 * losses["loss_ce"].item() + 2 * 4.8 / 4)
-    assert "loss_feature" not in common.SetCriterion(common.HungarianMatcher(focal=False)).losses(outputs, targets, pairs, 4.0)
+    assert (losses["loss_bbox"].item() == 0
+            and criterion.total(losses).item() == pytest.approx(2 * losses["loss_ce"].item() + 2 * 4.8 / 4))
+    assert ("loss_feature"
+            not in common.SetCriterion(common.HungarianMatcher(focal=False)).losses(outputs, targets, pairs, 4.0))
 
 
 def test_normalizer(monkeypatch):
@@ -601,7 +642,8 @@ def test_normalizer(monkeypatch):
 def test_detections_and_pixels():
     logits = torch.tensor([[2.0, -1.0], [0.0, 3.0], [-4.0, 1.0]])
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0], [0.9, 0.1, 0.4, 0.2]])
-    best = common.post_process({"pred_logits": logits[None], "pred_boxes": boxes[None]}, torch.tensor([[50, 100]]), top=4)[0]
+    best = common.post_process({"pred_logits": logits[None], "pred_boxes": boxes[None]},
+                               torch.tensor([[50, 100]]), top=4)[0]
     assert best["labels"].tolist() == [1, 0, 1, 0]                        # 3, 2, 1, 0: query 1 appears twice
     np.testing.assert_allclose(best["scores"], 1 / (1 + np.exp([-3.0, -2.0, -1.0, 0.0])), atol=1e-6)
     pixels = [[0, 0, 50, 50], [40, 15, 60, 35], [70, 0, 110, 10], [0, 0, 50, 50]]
@@ -612,11 +654,13 @@ def test_detections_and_pixels():
 def test_softmax_detections():
     logits = torch.tensor([[1.0, 3, 0, 9], [2, 0, 0, -9], [0, 0, 5, 0]])
     boxes = torch.arange(12.0).view(3, 4)
-    found = common.top_detections(logits, boxes, top=1, focal=False)      # every query once, whatever `top`; the last row is no class
+    # every query once, whatever `top`; the last row is no class
+    found = common.top_detections(logits, boxes, top=1, focal=False)
     assert found["labels"].tolist() == [1, 0, 2] and torch.equal(found["boxes"], boxes)
     p = np.exp(logits.double().numpy()) / np.exp(logits.double().numpy()).sum(1, keepdims=True)
     np.testing.assert_allclose(found["scores"], [p[0, 1], p[1, 0], p[2, 2]], rtol=1e-5)
-    whole = common.post_process({"pred_logits": logits[None], "pred_boxes": torch.full((1, 3, 4), 0.5)}, torch.tensor([[50, 100]]), focal=False)[0]
+    whole = common.post_process({"pred_logits": logits[None], "pred_boxes": torch.full((1, 3, 4), 0.5)},
+                                torch.tensor([[50, 100]]), focal=False)[0]
     assert whole["labels"].tolist() == [1, 0, 2] and whole["boxes"].tolist() == [[25, 12.5, 75, 37.5]] * 3
 
 
@@ -627,12 +671,16 @@ def test_parameter_groups():
     for lr_backbone in (1e-4, 0.0):
         model = common.build_detector(dataclasses.replace(cfg, lr_backbone=lr_backbone), 3, focal=True)
         rest, backbone, linear = common.param_groups(model, 1e-3, lr_backbone, 0.5)
-        assert [g["base_lr"] for g in (rest, backbone, linear)] == [g["lr"] for g in (rest, backbone, linear)] == [1e-3, lr_backbone, 5e-4]
-        assert len(linear["names"]) == 2 * 3 + 2                           # 1 encoder, 2 decoder layers: weight and bias; and the reference points
+        assert ([g["base_lr"] for g in (rest, backbone, linear)] == [g["lr"] for g in (rest, backbone, linear)]
+                == [1e-3, lr_backbone, 5e-4])
+        # 1 encoder, 2 decoder layers: weight and bias; and the reference points
+        assert len(linear["names"]) == 2 * 3 + 2
         assert all("sampling_offsets" in n or "reference_points" in n for n in linear["names"])
-        assert all(n.startswith("backbone.0.body.layer") for n in backbone["names"]) and bool(backbone["names"]) == (lr_backbone > 0)
+        assert (all(n.startswith("backbone.0.body.layer") for n in backbone["names"])
+                and bool(backbone["names"]) == (lr_backbone > 0))
         trained = [p for p in model.parameters() if p.requires_grad]
-        assert sorted(map(id, trained)) == sorted(id(p) for g in (rest, backbone, linear) for p in g["params"])     # each once
+        # each once
+        assert sorted(map(id, trained)) == sorted(id(p) for g in (rest, backbone, linear) for p in g["params"])
         assert "class_embed.0.weight" in rest["names"] and "query_embed.weight" in rest["names"]
     optimizer = common.build_optimizer(cfg, model)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.25] * 3
@@ -653,7 +701,8 @@ def test_schedule_and_clipping():
 
 
 def test_watch_looks_one_step_late(tmp_path):
-    """Nothing waits for a step's numbers before the next has been started; whatever came of that, the first bad step is named, with its batch."""
+    """Nothing waits for a step's numbers before the next has been started; whatever came of that,
+    the first bad step is named, with its batch."""
     def run_script(*losses, fault=None):
         watch = run.FiniteWatch(tmp_path, lambda i: f"image{i}")
         for step, loss in enumerate(losses):
@@ -664,14 +713,16 @@ def test_watch_looks_one_step_late(tmp_path):
                 raise FloatingPointError(fault)
             look({"loss": torch.tensor(0.0), "grad_norm": torch.tensor(math.inf)})
         return watch
-    with pytest.raises(FloatingPointError, match=r"^step 2: not finite: grad_norm inf; images of this process: image99; its batch .*step2-rank0"):
+    with pytest.raises(FloatingPointError, match=r"^step 2: not finite: grad_norm inf; images of this process: "
+                       r"image99; its batch .*step2-rank0"):
         run_script(1.0, 2.0).settle()
     assert torch.load(tmp_path / "nonfinite-step2-rank0.pt")["batches"] == [{"index": [99]}]
     with pytest.raises(FloatingPointError, match=r"^step 1: not finite: loss nan; images of this process: image10"):
         run_script(1.0, math.nan)                                                  # seen at the end of step 2
     with pytest.raises(FloatingPointError, match=r"^step 1: not finite: loss nan"):
-        run_script(1.0, math.nan, fault="the matching cost is not finite")         # what step 2 says follows from step 1
-    with pytest.raises(FloatingPointError, match=r"^step 2: the matching cost is not finite; images of this process: image99"):
+        run_script(1.0, math.nan, fault="the matching cost is not finite")  # what step 2 says follows from step 1
+    with pytest.raises(FloatingPointError,
+                       match=r"^step 2: the matching cost is not finite; images of this process: image99"):
         run_script(1.0, 2.0, fault="the matching cost is not finite")
 
 
@@ -703,7 +754,8 @@ def test_files_appear_whole(tmp_path):
     wrapped.module = model                                                # as DistributedDataParallel names it
     optimizer = torch.optim.AdamW(model.parameters())
     run.save_checkpoint(tmp_path / "last.pt", wrapped, optimizer, 7, RunConfig("x"), script="s", categories=[{"id": 3}])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "last.pt"] and (tmp_path / "a.json").read_bytes() == b"two"
+    assert (sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "last.pt"]
+            and (tmp_path / "a.json").read_bytes() == b"two")
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert set(state) == {"model", "optimizer", "step", "config", "script", "categories"} and state["step"] == 7
     assert set(state["model"]) == {"weight", "bias"} and torch.equal(state["model"]["weight"], model.weight)
@@ -733,9 +785,11 @@ def test_open_run(tmp_path, capsys):
     other = nn.Linear(2, 3)
     restored = torch.optim.AdamW(other.parameters())
     assert run.restore(state, other, restored) == 7 and torch.equal(other.weight, model.weight)
-    assert torch.equal(restored.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"]) and restored.param_groups[0]["lr"] == 0.3
+    assert (torch.equal(restored.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+            and restored.param_groups[0]["lr"] == 0.3)
     changed = dataclasses.replace(cfg, lr=2.0, scales=(1, 3))
-    with pytest.raises(UserError, match=r"lr: 1.0 -> 2.0; scales: \(1, 2\) -> \(1, 3\).*--allow_config_change") as caught:
+    with pytest.raises(UserError,
+                       match=r"lr: 1.0 -> 2.0; scales: \(1, 2\) -> \(1, 3\).*--allow_config_change") as caught:
         run.open_run(changed, "s")
     assert str(out) in str(caught.value)
     assert run.open_run(dataclasses.replace(changed, allow_config_change=True), "s")["step"] == 7
@@ -749,16 +803,19 @@ def test_open_run(tmp_path, capsys):
 def test_log_is_cut_back(tmp_path):
     log = run.Log(tmp_path, 0, CPU)
     for step in range(6):
-        log.write(step, {"loss": torch.tensor(1.0 / 3), "loss_ce": torch.tensor(2.0)}, images=4, lr=0.1, epoch=step // 2)
+        log.write(step, {"loss": torch.tensor(1.0 / 3), "loss_ce": torch.tensor(2.0)},
+                  images=4, lr=0.1, epoch=step // 2)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     first = json.loads(lines[3])
-    assert [json.loads(l)["step"] for l in lines] == list(range(6)) and first["loss"] == 0.333333 and first["loss_ce"] == 2 and first["epoch"] == 1
+    assert ([json.loads(l)["step"] for l in lines] == list(range(6)) and first["loss"] == 0.333333
+            and first["loss_ce"] == 2 and first["epoch"] == 1)
     assert first.keys() == {"step", "lr", "epoch", "loss", "loss_ce", "images_per_s", "memory_gib", "seconds"}
     assert first["images_per_s"] > 0 and first["memory_gib"] > 0
     log = run.Log(tmp_path, 4, CPU)                                     # the checkpoint knows 4 finished steps: 0..3
     log.write(4, {"loss": torch.tensor(5.0)}, images=4)
     kept = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert kept[:4] == lines[:4] and [json.loads(l)["step"] for l in kept] == [0, 1, 2, 3, 4] and json.loads(kept[4])["loss"] == 5
+    assert (kept[:4] == lines[:4] and [json.loads(l)["step"] for l in kept] == [0, 1, 2, 3, 4]
+            and json.loads(kept[4])["loss"] == 5)
     run.Log(tmp_path, 0, CPU)
     assert (tmp_path / "log.jsonl").read_text() == ""                     # a new run begins a new log
 
@@ -779,9 +836,11 @@ def test_load_matching(capsys):
     assert said.startswith("  pretext head: head.a, head.b\n") or "\n  pretext head: head.a, head.b\n" in said
     assert "  other size: 1.bias\n" in said
     assert (model[0].weight == 1).all() and (model[1].weight == 3).all() and not (model[1].bias == 4).any()
-    convert.load_matching(model, {**state, **{f"head.{i}": torch.zeros(1) for i in range(30)}}, drop={r"^head\.": "pretext head"}, source="FILE")
+    convert.load_matching(model, {**state, **{f"head.{i}": torch.zeros(1) for i in range(30)}},
+                          drop={r"^head\.": "pretext head"}, source="FILE")
     said = capsys.readouterr().out                                        # every name, however many
-    assert f"  pretext head: {', '.join(sorted(f'head.{i}' for i in range(30)))}\n" in said and "30 named above are left out or new" in said
+    assert (f"  pretext head: {', '.join(sorted(f'head.{i}' for i in range(30)))}\n" in said
+            and "30 named above are left out or new" in said)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     bad = {"0.weight": torch.zeros(3, 5), "0.bias": torch.zeros(3), **{f"x{i}": torch.zeros(1) for i in range(6)}}
     with pytest.raises(UserError) as caught:
@@ -817,11 +876,13 @@ def random_resnet():
 
 FAMILIES = {
     "SwAV": lambda r: {"state_dict": {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")}
-                              | {"module.projection_head.0.weight": torch.ones(2), "module.prototypes.weight": torch.ones(2)}, "epoch": 1},
+                              | {"module.projection_head.0.weight": torch.ones(2),
+                                 "module.prototypes.weight": torch.ones(2)}, "epoch": 1},
     "SwAV, bare": lambda r: {f"module.{k}": v for k, v in r.items() if not k.startswith("fc.")}
-                                    | {"module.projection_head.0.weight": torch.ones(2)},
+    | {"module.projection_head.0.weight": torch.ones(2)},
     "MoCo v1": lambda r: {"state_dict": {f"module.encoder_q.{k}": v for k, v in r.items()}
-                               | {f"module.encoder_k.{k}": v + 1 for k, v in r.items()} | {"module.queue": torch.ones(2)}},
+                               | {f"module.encoder_k.{k}": v + 1 for k, v in r.items()}
+                               | {"module.queue": torch.ones(2)}},
     "torchvision": lambda r: dict(r),
     "detector": lambda r: {"model": {f"backbone.0.body.{k}": v for k, v in r.items() if not k.startswith("fc.")}
                            | {"transformer.level_embed": torch.ones(2), "class_embed.0.weight": torch.ones(2)}},
@@ -839,7 +900,7 @@ def test_backbone_files(family, norm, tmp_path, capsys):
     assert own.keys() == {k for k in weights if "num_batches" not in k and not k.startswith("fc.")}
     assert all(torch.equal(v, weights[k]) for k, v in own.items())
     assert f"({family.split(',')[0]}, ResNet-18)" in capsys.readouterr().out
-    short = common.Backbone("resnet18", (2,), norm).body                   # what lies behind the last wanted stage is left out, and said
+    short = common.Backbone("resnet18", (2,), norm).body  # what lies behind the last wanted stage is left out, and said
     convert.load_backbone(short, tmp_path / "file.pth")
     assert all(torch.equal(v, weights[k]) for k, v in short.state_dict().items() if "num_batches" not in k)
     assert "a later stage that is not used" in capsys.readouterr().out
@@ -881,7 +942,7 @@ def test_download_that_fails(tmp_path, monkeypatch):
         convert.backbone_file("swav", "resnet18")
     assert asked[0] == (convert.BACKBONE_URLS["swav"], str(swav)) and len(asked) == 2
     swav.write_bytes(b"")
-    assert convert.backbone_file("swav", "resnet50") == swav and len(asked) == 2                 # the cache is looked into first
+    assert convert.backbone_file("swav", "resnet50") == swav and len(asked) == 2  # the cache is looked into first
     assert convert.backbone_file("some/file.pth", "resnet18") == Path("some/file.pth")
 
 
@@ -927,25 +988,30 @@ def test_no_such_checkpoint_and_a_cut_one(tmp_path):
         run.read_checkpoint(tmp_path / "cut.pth")
 
 
-@pytest.mark.parametrize("values", ({}, {"with_box_refine": True, "num_feature_levels": 1, "detector": "deformable_detr_ss"},
-                                    {"backbone_norm": "bn", "arch": "resnet34", "lr_backbone": 0.0},
-                                    {"arch": "resnet50", "enc_layers": 3, "dec_layers": 1, "dim_feedforward": 48, "num_queries": 5},
-                                    {"detector": "detr"}, {"detector": "detr", "pre_norm": True, "stride": 16, "num_queries": 5},
-                                    {"detector": "conditional_detr", "arch": "resnet101", "enc_layers": 2},
-                                    {"detector": "conditional_detr", "stride": 16, "backbone_norm": "bn", "dim_feedforward": 48}))
+@pytest.mark.parametrize("values",
+                         ({}, {"with_box_refine": True, "num_feature_levels": 1, "detector": "deformable_detr_ss"},
+                          {"backbone_norm": "bn", "arch": "resnet34", "lr_backbone": 0.0},
+                          {"arch": "resnet50", "enc_layers": 3, "dec_layers": 1,
+                           "dim_feedforward": 48, "num_queries": 5},
+                          {"detector": "detr"}, {"detector": "detr", "pre_norm": True, "stride": 16, "num_queries": 5},
+                          {"detector": "conditional_detr", "arch": "resnet101", "enc_layers": 2},
+                          {"detector": "conditional_detr", "stride": 16, "backbone_norm": "bn", "dim_feedforward": 48}))
 def test_architecture_of_a_state(values):
     cfg = small_config(finetune.Config, **values)
-    own = {"detr": ("stride", "pre_norm"), "conditional_detr": ("stride",)}.get(cfg.detector, ("num_feature_levels", "with_box_refine"))
-    expected = {k: getattr(cfg, k) for k in ("detector", "arch", "backbone_norm", "num_queries", "hidden_dim", "enc_layers", "dec_layers",
-                                             "dim_feedforward", *own)}
+    own = {"detr": ("stride", "pre_norm"),
+           "conditional_detr": ("stride",)}.get(cfg.detector, ("num_feature_levels", "with_box_refine"))
+    expected = {k: getattr(cfg, k) for k in ("detector", "arch", "backbone_norm", "num_queries", "hidden_dim",
+                                             "enc_layers", "dec_layers", "dim_feedforward", *own)}
     for focal in (True, False):
         assert convert.architecture(common.build_detector(cfg, 3, focal=focal).state_dict(), "file") == expected
 
 
 def test_architecture_refuses_by_name():
     one = torch.zeros(1)
-    detr = {"query_embed.weight": one, "transformer.encoder.layers.0.self_attn.in_proj_weight": one, "backbone.0.body.conv1.weight": one}
-    with pytest.raises(UserError, match="FILE: this is a detector checkpoint, not one of a DETR, Conditional DETR or Deformable DETR"):
+    detr = {"query_embed.weight": one, "transformer.encoder.layers.0.self_attn.in_proj_weight": one,
+            "backbone.0.body.conv1.weight": one}
+    with pytest.raises(UserError, match="FILE: this is a detector checkpoint, not one of a DETR, "
+                       "Conditional DETR or Deformable DETR"):
         convert.architecture(detr, "FILE")
     with pytest.raises(UserError, match="FILE: this is a torchvision checkpoint.*--backbone_weights"):
         convert.architecture(random_resnet(), "FILE")
@@ -954,7 +1020,8 @@ def test_architecture_refuses_by_name():
     with pytest.raises(UserError, match="FILE: this is an unknown kind of checkpoint"):
         convert.architecture({"a": one}, "FILE")
     state = common.build_detector(small_config(finetune.Config), 2, focal=True).state_dict()
-    for other in ({k: v for k, v in state.items() if not k.startswith("backbone")}, {**state, "backbone.0.body.layer2.5.conv1.weight": one}):
+    for other in ({k: v for k, v in state.items() if not k.startswith("backbone")},
+                  {**state, "backbone.0.body.layer2.5.conv1.weight": one}):
         with pytest.raises(UserError, match="FILE: .*lacks parts.*resnet18, resnet34"):
             convert.architecture(other, "FILE")
 
@@ -971,9 +1038,11 @@ def test_deformable_attention_is_the_same_on_cuda():
 
 
 def test_what_becomes_sync_batchnorm(monkeypatch):
-    """SyncBatchNorm raises on CPU process groups, so only the conversion is looked at: on CUDA every trained BatchNorm, but for DUPR's."""
+    """SyncBatchNorm raises on CPU process groups, so only the conversion is looked at:
+    on CUDA every trained BatchNorm, but for DUPR's."""
     monkeypatch.setattr(common, "world_size", lambda: 2)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, device_ids=None, broadcast_buffers=True, **_: model)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel",
+                        lambda model, device_ids=None, broadcast_buffers=True, **_: model)
     for device, sync_bn, synced in (("cuda", True, True), ("cuda", False, False), ("cpu", True, False)):
         backbone = common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5)
         names = list(backbone.state_dict())

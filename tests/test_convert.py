@@ -55,7 +55,8 @@ def stirred(model, seed=0):
 
 
 def detr_config(**values):
-    small = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=2, dec_layers=3, dim_feedforward=96, num_queries=9, dropout=0.1, stride=32)
+    small = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=2, dec_layers=3, dim_feedforward=96,
+                 num_queries=9, dropout=0.1, stride=32)
     return dataclasses.replace(finetune.Config(), **small | values)
 
 
@@ -85,7 +86,8 @@ def pretrained(path, method, **values):
 
 
 def rcnn_checkpoint(path, detector, **values):
-    cfg = dataclasses.replace(finetune.Config(), **dict(detector=detector, arch="resnet18", backbone_norm="bn", fpn_channels=64, head_dim=32,
+    cfg = dataclasses.replace(finetune.Config(), **dict(detector=detector, arch="resnet18",
+                                                        backbone_norm="bn", fpn_channels=64, head_dim=32,
                                                         box_head="2fc", anchor_size=16) | values)
     model = stirred(rcnn.build_rcnn(cfg, len(CATEGORIES)))
     run.save_checkpoint(path, model, None, 8, cfg, script="finetune", categories=CATEGORIES)
@@ -95,9 +97,10 @@ def rcnn_checkpoint(path, detector, **values):
 # ==== Hugging Face transformers ====================================================================================
 
 VARIANTS = (
-    dict(detector="deformable_detr"), dict(detector="deformable_detr", with_box_refine=True), dict(detector="deformable_detr", num_feature_levels=2),
-    dict(detector="deformable_detr_ss", arch="resnet50"), dict(detector="detr"), dict(detector="detr", pre_norm=True, backbone_norm="bn"),
-    dict(detector="detr", stride=8), dict(detector="conditional_detr"), dict(detector="conditional_detr", stride=16, arch="resnet34"),
+    dict(detector="deformable_detr"), dict(detector="deformable_detr", with_box_refine=True),
+    dict(detector="deformable_detr", num_feature_levels=2), dict(detector="deformable_detr_ss", arch="resnet50"),
+    dict(detector="detr"), dict(detector="detr", pre_norm=True, backbone_norm="bn"), dict(detector="detr", stride=8),
+    dict(detector="conditional_detr"), dict(detector="conditional_detr", stride=16, arch="resnet34"),
 )
 
 
@@ -123,7 +126,8 @@ def same_predictions(ours, theirs):
     images, mask = padded_batch()
     with torch.no_grad():
         mine, other = ours(images, mask), theirs(pixel_values=images, pixel_mask=(~mask).long())
-    assert mine["pred_logits"].std(1).min() > 1e-3 and (mine["pred_boxes"][0] - mine["pred_boxes"][1]).abs().max() > 1e-3
+    assert (mine["pred_logits"].std(1).min() > 1e-3
+            and (mine["pred_boxes"][0] - mine["pred_boxes"][1]).abs().max() > 1e-3)
     torch.testing.assert_close(other.logits, mine["pred_logits"], atol=1e-4, rtol=0)
     torch.testing.assert_close(other.pred_boxes, mine["pred_boxes"], atol=1e-4, rtol=0)
     with torch.no_grad():
@@ -138,17 +142,20 @@ def test_hugging_face(values, tmp_path, capsys):
     model = finetuned(tmp_path / "last.pt", **values)
     convert.main([str(tmp_path / "last.pt"), "--to", "hf", "--out", str(tmp_path / "hf")])
     theirs = hugging_face(tmp_path / "hf")
-    assert theirs.config.id2label == {0: "cell", 1: "platelet", 2: "cat"} and theirs.config.label2id == {"cell": 0, "platelet": 1, "cat": 2}
+    assert (theirs.config.id2label == {0: "cell", 1: "platelet", 2: "cat"}
+            and theirs.config.label2id == {"cell": 0, "platelet": 1, "cat": 2})
     same_predictions(model, theirs)
-    name = {"deformable": "DeformableDetr", "detr": "Detr", "conditional": "ConditionalDetr"}[values["detector"].split("_")[0]]
+    name = {"deformable": "DeformableDetr", "detr": "Detr",
+            "conditional": "ConditionalDetr"}[values["detector"].split("_")[0]]
     assert type(theirs).__name__ == ("TableTransformer" if values.get("pre_norm") else name) + "ForObjectDetection"
     assert f"{type(theirs).__name__}.from_pretrained('{tmp_path / 'hf'}')" in capsys.readouterr().out
-    if values.get("with_box_refine"):                                           # the decoder's boxes are the heads' boxes there too
+    if values.get("with_box_refine"):  # the decoder's boxes are the heads' boxes there too
         assert theirs.model.decoder.bbox_embed[1].layers[0].weight is theirs.bbox_embed[1].layers[0].weight
 
 
 def test_hugging_face_sees_what_we_see(tmp_path):
-    """The image processor of the folder prepares a picture as our evaluation does, and post-processing gives our detections."""
+    """The image processor of the folder prepares a picture as our evaluation does,
+    and post-processing gives our detections."""
     transformers = pytest.importorskip("transformers")
     model = finetuned(tmp_path / "last.pt", detector="deformable_detr", eval_size=96, max_size=140)
     convert.main([str(tmp_path / "last.pt"), "--to", "hf", "--out", str(tmp_path / "hf")])
@@ -158,20 +165,23 @@ def test_hugging_face_sees_what_we_see(tmp_path):
     ours = data.to_normalized_tensor(image.resize((w, h), Image.Resampling.BILINEAR))[None]
     theirs = processor(images=image, return_tensors="pt")
     assert theirs["pixel_values"].shape == ours.shape and theirs["pixel_mask"].all()
-    assert (theirs["pixel_values"] - ours).abs().max() < 0.06                   # of a range of 4.8: rounding of the resize
+    assert (theirs["pixel_values"] - ours).abs().max() < 0.06  # of a range of 4.8: rounding of the resize
     network = hugging_face(tmp_path / "hf")
     with torch.no_grad():
         outputs = network(pixel_values=ours)
-        mine = common.post_process(model(ours, torch.zeros(1, h, w, dtype=torch.bool)), torch.tensor([[220, 300]]), top=20)[0]
+        mine = common.post_process(model(ours, torch.zeros(1, h, w, dtype=torch.bool)),
+                                   torch.tensor([[220, 300]]), top=20)[0]
     found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(220, 300)], top_k=20)[0]
     for key in ("scores", "boxes"):
         torch.testing.assert_close(found[key], mine[key], atol=1e-3, rtol=0)
     assert found["labels"].tolist() == mine["labels"].tolist()
 
 
-@pytest.mark.parametrize(("method", "values"), (("detreg", dict(detector="deformable_detr")), ("detreg", dict(detector="detr")),
-                                                ("updetr", dict(detector="detr", pre_norm=True)), ("siamese_detr", dict(detector="conditional_detr")),
-                                                ("siamese_detr", dict(detector="deformable_detr"))))
+@pytest.mark.parametrize(("method", "values"),
+                         (("detreg", dict(detector="deformable_detr")), ("detreg", dict(detector="detr")),
+                          ("updetr", dict(detector="detr", pre_norm=True)),
+                          ("siamese_detr", dict(detector="conditional_detr")),
+                          ("siamese_detr", dict(detector="deformable_detr"))))
 def test_hugging_face_of_a_pretraining(method, values, tmp_path, capsys):
     """The detector without the modules of its pretext task; row 1 of its head is an object."""
     pytest.importorskip("transformers")
@@ -187,32 +197,40 @@ def test_hugging_face_of_a_pretraining(method, values, tmp_path, capsys):
     ours = common.build_detector(cfg, rows + (not sigmoid), focal=sigmoid).eval()
     convert.load_matching(ours, found.state, drop=convert.PRETEXT, source="FILE")
     same_predictions(ours, theirs)
-    gone = {"detreg": "feature_embed", "updetr": "feature_align, patch2query", "siamese_detr": "enc_head, feature_align, patch2query"}[method]
+    gone = {"detreg": "feature_embed", "updetr": "feature_align, patch2query",
+            "siamese_detr": "enc_head, feature_align, patch2query"}[method]
     assert f"no place for them there: {gone} (" in said
     assert ("trained with softmax over 3 rows" in said) == (sigmoid and method != "detreg")
 
 
-@pytest.mark.parametrize(("rows", "first", "last"), ((91, "unused 0", "toothbrush"), (21, "aeroplane", "unused 20"), (5, "class 0", "class 4")))
+@pytest.mark.parametrize(("rows", "first", "last"),
+                         ((91, "unused 0", "toothbrush"), (21, "aeroplane", "unused 20"), (5, "class 0", "class 4")))
 def test_class_names_of_released_heads(rows, first, last):
     names = convert.class_names(convert.Checkpoint("FILE", "detector", {}, {}, {}), rows)
-    assert list(names) == list(range(rows)) and (names[0], names[rows - 1]) == (first, last) and len(set(names.values())) == rows
+    assert (list(names) == list(range(rows)) and (names[0], names[rows - 1]) == (first, last)
+            and len(set(names.values())) == rows)
     if rows == 91:
         assert sum(not n.startswith("unused") for n in names.values()) == 80
-        assert (names[1], names[13], names[44], names[62], names[84]) == ("person", "stop sign", "bottle", "chair", "book")
+        assert (names[1], names[13], names[44], names[62], names[84]) == ("person", "stop sign",
+                                                                          "bottle", "chair", "book")
 
 
 # ==== torchvision and detectron2 ===================================================================================
 
 def test_torchvision_of_soco_and_of_backbones(tmp_path, capsys):
-    """SoCo's pyramid and box head for torchvision's Faster R-CNN; of all others, or when asked, a plain ResNet that lacks only its classifier."""
+    """SoCo's pyramid and box head for torchvision's Faster R-CNN; of all others, or when asked,
+    a plain ResNet that lacks only its classifier."""
     torch.manual_seed(0)
     backbone = common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5)
-    model = stirred(soco.SoCo(backbone, arch="fpn", fpn_channels=64, head_dim=32, mlp_dim=16, embedding_dim=8, roi_size=7))
+    model = stirred(soco.SoCo(backbone, arch="fpn", fpn_channels=64, head_dim=32, mlp_dim=16,
+                              embedding_dim=8, roi_size=7))
     run.save_checkpoint(tmp_path / "soco.pt", model, None, 5, soco.Config(arch="fpn"), script="soco")
     convert.main([str(tmp_path / "soco.pt"), "--to", "torchvision", "--out", str(tmp_path / "parts.pth")])
-    assert "no place for them there: encoder_k, head_k, neck_k, predictor, projector, projector_k (" in capsys.readouterr().out
+    assert ("no place for them there: encoder_k, head_k, neck_k, predictor, projector, projector_k ("
+            in capsys.readouterr().out)
     parts = torch.load(tmp_path / "parts.pth", weights_only=True)
-    config = finetune.Config(detector="faster_rcnn_fpn", arch="resnet18", backbone_norm="bn", fpn_channels=64, head_dim=32, box_head="4conv1fc")
+    config = finetune.Config(detector="faster_rcnn_fpn", arch="resnet18", backbone_norm="bn", fpn_channels=64,
+                             head_dim=32, box_head="4conv1fc")
     detector = rcnn.build_rcnn(config, 3)
     report = detector.load_state_dict(parts, strict=False)
     assert not report.unexpected_keys
@@ -220,44 +238,54 @@ def test_torchvision_of_soco_and_of_backbones(tmp_path, capsys):
     own = model.state_dict()
     assert torch.equal(detector.backbone.fpn.layer_blocks[2][0].weight, own["neck.fpn_convs.2.conv.weight"])
     assert torch.equal(detector.roi_heads.box_head[3][1].running_mean, own["head.bn4.running_mean"])
-    convert.main([str(tmp_path / "soco.pt"), "--to", "torchvision", "--backbone_only", "--out", str(tmp_path / "r18.pth")])
+    convert.main([str(tmp_path / "soco.pt"), "--to", "torchvision", "--backbone_only", "--out",
+                  str(tmp_path / "r18.pth")])
     finetuned(tmp_path / "detr.pt", detector="detr")
     rcnn_checkpoint(tmp_path / "c4.pt", "faster_rcnn_c4")
     convert.main([str(tmp_path / "detr.pt"), "--to", "torchvision", "--out", str(tmp_path / "r18-detr.pth")])
-    convert.main([str(tmp_path / "c4.pt"), "--to", "torchvision", "--backbone_only", "--out", str(tmp_path / "r18-c4.pth")])
+    convert.main([str(tmp_path / "c4.pt"), "--to", "torchvision", "--backbone_only", "--out",
+                  str(tmp_path / "r18-c4.pth")])
     for name in ("r18.pth", "r18-detr.pth", "r18-c4.pth"):
         resnet = torchvision.models.resnet18()
         report = resnet.load_state_dict(torch.load(tmp_path / name, weights_only=True), strict=False)
         assert set(report.missing_keys) == {"fc.weight", "fc.bias"} and not report.unexpected_keys
-    assert torch.equal(torch.load(tmp_path / "r18.pth")["layer4.1.bn2.running_var"], own["encoder.layer4.1.bn2.running_var"])
+    assert torch.equal(torch.load(tmp_path / "r18.pth")["layer4.1.bn2.running_var"],
+                       own["encoder.layer4.1.bn2.running_var"])
     assert not torch.equal(own["encoder.conv1.weight"], own["encoder_k.conv1.weight"])
 
 
 # rcnn_transfer.md, section 4, written down once more: (detector, box_head): {detectron2's name: ours}
 DETECTRON2 = {
     ("mask_rcnn_fpn", "4conv1fc"): {
-        "backbone.bottom_up.stem.conv1.weight": "backbone.body.conv1.weight", "backbone.bottom_up.stem.conv1.norm.bias": "backbone.body.bn1.bias",
+        "backbone.bottom_up.stem.conv1.weight": "backbone.body.conv1.weight",
+        "backbone.bottom_up.stem.conv1.norm.bias": "backbone.body.bn1.bias",
         "backbone.bottom_up.res4.1.conv2.norm.running_var": "backbone.body.layer3.1.bn2.running_var",
         "backbone.bottom_up.res5.0.shortcut.weight": "backbone.body.layer4.0.downsample.0.weight",
         "backbone.bottom_up.res5.0.shortcut.norm.weight": "backbone.body.layer4.0.downsample.1.weight",
         "backbone.fpn_lateral2.weight": "backbone.fpn.inner_blocks.0.0.weight",
         "backbone.fpn_lateral5.norm.bias": "backbone.fpn.inner_blocks.3.1.bias",
-        "backbone.fpn_output4.weight": "backbone.fpn.layer_blocks.2.0.weight", "proposal_generator.rpn_head.conv.bias": "rpn.head.conv.0.0.bias",
+        "backbone.fpn_output4.weight": "backbone.fpn.layer_blocks.2.0.weight",
+        "proposal_generator.rpn_head.conv.bias": "rpn.head.conv.0.0.bias",
         "proposal_generator.rpn_head.objectness_logits.weight": "rpn.head.cls_logits.weight",
         "proposal_generator.rpn_head.anchor_deltas.bias": "rpn.head.bbox_pred.bias",
-        "roi_heads.box_head.conv4.weight": "roi_heads.box_head.3.0.weight", "roi_heads.box_head.conv1.norm.weight": "roi_heads.box_head.0.1.weight",
-        "roi_heads.box_head.fc1.weight": "roi_heads.box_head.5.weight", "roi_heads.mask_head.mask_fcn2.weight": "roi_heads.mask_head.1.0.weight",
+        "roi_heads.box_head.conv4.weight": "roi_heads.box_head.3.0.weight",
+        "roi_heads.box_head.conv1.norm.weight": "roi_heads.box_head.0.1.weight",
+        "roi_heads.box_head.fc1.weight": "roi_heads.box_head.5.weight",
+        "roi_heads.mask_head.mask_fcn2.weight": "roi_heads.mask_head.1.0.weight",
         "roi_heads.mask_head.mask_fcn4.norm.bias": "roi_heads.mask_head.3.1.bias",
         "roi_heads.mask_head.deconv.weight": "roi_heads.mask_predictor.conv5_mask.weight"},
     ("faster_rcnn_fpn", "2fc"): {"roi_heads.box_head.fc1.weight": "roi_heads.box_head.fc6.weight",
-                "roi_heads.box_head.fc2.bias": "roi_heads.box_head.fc7.bias"},
+                                 "roi_heads.box_head.fc2.bias": "roi_heads.box_head.fc7.bias"},
     ("retinanet_fpn", "2fc"): {
         "backbone.fpn_lateral3.weight": "backbone.fpn.inner_blocks.0.0.weight",
         "backbone.fpn_output5.norm.weight": "backbone.fpn.layer_blocks.2.1.weight",
-        "backbone.top_block.p6.weight": "backbone.fpn.extra_blocks.p6.weight", "head.cls_subnet.0.weight": "head.classification_head.conv.0.0.weight",
-        "head.cls_subnet.6.bias": "head.classification_head.conv.3.0.bias", "head.bbox_subnet.4.weight": "head.regression_head.conv.2.0.weight"},
+        "backbone.top_block.p6.weight": "backbone.fpn.extra_blocks.p6.weight",
+        "head.cls_subnet.0.weight": "head.classification_head.conv.0.0.weight",
+        "head.cls_subnet.6.bias": "head.classification_head.conv.3.0.bias",
+        "head.bbox_subnet.4.weight": "head.regression_head.conv.2.0.weight"},
     ("mask_rcnn_c4", "2fc"): {
-        "backbone.stem.conv1.weight": "backbone.body.conv1.weight", "backbone.res4.0.conv1.norm.bias": "backbone.body.layer3.0.bn1.bias",
+        "backbone.stem.conv1.weight": "backbone.body.conv1.weight",
+        "backbone.res4.0.conv1.norm.bias": "backbone.body.layer3.0.bn1.bias",
         "roi_heads.res5.0.conv1.weight": "roi_heads.box_head.res5.layer4.0.conv1.weight",
         "roi_heads.res5.norm.bias": "roi_heads.box_head.res5.norm.bias",
         "roi_heads.res5.0.shortcut.norm.weight": "roi_heads.box_head.res5.layer4.0.downsample.1.weight",
@@ -277,44 +305,53 @@ def test_detectron2_and_back(detector, box_head, tmp_path, capsys):
         assert np.array_equal(there[theirs], own[ours]) or "objectness" in theirs or "anchor_deltas" in theirs, theirs
     c4 = detector.endswith("_c4")
     if detector != "retinanet_fpn":
-        score = "roi_heads.box_predictor.cls_score.weight"                     # background, first here, is last there, and has no boxes
+        score = "roi_heads.box_predictor.cls_score.weight"  # background, first here, is last there, and has no boxes
         assert np.array_equal(there[score][-1], own[score][0]) and np.array_equal(there[score][0], own[score][1])
-        assert np.array_equal(there["roi_heads.box_predictor.bbox_pred.bias"], own["roi_heads.box_predictor.bbox_pred.bias"][4:])
-    if c4:                                                                     # anchor of size s, ratio r: s * 3 + r there, r * 5 + s here
+        assert np.array_equal(there["roi_heads.box_predictor.bbox_pred.bias"],
+                              own["roi_heads.box_predictor.bbox_pred.bias"][4:])
+    if c4:  # anchor of size s, ratio r: s * 3 + r there, r * 5 + s here
         here = own["rpn.head.bbox_pred.bias"].view(3, 5, 4)
         deltas = there["proposal_generator.rpn_head.anchor_deltas.bias"].reshape(5, 3, 4)
         assert all(np.array_equal(deltas[s, r], here[r, s]) for s in range(5) for r in range(3))
-        assert np.array_equal(there["roi_heads.mask_head.predictor.weight"], own["roi_heads.mask_predictor.mask_fcn_logits.weight"][1:])
+        assert np.array_equal(there["roi_heads.mask_head.predictor.weight"],
+                              own["roi_heads.mask_predictor.mask_fcn_logits.weight"][1:])
     if detector == "retinanet_fpn":
-        here, other = own["head.classification_head.cls_logits.bias"].view(3, 3, 3), there["head.cls_score.bias"].reshape(3, 3, 3)
+        here, other = (own["head.classification_head.cls_logits.bias"].view(3, 3, 3),
+                       there["head.cls_score.bias"].reshape(3, 3, 3))
         assert np.array_equal(other.transpose(1, 0, 2), here)
         deltas = there["head.bbox_pred.bias"].reshape(3, 3, 4)
         assert np.array_equal(deltas.transpose(1, 0, 2), own["head.regression_head.bbox_reg.bias"].view(3, 3, 4))
-    found = convert.open_checkpoint(tmp_path / "d2.pkl")                        # and back: every tensor but rows that nothing reads
+    found = convert.open_checkpoint(tmp_path / "d2.pkl")  # and back: every tensor but rows that nothing reads
     assert found.state.keys() == own.keys() and found.what.startswith("detectron2")
     unread = {"roi_heads.box_predictor.bbox_pred": 4, "roi_heads.mask_predictor.mask_fcn_logits": 1}
     for name, value in own.items():
         skip = unread.get(name.rsplit(".", 1)[0], 0)
-        assert torch.equal(found.state[name][skip:] if skip else found.state[name], value[skip:] if skip else value), name
+        assert torch.equal(found.state[name][skip:] if skip else found.state[name],
+                           value[skip:] if skip else value), name
         assert not skip or not found.state[name][:skip].any(), name
     found, arch = finetune.read_init(str(tmp_path / "d2.pkl"), detector=detector)
-    cfg = dataclasses.replace(finetune.Config(detector=detector, backbone_norm="bn", box_head=box_head, fpn_channels=64, head_dim=32,
-                                              init_from=str(tmp_path / "d2.pkl")), **arch)
-    again = finetune.build_model(cfg, found, CATEGORIES)[0].state_dict()        # a start for fine-tuning: all but the class layers
+    cfg = dataclasses.replace(finetune.Config(detector=detector, backbone_norm="bn", box_head=box_head, fpn_channels=64,
+                                              head_dim=32, init_from=str(tmp_path / "d2.pkl")), **arch)
+    # a start for fine-tuning: all but the class layers
+    again = finetune.build_model(cfg, found, CATEGORIES)[0].state_dict()
     new = {k for k in own if re.search(convert.CLASS_LAYERS, k)}
-    assert all(torch.equal(v, again[k]) for k, v in own.items() if k not in new and not k.endswith("num_batches_tracked")) and new
+    assert all(torch.equal(v, again[k])
+               for k, v in own.items() if k not in new and not k.endswith("num_batches_tracked")) and new
     assert re.search("class (and box )?layers, made anew: ", capsys.readouterr().out)
 
 
 def test_detectron2_of_backbones(tmp_path, capsys):
-    """Short names, which detectron2 completes, as MoCo's and SoCo's converters write them; FCOS has other heads there."""
+    """Short names, which detectron2 completes, as MoCo's and SoCo's converters write them;
+    FCOS has other heads there."""
     pretrained(tmp_path / "last.pt", "detreg")
     convert.main([str(tmp_path / "last.pt"), "--to", "detectron2", "--out", str(tmp_path / "d2.pkl")])
     file = pickle.loads((tmp_path / "d2.pkl").read_bytes())
     state = convert.open_checkpoint(tmp_path / "last.pt").resnet()
-    assert file["matching_heuristics"] is True and {k.split(".")[0] for k in file["model"]} == {"stem", "res2", "res3", "res4", "res5"}
+    assert (file["matching_heuristics"] is True
+            and {k.split(".")[0] for k in file["model"]} == {"stem", "res2", "res3", "res4", "res5"})
     assert len(file["model"]) == len(state)
-    assert np.array_equal(file["model"]["res3.0.shortcut.norm.running_mean"], state["layer2.0.downsample.1.running_mean"])
+    assert np.array_equal(file["model"]["res3.0.shortcut.norm.running_mean"],
+                          state["layer2.0.downsample.1.running_mean"])
     again = common.Backbone("resnet18", (2, 3, 4))
     convert.load_backbone(again.body, tmp_path / "d2.pkl")
     assert all(torch.equal(v, state[k]) for k, v in again.body.state_dict().items())
@@ -330,7 +367,8 @@ def test_a_foreign_detector_of_other_parts_gives_its_resnet(tmp_path, capsys):
     theirs = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
     torch.save(stirred(theirs).state_dict(), tmp_path / "tv.pth")
     found, arch = finetune.read_init(str(tmp_path / "tv.pth"), detector="faster_rcnn_fpn")
-    cfg = finetune.Config(detector="faster_rcnn_fpn", backbone_norm="bn", fpn_channels=32, head_dim=16, init_from=str(tmp_path / "tv.pth"))
+    cfg = finetune.Config(detector="faster_rcnn_fpn", backbone_norm="bn", fpn_channels=32, head_dim=16,
+                          init_from=str(tmp_path / "tv.pth"))
     model = finetune.build_model(dataclasses.replace(cfg, **arch), found, CATEGORIES)[0]
     said = capsys.readouterr().out
     assert torch.equal(model.backbone.body.layer3[2].bn1.running_var, theirs.backbone.body.layer3[2].bn1.running_var)
@@ -340,11 +378,13 @@ def test_a_foreign_detector_of_other_parts_gives_its_resnet(tmp_path, capsys):
 
 # ==== The released codes ===========================================================================================
 
-@pytest.mark.parametrize(("method", "values"), (("detreg", {}), ("detreg", dict(detector="detr")), ("updetr", dict(detector="detr", pre_norm=True)),
-                                                ("updetr", dict(detector="deformable_detr")), ("siamese_detr", dict(detector="detr")),
-                                                ("siamese_detr", dict(detector="conditional_detr")),
-                                                ("siamese_detr", dict(detector="deformable_detr")),
-                                                ("siamese_detr", dict(detector="deformable_detr_ss"))))
+@pytest.mark.parametrize(("method", "values"),
+                         (("detreg", {}), ("detreg", dict(detector="detr")),
+                          ("updetr", dict(detector="detr", pre_norm=True)),
+                          ("updetr", dict(detector="deformable_detr")), ("siamese_detr", dict(detector="detr")),
+                          ("siamese_detr", dict(detector="conditional_detr")),
+                          ("siamese_detr", dict(detector="deformable_detr")),
+                          ("siamese_detr", dict(detector="deformable_detr_ss"))))
 def test_official_and_back(method, values, tmp_path):
     """Ours -> the released code's file -> ours: the same model, recognised as the same method."""
     model = pretrained(tmp_path / "last.pt", method, **values)
@@ -352,7 +392,8 @@ def test_official_and_back(method, values, tmp_path):
     file = torch.load(tmp_path / "official.pth", weights_only=True)
     assert set(file) == ({"meta", "state_dict"} if method == "siamese_detr" else {"model"})
     found = convert.open_checkpoint(tmp_path / "official.pth")
-    own = {k: v for k, v in model.state_dict().items() if not (k.startswith("backbone.") and k.endswith("num_batches_tracked"))}
+    own = {k: v for k, v in model.state_dict().items() if not (k.startswith("backbone.")
+                                                               and k.endswith("num_batches_tracked"))}
     assert found.state.keys() == own.keys() and all(torch.equal(v, found.state[k]) for k, v in own.items())
     before = convert.open_checkpoint(tmp_path / "last.pt")
     assert found.method == before.method == method and before.what == f"{found.what}, step 5"
@@ -370,8 +411,10 @@ def test_official_of_what_has_no_released_code(tmp_path):
     cfg = dupr.Config(arch="resnet18", backbone_weights="random", embedding_dim=8, queue_size=16)
     run.save_checkpoint(tmp_path / "dupr.pt", dupr.build_model(cfg), None, 5, cfg, script="dupr")
     rcnn_checkpoint(tmp_path / "rcnn.pt", "faster_rcnn_fpn")
-    for name, reason in (("refined.pt", "heads of their own"), ("dupr.pt", "DUPR's code was never released.*--to torchvision or detectron2"),
-                         ("rcnn.pt", r"this is a Faster R-CNN \(FPN\), ResNet-18, step 8 checkpoint; --to official is for")):
+    for name, reason in (("refined.pt", "heads of their own"),
+                         ("dupr.pt", "DUPR's code was never released.*--to torchvision or detectron2"),
+                         ("rcnn.pt",
+                          r"this is a Faster R-CNN \(FPN\), ResNet-18, step 8 checkpoint; --to official is for")):
         with pytest.raises(UserError, match=reason):
             convert.main([str(tmp_path / name), "--to", "official", "--out", str(tmp_path / "o.pth")])
     with pytest.raises(UserError, match="--to hf|not one of a DETR"):
@@ -383,9 +426,11 @@ def test_official_of_what_has_no_released_code(tmp_path):
 
 def test_every_table_renames_back():
     """A row renames there and back; no two rows of a table meet in one name."""
-    tables = {"d2 " + k: v for k, v in convert.RCNN_DETECTRON2.items()} | {"hf " + k: v for k, v in convert.HUGGING_FACE.items()}
+    tables = ({"d2 " + k: v for k, v in convert.RCNN_DETECTRON2.items()}
+              | {"hf " + k: v for k, v in convert.HUGGING_FACE.items()})
     tables |= {"moco " + k: v for k, v in convert.MOCO.items()} | {f"soco {k}": v for k, v in convert.SOCO_RCNN.items()}
-    tables |= {"siamese": convert.SIAMESE_DETR, "soco d2": convert.SOCO_DETECTRON2, "soco mmdet": convert.SOCO_MMDETECTION}
+    tables |= {"siamese": convert.SIAMESE_DETR, "soco d2": convert.SOCO_DETECTRON2,
+               "soco mmdet": convert.SOCO_MMDETECTION}
     for name, table in tables.items():
         for theirs, ours in table:
             filled = [re.sub(r"\{\w\}", "2", side).replace("*", "weight") for side in (theirs, ours)]
@@ -393,7 +438,8 @@ def test_every_table_renames_back():
                 continue                                                       # the other head's
             if theirs in ("*", "encoder_*", "model.*") or theirs.endswith(".{i}.*"):
                 continue                                                       # what is called alike
-            assert convert.rename(filled[0], table) == filled[1] and convert.rename(filled[1], table, back=True) == filled[0], (name, theirs)
+            assert (convert.rename(filled[0], table) == filled[1]
+                    and convert.rename(filled[1], table, back=True) == filled[0]), (name, theirs)
 
 
 # ==== Files that are not what they should be =======================================================================
@@ -428,14 +474,16 @@ def bad_files(folder):
     torch.save({"model": {"blocks.0.attn.qkv.weight": torch.zeros(3)}}, unknown)
     refused = ("refused", "would run code")
     files = {
-        "empty.pth": (b"", ("empty",)), "text.pth": (b"not a checkpoint\n" * 9, ("not a readable",)), "picture.pth": (picture.getvalue(),
-        ("not a readable",)),
-        "torchscript.pth": (script.getvalue(), ("not a readable",)), "evil.pth": (evil.getvalue(), refused), "evil_old.pth": (hidden.getvalue(),
-        refused),
+        "empty.pth": (b"", ("empty",)), "text.pth": (b"not a checkpoint\n" * 9, ("not a readable",)),
+        "picture.pth": (picture.getvalue(), ("not a readable",)),
+        "torchscript.pth": (script.getvalue(), ("not a readable",)),
+        "evil.pth": (evil.getvalue(), refused), "evil_old.pth": (hidden.getvalue(), refused),
         "evil.pkl": (pickle.dumps({"model": {"stem.conv1.weight": np.zeros(3)}, "x": Runs(folder / "ran")}), refused),
-        "evil_0.pkl": (pickle.dumps(Runs(folder / "ran"), 0), ("evil_0.pkl",)), "evil_4.pkl": (pickle.dumps([Runs(folder / "ran")], 4), refused),
-        "eval.pkl": (b"\x80\x02c__builtin__\neval\nX\x01\x00\x00\x001\x85R.", refused), "list.pth": (listed.getvalue(), ("holds a list",)),
-        "list.pkl": (pickle.dumps([1, 2]), ("not a readable",)), "numbers.pth": (numbers.getvalue(), ("holds no tensors", "args", "epoch")),
+        "evil_0.pkl": (pickle.dumps(Runs(folder / "ran"), 0), ("evil_0.pkl",)),
+        "evil_4.pkl": (pickle.dumps([Runs(folder / "ran")], 4), refused),
+        "eval.pkl": (b"\x80\x02c__builtin__\neval\nX\x01\x00\x00\x001\x85R.", refused),
+        "list.pth": (listed.getvalue(), ("holds a list",)), "list.pkl": (pickle.dumps([1, 2]), ("not a readable",)),
+        "numbers.pth": (numbers.getvalue(), ("holds no tensors", "args", "epoch")),
         "unknown.pth": (unknown.getvalue(), ("no known kind of checkpoint", "blocks.0.attn.qkv.weight")),
         "numbers.pkl": (pickle.dumps({"a": 1}), ("holds no tensors",)),
     }
@@ -456,9 +504,11 @@ def test_bad_files(tmp_path, fails):
         assert fails(finetune.main, ["--data", "synthetic", "--init_from", path, "--out", tmp_path / "out"]) == line
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
     small = ["--preset", "demo", "--synthetic_images", 8, "--batch_size", 2, "--max_steps", 1]
-    for script, argv in ((detreg, ["--proposal_method", "random"]), (finetune, []), (finetune, ["--detector", "faster_rcnn_fpn"])):
+    for script, argv in ((detreg, ["--proposal_method", "random"]), (finetune, []),
+                         (finetune, ["--detector", "faster_rcnn_fpn"])):
         for name in ("empty.pth", "evil.pkl", "cut_0.7_old.pth"):
-            assert name in fails(script.main, [*small, *argv, "--backbone_weights", tmp_path / name, "--out", tmp_path / f"{script.__name__}-{name}"])
+            assert name in fails(script.main, [*small, *argv, "--backbone_weights", tmp_path / name, "--out",
+                                               tmp_path / f"{script.__name__}-{name}"])
     pickle.loads((tmp_path / "evil.pkl").read_bytes())                          # it would have run
     assert (tmp_path / "ran").exists()
 
@@ -476,10 +526,11 @@ def test_damaged_bytes(tmp_path):
     files = []
     for old in (False, True):
         buffer = io.BytesIO()
-        torch.save({"state_dict": {"module.conv1.weight": torch.ones(4, 3, 2, 2)}, "args": argparse.Namespace(a=1)}, buffer,
-                   _use_new_zipfile_serialization=not old)
+        torch.save({"state_dict": {"module.conv1.weight": torch.ones(4, 3, 2, 2)}, "args": argparse.Namespace(a=1)},
+                   buffer, _use_new_zipfile_serialization=not old)
         files.append(buffer.getvalue())
-    files.append(pickle.dumps({"model": {"stem.conv1.weight": np.ones((4, 3, 2, 2), np.float32)}, "__author__": "x"}, 2))
+    files.append(pickle.dumps({"model": {"stem.conv1.weight": np.ones((4, 3, 2, 2), np.float32)}, "__author__": "x"},
+                              2))
     rng, outcomes = np.random.default_rng(0), collections.Counter()
     for content in files:
         for _ in range(120):
@@ -496,8 +547,8 @@ def test_damaged_bytes(tmp_path):
 
 
 def test_what_released_files_hold_besides_is_read(tmp_path):
-    content = {"model": {"conv1.weight": torch.ones(2), "layer1.0.conv1.weight": torch.ones(2)}, "args": argparse.Namespace(lr=1e-4,
-                nested=argparse.Namespace(a=[1])),
+    content = {"model": {"conv1.weight": torch.ones(2), "layer1.0.conv1.weight": torch.ones(2)},
+               "args": argparse.Namespace(lr=1e-4, nested=argparse.Namespace(a=[1])),
                "best": np.float64(0.5), "epoch": np.int64(3), "milestones": collections.Counter([1]),
                "optimizer": {"state": collections.OrderedDict()}, "meta": ("a", None, True)}
     for old in (False, True):
@@ -505,12 +556,14 @@ def test_what_released_files_hold_besides_is_read(tmp_path):
         read = run.read_checkpoint(tmp_path / "f.pth")
         assert read["args"].nested.a == [1] and read["best"] == 0.5 and read["epoch"] == 3
     arrays = {"model": collections.OrderedDict({"stem.conv1.weight": np.arange(6, dtype=">f4").reshape(2, 3),
-                "stem.conv1.norm.num_batches_tracked": np.array(7),
-                                                "x.half": np.float16([1.5]), "names": np.array(["a"]), "note": "text"}), "lr": np.float32(0.5)}
+                                                "stem.conv1.norm.num_batches_tracked": np.array(7),
+                                                "x.half": np.float16([1.5]), "names": np.array(["a"]), "note": "text"}),
+              "lr": np.float32(0.5)}
     for protocol in (2, 3, 4, 5):
         (tmp_path / "f.pkl").write_bytes(pickle.dumps(arrays, protocol))
         state = convert.state_of(run.read_checkpoint(tmp_path / "f.pkl"), "FILE")
-        assert state["stem.conv1.weight"].tolist() == [[0, 1, 2], [3, 4, 5]] and state["stem.conv1.norm.num_batches_tracked"].shape == ()
+        assert (state["stem.conv1.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
+                and state["stem.conv1.norm.num_batches_tracked"].shape == ())
         assert state["x.half"].dtype == torch.float16 and len(state) == 3
 
 
@@ -519,12 +572,15 @@ def test_command(tmp_path, fails, capsys):
     finetuned(tmp_path / "last.pt", detector="conditional_detr")
     assert convert.main([str(tmp_path / "last.pt")]) == "Conditional DETR, 9 queries, ResNet-18, step 12"
     assert f"{tmp_path / 'last.pt'}: Conditional DETR, 9 queries, ResNet-18, step 12; " in capsys.readouterr().out
-    for argv, reason in ((["--to", "hf"], "needs --out PATH: the folder"), (["--to", "official", "--out", tmp_path / "last.pt"], "exists already"),
-                         (["--to", "hf", "--out", tmp_path / "o", "--backbone_only"], "--backbone_only is of --to torchvision")):
+    for argv, reason in ((["--to", "hf"], "needs --out PATH: the folder"),
+                         (["--to", "official", "--out", tmp_path / "last.pt"], "exists already"),
+                         (["--to", "hf", "--out", tmp_path / "o", "--backbone_only"],
+                          "--backbone_only is of --to torchvision")):
         assert reason in fails(convert.main, [tmp_path / "last.pt", *argv])
     assert "no such checkpoint file (it is a folder)" in fails(convert.main, [tmp_path])
-    line = fails(finetune.main, ["--data", "synthetic", "--init_from", tmp_path / "last.pt", "--detector", "deformable_detr", "--out",
-                tmp_path / "x"])
+    line = fails(finetune.main, ["--data", "synthetic", "--init_from", tmp_path / "last.pt", "--detector",
+                                 "deformable_detr", "--out", tmp_path / "x"])
     assert "this is a Conditional DETR checkpoint with 9 queries; --detector is deformable_detr" in line
-    done = subprocess.run([sys.executable, str(ROOT / "convert.py"), str(tmp_path / "nowhere.pth")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "convert.py"), str(tmp_path / "nowhere.pth")],
+                          capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip() == f"error: {tmp_path / 'nowhere.pth'}: no such checkpoint file"

@@ -38,8 +38,8 @@ def test_decode_modes(tmp_path):
     Image.fromarray(np.array([[-1.0, 0.0, 1.0, 3.0]], np.float32)).save(tmp_path / "f.tif")
     Image.fromarray(np.array([[0, 1, 200, 255]], np.uint8)).save(tmp_path / "l.png")
     Image.fromarray(np.array([[0, 255, 0, 255]], np.uint8)).convert("1").save(tmp_path / "one.png")
-    for name, values in (("i16.png", [0, 1, 200, 255]), ("i32.tif", [0, 1, 200, 255]), ("f.tif", [0, 64, 128, 255]), ("l.png", [0, 1, 200, 255]),
-                         ("one.png", [0, 255, 0, 255])):
+    for name, values in (("i16.png", [0, 1, 200, 255]), ("i32.tif", [0, 1, 200, 255]), ("f.tif", [0, 64, 128, 255]),
+                         ("l.png", [0, 1, 200, 255]), ("one.png", [0, 255, 0, 255])):
         image = D.decode_image(tmp_path / name)
         assert image.mode == "RGB" and np.asarray(image)[0].tolist() == [[v] * 3 for v in values], name
     palette = Image.new("P", (2, 1))
@@ -48,7 +48,8 @@ def test_decode_modes(tmp_path):
     palette.save(tmp_path / "p.png")
     palette.save(tmp_path / "pt.png", transparency=0)
     assert np.asarray(D.decode_image(tmp_path / "p.png")).tolist() == [[[255, 0, 0], [0, 0, 200]]]
-    assert np.asarray(D.decode_image(tmp_path / "pt.png")).tolist() == [[[255, 255, 255], [0, 0, 200]]]  # alpha on white
+    # alpha on white
+    assert np.asarray(D.decode_image(tmp_path / "pt.png")).tolist() == [[[255, 255, 255], [0, 0, 200]]]
     Image.new("RGBA", (1, 1), (100, 0, 0, 128)).save(tmp_path / "rgba.png")
     assert np.abs(np.asarray(D.decode_image(tmp_path / "rgba.png")).ravel().astype(int) - [177, 127, 127]).max() <= 1
     Image.new("LA", (1, 1), (100, 0)).save(tmp_path / "la.png")
@@ -83,27 +84,34 @@ def test_decode_unreadable(tmp_path):
 # ==== unlabelled sources ====
 def test_folder(tmp_path):
     for name in ("b/x.JPEG", "a.PNG", "b/c/y.webp", "z.bmp", "b/.hidden.jpg"):
-        picture(tmp_path / "t" / name, format={"EG": "JPEG", "NG": "PNG", "bp": "WEBP", "mp": "BMP", "pg": "JPEG"}[name[-2:]])
+        picture(tmp_path / "t" / name,
+                format={"EG": "JPEG", "NG": "PNG", "bp": "WEBP", "mp": "BMP", "pg": "JPEG"}[name[-2:]])
     (tmp_path / "t" / "notes.txt").write_text("x")
     picture(tmp_path / "elsewhere" / "l.jpg")
     os.symlink(tmp_path / "elsewhere", tmp_path / "t" / "link")
     os.symlink(tmp_path / "t", tmp_path / "t" / "b" / "loop")
     images = D.open_images(str(tmp_path / "t"), None)
-    assert images.keys == ["a.PNG", "b/c/y.webp", "b/x.JPEG", "link/l.jpg", "z.bmp"] and len(images) == 5 and images.key(1) == "b/c/y.webp"
+    assert (images.keys == ["a.PNG", "b/c/y.webp", "b/x.JPEG", "link/l.jpg", "z.bmp"] and len(images) == 5
+            and images.key(1) == "b/c/y.webp")
     assert images.load(4).getpixel((0, 0)) == (10, 20, 30)
-    assert images.fingerprint() == D.ImageFiles("other", "/nowhere", images.keys[::-1]).fingerprint() != D.ImageFiles("t", ".", ["a"]).fingerprint()
+    assert (images.fingerprint() == D.ImageFiles("other", "/nowhere", images.keys[::-1]).fingerprint()
+            != D.ImageFiles("t", ".", ["a"]).fingerprint())
 
 
 def test_keys_are_one_row_of_bytes():
-    names = ["z", "ä/1.jpg", "a\nb.jpg", "\udce4.jpg", "\ue000.jpg", "a.jpg", "z"]  # a line end, a byte that is no UTF-8, one character above it
+    # a line end, a byte that is no UTF-8, one character above it
+    names = ["z", "ä/1.jpg", "a\nb.jpg", "\udce4.jpg", "\ue000.jpg", "a.jpg", "z"]
     images = D.ImageFiles("t", "/r", names)
-    assert images.keys == sorted(set(names)) and [images.key(i) for i in (0, 5)] == [images.keys[0], images.keys[5]] and len(images) == 6
+    assert (images.keys == sorted(set(names))
+            and [images.key(i) for i in (0, 5)] == [images.keys[0], images.keys[5]] and len(images) == 6)
     joined = "\n".join(sorted(set(names))).encode("utf-8", "surrogateescape")
     assert images.fingerprint() == hashlib.sha256(joined).hexdigest()
-    assert len(D.ImageFiles("t", "/r", [])) == 0 and D.ImageFiles("t", "/r", []).fingerprint() == hashlib.sha256(b"").hexdigest()
+    assert (len(D.ImageFiles("t", "/r", [])) == 0
+            and D.ImageFiles("t", "/r", []).fingerprint() == hashlib.sha256(b"").hexdigest())
     with pytest.raises((IndexError, ValueError)):
         images.key(6)
-    copied = [v for v in vars(images).values() if not isinstance(v, (str, Path, torch.Tensor))]  # tensors are shared, by fork as by pickling
+    # tensors are shared, by fork as by pickling
+    copied = [v for v in vars(images).values() if not isinstance(v, (str, Path, torch.Tensor))]
     assert not copied
 
 
@@ -118,7 +126,8 @@ def test_list(tmp_path):
     inside, outside = picture(tmp_path / "l" / "im" / "a.jpg"), picture(tmp_path / "b.jpg")
     (tmp_path / "l" / "list.txt").write_text(f"# mine\n\nim/a.jpg\n{outside}\n")
     images = D.open_images(str(tmp_path / "l" / "list.txt"), None)
-    assert images.keys == sorted(["im/a.jpg", outside.as_posix()]) and all(images.load(i).size == (20, 10) for i in range(2))
+    assert (images.keys == sorted(["im/a.jpg", outside.as_posix()])
+            and all(images.load(i).size == (20, 10) for i in range(2)))
     assert images.root == inside.parents[1]
     (tmp_path / "l" / "list.txt").write_text(f"./im//a.jpg\nim/./a.jpg\n../b.jpg\n  im/a.jpg \n{inside}\n")
     assert D.open_images(str(tmp_path / "l" / "list.txt"), None).keys == ["../b.jpg", "im/a.jpg"]
@@ -149,7 +158,8 @@ def test_imagenet(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="val"):
         D.open_images("imagenet", None, split="val")
     monkeypatch.delenv("DATA_ROOT")
-    with pytest.raises(UserError, match=r"data/imagenet, data/imagenet/imagenet, data/imagenet/ILSVRC/Data/CLS-LOC .*<root>/train/<wnid>"):
+    with pytest.raises(UserError, match=r"data/imagenet, data/imagenet/imagenet, "
+                       r"data/imagenet/ILSVRC/Data/CLS-LOC .*<root>/train/<wnid>"):
         D.open_images("imagenet100", None)
 
 
@@ -171,11 +181,14 @@ def test_synthetic():
     scenes, again = D.SyntheticScenes(12, 160, seed=5), D.SyntheticScenes(4, 160, seed=5, offset=3)
     for i in range(4):
         a, b = scenes.scene(i + 3), again.scene(i)
-        assert np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1]) and np.array_equal(a[2], b[2]) and scenes.key(i + 3) == again.key(i)
+        assert (np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1]) and np.array_equal(a[2], b[2])
+                and scenes.key(i + 3) == again.key(i))
     for i in range(12):
         image, boxes, labels = scenes.scene(i)
-        assert image.size == (160, 160) and boxes.dtype == np.float32 and labels.dtype == np.int64 and 1 <= len(boxes) == len(labels) <= 6
-        assert boxes.min() >= 0 and boxes.max() <= 160 and (boxes[:, 2:] > boxes[:, :2]).all() and labels.max() < len(scenes.CLASSES)
+        assert (image.size == (160, 160) and boxes.dtype == np.float32 and labels.dtype == np.int64
+                and 1 <= len(boxes) == len(labels) <= 6)
+        assert (boxes.min() >= 0 and boxes.max() <= 160 and (boxes[:, 2:] > boxes[:, :2]).all()
+                and labels.max() < len(scenes.CLASSES))
     assert not np.array_equal(scenes.load(0), D.SyntheticScenes(1, 160, seed=6).load(0))
     assert D.SyntheticScenes(2, 64).fingerprint() != D.SyntheticScenes(2, 64, offset=2).fingerprint()
     sets = [D.open_images("synthetic", None, synthetic_images=3, split=s) for s in ("train", "test")]
@@ -186,7 +199,8 @@ def test_synthetic():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_synthetic_boxes_are_exact(seed, monkeypatch):
-    """Every object painted in its own flat colour on black, without blur and noise: the boxes are those of the pixels of each colour."""
+    """Every object painted in its own flat colour on black, without blur and noise:
+    the boxes are those of the pixels of each colour."""
     painted = []
 
     def flat(self, rng, canvas, original=D.SyntheticScenes._object):
@@ -204,7 +218,8 @@ def test_synthetic_boxes_are_exact(seed, monkeypatch):
         for box, value in zip(boxes, ids):
             y, x = np.nonzero(final[0][..., 0] == value)
             assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
-            assert len(y) >= 0.3 * np.count_nonzero(painted[value - 1])  # half of the whole shape, of which at least 60 % are in the image
+            # half of the whole shape, of which at least 60 % are in the image
+            assert len(y) >= 0.3 * np.count_nonzero(painted[value - 1])
 
 
 def test_selective_search_finds_objects():
@@ -224,7 +239,8 @@ def test_selective_search_finds_objects():
 def make_coco(folder, boxes, override=(), size=(100, 80), files=("im/a.jpg", "b.jpg")):
     for file in files:
         picture(folder / "images" / file, size)
-    content = {"images": [{"id": 20 - k, "width": size[0], "height": size[1], "file_name": f} for k, f in enumerate(files)],
+    content = {"images": [{"id": 20 - k, "width": size[0], "height": size[1], "file_name": f}
+                          for k, f in enumerate(files)],
                "annotations": [{"id": 0, "image_id": 20, "category_id": 7, **a} for a in boxes],
                "categories": [{"id": i, "name": n} for i, n in ((7, "cat"), (3, "dog"))], **dict(override)}
     (folder / "train.json").write_text(json.dumps(content))
@@ -232,25 +248,33 @@ def make_coco(folder, boxes, override=(), size=(100, 80), files=("im/a.jpg", "b.
 
 
 def test_coco_json(tmp_path):
-    file = make_coco(tmp_path, [{"bbox": [10, 20, 30, 40], "area": 600}, {"bbox": [-5, 70, 20, 30], "category_id": 3, "iscrowd": 1}])
+    file = make_coco(tmp_path, [{"bbox": [10, 20, 30, 40], "area": 600},
+                                {"bbox": [-5, 70, 20, 30], "category_id": 3, "iscrowd": 1}])
     for data in (file, str(tmp_path)):
         found = A.open_detection(data, None, "train")
-        assert found.categories == [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}] and found.image_ids == [19, 20] and found.notes == []
+        assert (found.categories == [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}]
+                and found.image_ids == [19, 20] and found.notes == [])
         image, target = found.load(1)
         assert image.size == (100, 80) and target["orig_size"].tolist() == [80, 100] and target["image_id"] == 20
-        assert target["boxes_xyxy"].tolist() == [[10, 20, 40, 60], [0, 70, 15, 80]] and target["boxes_xyxy"].dtype == torch.float32
-        assert target["labels"].tolist() == [1, 0] and target["ignore"].tolist() == target["crowd"].tolist() == [False, True]
+        assert (target["boxes_xyxy"].tolist() == [[10, 20, 40, 60], [0, 70, 15, 80]]
+                and target["boxes_xyxy"].dtype == torch.float32)
+        assert (target["labels"].tolist() == [1, 0]
+                and target["ignore"].tolist() == target["crowd"].tolist() == [False, True])
         empty = found.load(0)[1]
-        assert empty["boxes_xyxy"].shape == (0, 4) and empty["labels"].dtype == torch.int64 and empty["ignore"].dtype == torch.bool
+        assert (empty["boxes_xyxy"].shape == (0, 4) and empty["labels"].dtype == torch.int64
+                and empty["ignore"].dtype == torch.bool)
     truth = found.coco_ground_truth()
-    assert [(a["id"], a["image_id"], a["category_id"], a["bbox"], a["area"], a["iscrowd"]) for a in truth["annotations"]] == [
-        (1, 20, 7, [10, 20, 30, 40], 600, 0), (2, 20, 3, [0, 70, 15, 10], 150, 1)]
-    assert truth["images"][1] == {"id": 20, "width": 100, "height": 80, "file_name": "a.jpg"} and truth["categories"] == found.categories
+    assert [(a["id"], a["image_id"], a["category_id"], a["bbox"], a["area"], a["iscrowd"])
+            for a in truth["annotations"]] == [
+                (1, 20, 7, [10, 20, 30, 40], 600, 0), (2, 20, 3, [0, 70, 15, 10], 150, 1)]
+    assert (truth["images"][1] == {"id": 20, "width": 100, "height": 80, "file_name": "a.jpg"}
+            and truth["categories"] == found.categories)
     from pycocotools.coco import COCO
     coco = COCO()
     coco.dataset = truth
     coco.createIndex()
-    assert len(coco.getAnnIds(imgIds=[20])) == 2 and all(isinstance(v, (int, float)) for a in truth["annotations"] for v in a["bbox"])
+    assert len(coco.getAnnIds(imgIds=[20])) == 2 and all(isinstance(v, (int, float))
+                                                         for a in truth["annotations"] for v in a["bbox"])
     json.dumps(truth)
 
 
@@ -259,11 +283,13 @@ def test_coco_named_and_renumbered_test(tmp_path):
         picture(tmp_path / f"{part}2017" / "1.jpg", (50, 50))
         (tmp_path / "annotations").mkdir(exist_ok=True)
         (tmp_path / f"annotations/instances_{part}2017.json").write_text(json.dumps({
-            "images": [{"id": 1, "width": 50, "height": 50, "file_name": "1.jpg"}], "categories": [{"id": i, "name": n} for i, n in ids],
+            "images": [{"id": 1, "width": 50, "height": 50, "file_name": "1.jpg"}],
+            "categories": [{"id": i, "name": n} for i, n in ids],
             "annotations": [{"id": 9, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "area": 1}]}))
     train = A.open_detection("coco", str(tmp_path), "train")
     test = A.open_detection("coco", str(tmp_path), "test", categories=train.categories)
-    assert train.load(0)[1]["labels"].tolist() == [0] and test.load(0)[1]["labels"].tolist() == [1]  # id 1 is "b" there: names decide
+    # id 1 is "b" there: names decide
+    assert train.load(0)[1]["labels"].tolist() == [0] and test.load(0)[1]["labels"].tolist() == [1]
     assert test.coco_ground_truth()["annotations"][0]["category_id"] == 5
     with pytest.raises(UserError, match=r"instances_val2017.json: category 1 \(b\)"):
         A.open_detection("coco", str(tmp_path), "test", categories=[{"id": 1, "name": "a"}])
@@ -303,7 +329,8 @@ def test_broken_and_absent_files(tmp_path):
 def test_one_percent_of_boxes(tmp_path):
     good = [{"bbox": [1, 1, 5, 5]}] * 199
     found = A.open_detection(make_coco(tmp_path, [*good, {"bbox": [1, 1, 0, 5]}]), None, "train")
-    assert len(found.load(1)[1]["boxes_xyxy"]) == 199 and "1 of 200" in found.notes[0] and "im/a.jpg, object 200" in found.notes[0]
+    assert (len(found.load(1)[1]["boxes_xyxy"]) == 199 and "1 of 200" in found.notes[0]
+            and "im/a.jpg, object 200" in found.notes[0])
     with pytest.raises(UserError, match="3 of 200"):
         A.open_detection(make_coco(tmp_path, good[:197] + [{"bbox": [1, 1, 0, 5]}] * 3), None, "train")
 
@@ -327,8 +354,9 @@ def make_voc(year, annotations, splits):
     (year / "ImageSets/Main").mkdir(parents=True)
     for stem, objects in annotations.items():
         picture(year / "JPEGImages" / f"{stem}.jpg", (100, 80))
-        inner = "".join(f"<object><name>{n}</name><difficult>{d}</difficult><bndbox><xmin>{b[0]}</xmin><ymin>{b[1]}</ymin><xmax>{b[2]}</xmax>"
-                        f"<ymax>{b[3]}</ymax></bndbox></object>" for n, b, d in objects)
+        inner = "".join(
+            f"<object><name>{n}</name><difficult>{d}</difficult><bndbox><xmin>{b[0]}</xmin><ymin>{b[1]}</ymin><xmax>{b[2]}</xmax>"
+            f"<ymax>{b[3]}</ymax></bndbox></object>" for n, b, d in objects)
         tag = "wrong.jpg" if stem == "b" else f"{stem}.jpg"
         (year / "Annotations" / f"{stem}.xml").write_text(
             f"<annotation><filename>{tag}</filename><size><width>100</width><height>80</height></size>{inner}</annotation>")
@@ -346,12 +374,15 @@ def test_voc(tmp_path):
     assert target["boxes_xyxy"].tolist() == [[0, 0, 10, 20], [4, 5, 100, 80]] and target["labels"].tolist() == [1, 0]
     assert target["ignore"].tolist() == [False, True] and target["crowd"].tolist() == [False, False]
     first, second = found.coco_ground_truth()["annotations"]
-    assert "ignore" not in first and (second["ignore"], second["difficult"], second["iscrowd"], second["area"]) == (1, 1, 0, 96 * 75)
-    assert len(found.notes) == 2 and "VOC2012 is not there" in found.notes[0] and "1 annotations name another image" in found.notes[1]
+    assert ("ignore" not in first
+            and (second["ignore"], second["difficult"], second["iscrowd"], second["area"]) == (1, 1, 0, 96 * 75))
+    assert (len(found.notes) == 2 and "VOC2012 is not there" in found.notes[0]
+            and "1 annotations name another image" in found.notes[1])
     for root in (str(tmp_path / "VOCdevkit"), str(tmp_path)):
         test = A.open_detection("voc", root, "test")
         assert test.categories == found.categories and test.load(0)[1]["labels"].tolist() == [1]
-    assert len(A.open_detection(str(tmp_path), None, "train")) == len(A.open_detection(str(tmp_path / "VOCdevkit/VOC2007"), None, "train")) == 2
+    assert (len(A.open_detection(str(tmp_path), None, "train"))
+            == len(A.open_detection(str(tmp_path / "VOCdevkit/VOC2007"), None, "train")) == 2)
     with pytest.raises(UserError, match=r"t.xml: category cat"):
         A.open_detection("voc", str(tmp_path), "test", categories=[{"id": 1, "name": "ant"}])
     make_voc(tmp_path / "VOCdevkit/VOC2012", {"z": [("cat", (1, 1, 2, 2), 0)]}, {"trainval": "z"})
@@ -364,7 +395,8 @@ def test_voc_errors(tmp_path):
     make_voc(year, {"a": [("cat", (1, 1, 10, 20), 0)]}, {"trainval": "a"})
     with pytest.raises(UserError, match="test.txt"):
         A.open_detection("voc", str(tmp_path), "test")
-    for change, message in (("<annotation>", "a.xml is no VOC"), ("<annotation><size/></annotation>", "is no VOC"), (None, "a.xml cannot be read")):
+    for change, message in (("<annotation>", "a.xml is no VOC"), ("<annotation><size/></annotation>", "is no VOC"),
+                            (None, "a.xml cannot be read")):
         (year / "Annotations/a.xml").write_text(change) if change else (year / "Annotations/a.xml").unlink()
         with pytest.raises(UserError, match=message):
             A.open_detection("voc", str(tmp_path), "train")
@@ -383,7 +415,8 @@ def test_label_subset():
     found = A.open_detection("synthetic", None, "train", synthetic_images=10, synthetic_size=40)
     half = found.subset(50, 1)
     assert half.image_ids == A.label_subset(found.image_ids, 0.5, 1) and half.notes == ["5 of 10 images"]
-    assert np.array_equal(half.load(2)[0], found.load(half.image_ids[2] - 1)[0]) and len(half.coco_ground_truth()["images"]) == 5
+    assert (np.array_equal(half.load(2)[0], found.load(half.image_ids[2] - 1)[0])
+            and len(half.coco_ground_truth()["images"]) == 5)
     for percent in (1, 0, -5, 300):
         with pytest.raises(UserError):
             found.subset(percent, 0)
@@ -405,8 +438,9 @@ def test_real_data():
 
 # ==== transforms ====
 def test_resized_hw():
-    for hw, size, longest, expected in (((480, 640), 800, 1333, (800, 1066)), ((200, 1000), 480, 600, (120, 600)), ((100, 50), 50, None, (100, 50)),
-                                        ((214, 758), 352, None, (352, 1246)), ((750, 286), 600, 600, (600, 229)), ((1, 5000), 400, 600, (1, 600)),
+    for hw, size, longest, expected in (((480, 640), 800, 1333, (800, 1066)), ((200, 1000), 480, 600, (120, 600)),
+                                        ((100, 50), 50, None, (100, 50)), ((214, 758), 352, None, (352, 1246)),
+                                        ((750, 286), 600, 600, (600, 229)), ((1, 5000), 400, 600, (1, 600)),
                                         ((5000, 2), 400, 600, (600, 1)), ((1, 5000), 400, None, (400, 2_000_000))):
         assert D.resized_hw(hw, size, longest) == expected
     if (PARITY / "box_transforms.npz").exists():
@@ -432,8 +466,10 @@ def test_boxes_parity():
     cropped, keep = D.crop_boxes(boxes, region)
     assert keep.tolist() == case["crop_kept"].tolist() and np.abs(cropped.numpy() - case["crop_boxes"]).max() < 1e-3
     assert np.abs(D.flip_boxes(boxes, w).numpy() - case["flip_boxes"]).max() < 1e-3
-    image, resized, _ = D.apply_geometry(Image.new("RGB", (w, h)), boxes, D.Geometry(False, None, None, D.resized_hw((h, w), 336, 600)))
-    assert list(image.size) == case["resized_wh"].tolist() and np.abs(resized.numpy() - case["resize_boxes"]).max() < 1e-3
+    image, resized, _ = D.apply_geometry(Image.new("RGB", (w, h)), boxes,
+                                         D.Geometry(False, None, None, D.resized_hw((h, w), 336, 600)))
+    assert (list(image.size) == case["resized_wh"].tolist()
+            and np.abs(resized.numpy() - case["resize_boxes"]).max() < 1e-3)
     assert np.abs(D.normalized_cxcywh(resized, image.size[::-1]).numpy() - case["normalised_boxes"]).max() < 1e-6
 
 
@@ -441,8 +477,10 @@ def test_apply_geometry_moves_pixels_with_boxes():
     array = np.zeros((80, 100, 3), np.uint8)
     array[20:40, 10:40] = 255
     boxes = torch.tensor([[0.0, 60, 5, 80], [10, 20, 40, 40]])
-    image, moved, keep = D.apply_geometry(Image.fromarray(array), boxes, D.Geometry(True, (160, 200), (20, 100, 80, 96), (160, 192)))
-    # flip: x 60..90; doubled: 120..180, 40..80; crop: 20..80, 20..60; doubled: 40..160, 40..120. The other box: 190..200, 120..160 -> below the crop
+    image, moved, keep = D.apply_geometry(Image.fromarray(array), boxes,
+                                          D.Geometry(True, (160, 200), (20, 100, 80, 96), (160, 192)))
+    # flip: x 60..90; doubled: 120..180, 40..80; crop: 20..80, 20..60; doubled: 40..160, 40..120. The other box:
+    # 190..200, 120..160 -> below the crop
     assert image.size == (192, 160) and keep.tolist() == [1] and moved.tolist() == [[40, 40, 160, 120]]
     bright = np.argwhere(np.asarray(image)[..., 0] > 127)
     assert np.abs(bright.min(0) - [40, 40]).max() <= 1 and np.abs(bright.max(0) + 1 - [120, 160]).max() <= 1
@@ -458,16 +496,19 @@ def test_draw_geometry():
         if g.crop:
             top, left, h, w = g.crop
             assert min(g.first_hw) in (400, 500, 600) and 384 <= h <= 600 and 384 <= w <= 600
-            assert 0 <= top <= g.first_hw[0] - h and 0 <= left <= g.first_hw[1] - w and g.hw in [D.resized_hw((h, w), s, 600) for s in (320, 480)]
+            assert (0 <= top <= g.first_hw[0] - h and 0 <= left <= g.first_hw[1] - w
+                    and g.hw in [D.resized_hw((h, w), s, 600) for s in (320, 480)])
         else:
             assert g.first_hw is None and g.hw in [(320, 426), (450, 600)]
     assert all(150 < sum(column) < 250 for column in zip(*seen))
-    small = [D.draw_geometry(rng, (30, 40), scales=(32,), max_size=None, crop_scales=(36,), crop_range=(384, 600)) for _ in range(20)]
+    small = [D.draw_geometry(rng, (30, 40), scales=(32,), max_size=None, crop_scales=(36,), crop_range=(384, 600))
+             for _ in range(20)]
     assert {g.crop for g in small} == {None, (0, 0, 36, 48)}
     strips = [D.draw_geometry(rng, (1, 5000), scales=(400,), max_size=600) for _ in range(20)]
     assert any(g.crop for g in strips)  # rounding a short side of 1.5 px to 2 stretches the long one by as much
     assert all(max(g.hw) <= 600 * 4 / 3 and max(g.first_hw or g.hw) <= 20 * 600 * 4 / 3 for g in strips)
-    assert all(D.draw_geometry(rng, (30, 40), scales=(32,), max_size=None, crop_range=None, flip=0).crop is None for _ in range(9))
+    assert all(D.draw_geometry(rng, (30, 40), scales=(32,), max_size=None, crop_range=None, flip=0).crop
+               is None for _ in range(9))
     twice = [D.draw_geometry(np.random.default_rng(1), (9, 9), scales=[8], max_size=8) for _ in range(2)]
     assert twice[0] == twice[1]
 
@@ -480,10 +521,12 @@ def test_to_normalized_tensor():
 
 def test_hue_and_normalisation_are_torchvisions_to_the_bit():
     rng = np.random.default_rng(0)
-    every = np.stack(np.meshgrid(*[np.arange(0, 256, 5, dtype=np.uint8)] * 3), -1).reshape(52, -1, 3)  # with grey, black, white and pure colours
+    # with grey, black, white and pure colours
+    every = np.stack(np.meshgrid(*[np.arange(0, 256, 5, dtype=np.uint8)] * 3), -1).reshape(52, -1, 3)
     for array in (every, *rng.integers(0, 256, (5, 9, 70, 3), dtype=np.uint8)):
         image = Image.fromarray(array)
-        reference = TF.normalize(TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True), list(D.IMAGENET_MEAN), list(D.IMAGENET_STD))
+        reference = TF.normalize(TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True),
+                                 list(D.IMAGENET_MEAN), list(D.IMAGENET_STD))
         assert torch.equal(D.to_normalized_tensor(image), reference)
         for shift in rng.uniform(-0.5, 0.5, 6):
             assert np.array_equal(D.adjust_hue(image, shift), TF.adjust_hue(image, shift))
@@ -493,16 +536,20 @@ def test_hue_and_normalisation_are_torchvisions_to_the_bit():
 def test_blur_is_pillows(width, height, exact):
     for k, sigma in enumerate((0.31, 0.73, 1.38, 1.97, 6.1)):                # boxes of 1, 1, 1, 3 and 11 whole pixels
         noise = Image.fromarray(np.random.default_rng(k).integers(0, 256, (height, width, 3), dtype=np.uint8))
-        off = np.abs(np.asarray(D.blur(noise, sigma), np.int16) - np.asarray(noise.filter(ImageFilter.GaussianBlur(sigma))))
+        off = np.abs(np.asarray(D.blur(noise, sigma), np.int16)
+                     - np.asarray(noise.filter(ImageFilter.GaussianBlur(sigma))))
         assert off.max() <= (0 if exact else 1) and (off > 0).mean() < 1e-4
 
 
-@pytest.mark.parametrize("size, hw, share", [((400, 278), (480, 690), 0.01), ((400, 278), (224, 224), 0.05), ((1900, 300), (201, 603), 0.02),
+@pytest.mark.parametrize("size, hw, share", [((400, 278), (480, 690), 0.01), ((400, 278), (224, 224), 0.05),
+                                             ((1900, 300), (201, 603), 0.02),
                                              ((400, 278), (199, 199), 0), ((160, 160), (112, 144), 0)])
 def test_resize_is_pillows(size, hw, share):
-    field = cv2.resize(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8), size, interpolation=cv2.INTER_CUBIC)
+    field = cv2.resize(np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8), size,
+                       interpolation=cv2.INTER_CUBIC)
     image = Image.fromarray(field)
-    off = np.abs(np.asarray(D.resize(image, hw), np.int16) - np.asarray(image.resize(hw[::-1], Image.Resampling.BILINEAR)))
+    off = np.abs(np.asarray(D.resize(image, hw), np.int16)
+                 - np.asarray(image.resize(hw[::-1], Image.Resampling.BILINEAR)))
     assert off.shape == (*hw, 3) and off.max() <= (share > 0) and (off > 0).mean() <= share
 
 
@@ -512,16 +559,21 @@ def test_photometric():
     assert draws[3] == D.draw_photometric(np.random.default_rng(3), spec) and json.dumps(draws)
     rates = [np.mean([bool(d[k]) for d in draws]) for k in ("order", "gray", "blur", "solarize")]
     assert np.allclose(rates, [0.8, 0.2, 0.5, 0.2], atol=0.06)
-    assert all(0.6 <= d["brightness"] <= 1.4 and -0.1 <= d["hue"] <= 0.1 and 0.1 <= (d["blur"] or 1) <= 2 for d in draws)
+    assert all(0.6 <= d["brightness"] <= 1.4 and -0.1 <= d["hue"] <= 0.1
+               and 0.1 <= (d["blur"] or 1) <= 2 for d in draws)
     assert len({tuple(d["order"]) for d in draws}) == 25  # 24 orders and none
-    image, plain = Image.new("RGB", (4, 4), (100, 50, 200)), {"order": [], "gray": False, "blur": None, "solarize": False}
+    image, plain = (Image.new("RGB", (4, 4), (100, 50, 200)),
+                    {"order": [], "gray": False, "blur": None, "solarize": False})
     assert D.apply_photometric(image, plain).getpixel((0, 0)) == (100, 50, 200)
-    assert D.apply_photometric(image, plain | {"order": ["brightness"], "brightness": 0.5}).getpixel((0, 0)) == (50, 25, 100)
+    assert D.apply_photometric(image,
+                               plain | {"order": ["brightness"], "brightness": 0.5}).getpixel((0, 0)) == (50, 25, 100)
     assert D.apply_photometric(image, plain | {"solarize": True}).getpixel((0, 0)) == (100, 50, 55)
     grey = D.apply_photometric(image, plain | {"gray": True, "blur": 1.0}).getpixel((0, 0))
     assert grey == (82, 82, 82)  # .299 R + .587 G + .114 B
-    first = D.apply_photometric(image, plain | {"order": ["brightness", "contrast"], "brightness": 1.4, "contrast": 0.6}).getpixel((0, 0))
-    other = D.apply_photometric(image, plain | {"order": ["contrast", "brightness"], "brightness": 1.4, "contrast": 0.6}).getpixel((0, 0))
+    first = D.apply_photometric(image, plain | {"order": ["brightness", "contrast"], "brightness": 1.4,
+                                                "contrast": 0.6}).getpixel((0, 0))
+    other = D.apply_photometric(image, plain | {"order": ["contrast", "brightness"], "brightness": 1.4,
+                                                "contrast": 0.6}).getpixel((0, 0))
     assert first != other
     assert D.draw_photometric(np.random.default_rng(0), D.Photometric(0, 0, 0, 0, 1, 0, 0))["order"] == []
 
@@ -531,7 +583,8 @@ def test_photometric():
 def test_sampler_invariance(world, accumulate):
     n, batch, steps = 40, 12, 8
     one = list(D.StepSampler(n, batch, steps, seed=3))
-    ranks = [list(D.StepSampler(n, batch, steps, seed=3, world=world, rank=r, accumulate=accumulate)) for r in range(world)]
+    ranks = [list(D.StepSampler(n, batch, steps, seed=3, world=world, rank=r, accumulate=accumulate))
+             for r in range(world)]
     for step in range(steps):
         pieces = [ranks[r][step * accumulate + a] for a in range(accumulate) for r in range(world)]
         assert sum(pieces, []) == one[step] and len({len(p) for p in pieces}) == 1
@@ -569,20 +622,24 @@ class Noise:
             raise self.bad
         rng = D.sample_rng(0, epoch, index)
         image, boxes, _ = self.scenes.scene(index)
-        geometry = D.draw_geometry(rng, (48, 48), scales=(32, 40), max_size=64, crop_scales=(48, 60), crop_range=(30, 60))
+        geometry = D.draw_geometry(rng, (48, 48), scales=(32, 40), max_size=64,
+                                   crop_scales=(48, 60), crop_range=(30, 60))
         image, boxes, _ = D.apply_geometry(image, torch.from_numpy(boxes), geometry)
         image = D.apply_photometric(image, D.draw_photometric(rng, D.Photometric(0.4, 0.4, 0.4, 0.1, 0.8, 0.2, 0.5)))
-        return {"image": D.to_normalized_tensor(image), "target": {"boxes": boxes}, "skipped": [f"s{index}"] if index == 1 else []}
+        return {"image": D.to_normalized_tensor(image), "target": {"boxes": boxes},
+                "skipped": [f"s{index}"] if index == 1 else []}
 
 
 def test_loader_is_the_same_with_workers_and_resumes():
     def run_script(workers, start=0):
-        return list(D.make_loader(Noise(), D.StepSampler(16, 4, 7, start_step=start, seed=2), num_workers=workers, collate=D.collate))
+        return list(D.make_loader(Noise(), D.StepSampler(16, 4, 7, start_step=start, seed=2),
+                                  num_workers=workers, collate=D.collate))
     state = torch.get_rng_state()
     zero, two, resumed = run_script(0), run_script(2), run_script(0, 5)
     assert torch.equal(state, torch.get_rng_state()) and len(zero) == len(two) == 7
     for a, b in [*zip(zero, two), *zip(zero[5:], resumed)]:
-        assert torch.equal(a["images"], b["images"]) and torch.equal(a["mask"], b["mask"]) and a["skipped"] == b["skipped"]
+        assert (torch.equal(a["images"], b["images"]) and torch.equal(a["mask"], b["mask"])
+                and a["skipped"] == b["skipped"])
         assert all(torch.equal(s["boxes"], t["boxes"]) for s, t in zip(a["targets"], b["targets"]))
     assert sum((b["skipped"] for b in zero[:4]), []) == ["s1"]
 
@@ -596,10 +653,12 @@ def test_loader_errors_stay_one_sentence(workers, bad):
 
 
 def test_collate():
-    samples = [{"image": torch.ones(3, *hw), "target": {"k": k}, "skipped": s} for hw, k, s in (((2, 5), 1, ["a"]), ((4, 3), 2, []))]
+    samples = [{"image": torch.ones(3, *hw), "target": {"k": k}, "skipped": s}
+               for hw, k, s in (((2, 5), 1, ["a"]), ((4, 3), 2, []))]
     batch = D.collate(samples)
     assert batch["images"].shape == (2, 3, 4, 5) and batch["images"].sum((1, 2, 3)).tolist() == [30, 36]
-    assert batch["mask"].dtype == torch.bool and (~batch["mask"]).sum((1, 2)).tolist() == [10, 12] and not batch["mask"][0, :2].any()
+    assert (batch["mask"].dtype == torch.bool and (~batch["mask"]).sum((1, 2)).tolist() == [10, 12]
+            and not batch["mask"][0, :2].any())
     assert batch["targets"] == [{"k": 1}, {"k": 2}] and batch["skipped"] == ["a"]
 
 
@@ -608,7 +667,8 @@ def test_load_usable(tmp_path, capsys):
     (tmp_path / "bad.jpg").write_bytes(b"x")
     source, skipped = D.open_images(str(tmp_path), None), []
     image, used = D.load_usable(source, 0, np.random.default_rng(0), skipped)
-    assert used == 1 and image.size == (20, 10) and skipped and all(s.startswith(f"{tmp_path / 'bad.jpg'}: ") for s in skipped)
+    assert (used == 1 and image.size == (20, 10) and skipped
+            and all(s.startswith(f"{tmp_path / 'bad.jpg'}: ") for s in skipped))
     (tmp_path / "good.jpg").write_bytes(b"x")
     with pytest.raises(UserError, match="good.jpg|bad.jpg"):
         D.load_usable(source, 0, np.random.default_rng(0), [])

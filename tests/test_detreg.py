@@ -19,7 +19,8 @@ import proposals
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {**SMALL, "num_feature_levels": 3, "scales": (48, 64), "max_size": 96, "crop_scales": (64, 72), "crop_range": (40, 60), "patch_size": 16,
+TINY = {**SMALL, "num_feature_levels": 3, "scales": (48, 64), "max_size": 96,
+        "crop_scales": (64, 72), "crop_range": (40, 60), "patch_size": 16,
         "max_prop": 6, "proposal_grid": 64, "backbone_weights": "random", "num_workers": 0, "seed": 3}
 
 
@@ -30,16 +31,18 @@ def tensor(name, *shape):
 # ==== Loss =========================================================================================================
 
 def loss_case():
-    """Two images, D = 3; the assignment is prescribed: (query 2, target 0), (query 0, target 1) and (query 1, target 0)."""
+    """Two images, D = 3; the assignment is prescribed: (query 2, target 0), (query 0,
+    target 1) and (query 1, target 0)."""
     features = torch.arange(24.0).reshape(2, 4, 3)
     targets = [{"features": torch.tensor([[6.0, 7, 9], [0, 0, 0]])}, {"features": torch.tensor([[15.0, 13, 17]])}]
     pairs = [(torch.tensor([0, 2]), torch.tensor([1, 0])), (torch.tensor([1]), torch.tensor([0]))]
-    return features, targets, pairs                      # |0-0|+|1-0|+|2-0| = 3; |6-6|+|7-7|+|8-9| = 1; |15-15|+|16-13|+|17-17| = 3
+    return features, targets, pairs  # |0-0|+|1-0|+|2-0| = 3; |6-6|+|7-7|+|8-9| = 1; |15-15|+|16-13|+|17-17| = 3
 
 
 def test_embedding_loss_by_hand():
     assert detreg.embedding_loss(*loss_case(), 3 * 3).item() == pytest.approx(7 / 9)
-    assert detreg.embedding_loss(*loss_case(), 2.5 * 3).item() == pytest.approx(7 / 7.5)        # the normaliser of several processes
+    # the normaliser of several processes
+    assert detreg.embedding_loss(*loss_case(), 2.5 * 3).item() == pytest.approx(7 / 7.5)
     features, targets, _ = loss_case()
     none = [(torch.zeros(0, dtype=torch.int64),) * 2] * 2
     features.requires_grad_()
@@ -52,7 +55,8 @@ def test_detreg_loss_is_the_weighted_sum():
     features, targets, pairs = loss_case()
     boxes = tensor("boxes", 2, 4, 4).sigmoid()
     layers = [{"pred_logits": tensor(f"logits{i}", 2, 4, 2), "pred_boxes": boxes} for i in range(2)]
-    targets = [{**t, "labels": torch.ones(n, dtype=torch.int64), "boxes": tensor(f"true{n}", n, 4).sigmoid()} for n, t in zip((2, 1), targets)]
+    targets = [{**t, "labels": torch.ones(n, dtype=torch.int64), "boxes": tensor(f"true{n}", n, 4).sigmoid()}
+               for n, t in zip((2, 1), targets)]
     outputs = {**layers[1], "aux_outputs": layers[:1], "pred_features": features}
     cfg = small_config(detreg.Config, num_classes=2, lambda_f=1.5, lambda_l1=4.0, lambda_giou=3.0, lambda_e=0.7)
     criterion = detreg.build_criterion(cfg)
@@ -63,15 +67,18 @@ def test_detreg_loss_is_the_weighted_sum():
             return [pairs] * len(layers)
 
     criterion.matcher = Prescribed()
-    for mean, count in (("global", 4.0), ("local", 3)):                   # global: what all processes say; local: the pairs that are here
-        total, losses = detreg.detreg_loss(dataclasses.replace(cfg, embedding_mean=mean), criterion, outputs, targets, 3.0, 4.0)
+    # global: what all processes say; local: the pairs that are here
+    for mean, count in (("global", 4.0), ("local", 3)):
+        total, losses = detreg.detreg_loss(dataclasses.replace(cfg, embedding_mean=mean), criterion,
+                                           outputs, targets, 3.0, 4.0)
         assert losses["loss_object_embedding"].item() == pytest.approx(7 / (3 * count), rel=1e-6)
         value = {k: v.item() for k, v in losses.items()}
         assert "loss_object_embedding_0" not in value                     # the last layer only
         assert total.item() == pytest.approx(
             1.5 * (value["loss_ce"] + value["loss_ce_0"]) + 4 * (value["loss_bbox"] + value["loss_bbox_0"])
             + 3 * (value["loss_giou"] + value["loss_giou_0"]) + 0.7 * value["loss_object_embedding"], rel=1e-6)
-        l1 = sum(abs(boxes[i, q] - targets[i]["boxes"][t]).sum().item() for i, (qs, ts) in enumerate(pairs) for q, t in zip(qs, ts))
+        l1 = sum(abs(boxes[i, q] - targets[i]["boxes"][t]).sum().item()
+                 for i, (qs, ts) in enumerate(pairs) for q, t in zip(qs, ts))
         assert value["loss_bbox"] == value["loss_bbox_0"] == pytest.approx(l1 / 3, rel=1e-5)
 
 
@@ -83,11 +90,12 @@ def test_descriptor_is_the_mean_of_stage_two():
     patches = tensor("patches", 3, 3, 32, 32)
     with torch.no_grad():
         stage = common.Backbone("resnet18", (2,), "bn")
-        stage.body.load_state_dict({k: v for k, v in backbone.body.state_dict().items() if not k.startswith(("layer3", "layer4"))})
+        stage.body.load_state_dict({k: v for k, v in backbone.body.state_dict().items()
+                                    if not k.startswith(("layer3", "layer4"))})
         expected = stage.eval()(patches)[0].double().numpy().mean((2, 3))
         before = descriptor(patches)
         np.testing.assert_allclose(before.numpy(), expected, atol=1e-6)
-        for parameter in backbone.parameters():                           # a copy: training the backbone leaves the targets alone
+        for parameter in backbone.parameters():  # a copy: training the backbone leaves the targets alone
             parameter.add_(1.0)
         assert torch.equal(descriptor(patches), before)
 
@@ -97,7 +105,8 @@ def test_models_follow_seed_and_descriptor():
     model, descriptor = detreg.build_models(cfg)
     again, _ = detreg.build_models(cfg)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
-    assert not torch.equal(detreg.build_models(dataclasses.replace(cfg, seed=4))[0].detector.query_embed.weight, model.detector.query_embed.weight)
+    assert not torch.equal(detreg.build_models(dataclasses.replace(cfg, seed=4))[0].detector.query_embed.weight,
+                           model.detector.query_embed.weight)
     assert model.feature_embed.layers[-1].out_features == 128 and not descriptor.training
     assert not any(p.requires_grad for p in descriptor.parameters())
     assert torch.equal(descriptor.body[0].weight, model.detector.backbone[0].body.conv1.weight)
@@ -127,7 +136,8 @@ def regions(folder, indices=None, store=None, **values):
 
 
 def equal(a, b):
-    return torch.equal(a["image"], b["image"]) and all(torch.equal(a["target"][k], b["target"][k]) for k in ("boxes", "labels", "patches"))
+    return torch.equal(a["image"], b["image"]) and all(torch.equal(a["target"][k], b["target"][k])
+                                                       for k in ("boxes", "labels", "patches"))
 
 
 def test_samples(folder):
@@ -136,14 +146,16 @@ def test_samples(folder):
         sample = dataset[key]
         target, n = sample["target"], len(sample["target"]["labels"])
         assert equal(sample, regions(folder)[key]) and not equal(sample, dataset[key[0] + 1, key[1]])
-        assert 2 <= n <= 6 and target["labels"].tolist() == [1] * n and target["boxes"].shape == (n, 4) and target["patches"].shape == (n, 3, 16, 16)
-        corners = torch.cat([target["boxes"][:, :2] - target["boxes"][:, 2:] / 2, target["boxes"][:, :2] + target["boxes"][:, 2:] / 2], 1)
+        assert (2 <= n <= 6 and target["labels"].tolist() == [1] * n and target["boxes"].shape == (n, 4)
+                and target["patches"].shape == (n, 3, 16, 16))
+        corners = torch.cat([target["boxes"][:, :2] - target["boxes"][:, 2:] / 2,
+                             target["boxes"][:, :2] + target["boxes"][:, 2:] / 2], 1)
         assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6 and (target["boxes"][:, 2:] > 0).all()
         assert min(sample["image"].shape[1:]) in (48, 64) and max(sample["image"].shape[1:]) <= 96
         assert sample["fallback"] == 0 and sample["skipped"] == []
 
 
-PLAIN = {"scales": (72,), "max_size": 96, "crop_scales": ()}              # the 96 x 72 images as they are, but for the flip
+PLAIN = {"scales": (72,), "max_size": 96, "crop_scales": ()}  # the 96 x 72 images as they are, but for the flip
 
 
 def test_patches_and_boxes_are_those_of_the_regions(folder):
@@ -157,10 +169,13 @@ def test_patches_and_boxes_are_those_of_the_regions(folder):
         shown = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
         assert torch.equal(sample["image"], data.to_normalized_tensor(shown))
         x1, x2 = ((96 - boxes[:, 2], 96 - boxes[:, 0]) if flipped else (boxes[:, 0], boxes[:, 2]))
-        wanted = np.stack([(x1 + x2) / 2 / 96, (boxes[:, 1] + boxes[:, 3]) / 2 / 72, (x2 - x1) / 96, (boxes[:, 3] - boxes[:, 1]) / 72], 1)
+        wanted = np.stack([(x1 + x2) / 2 / 96, (boxes[:, 1] + boxes[:, 3]) / 2 / 72, (x2 - x1) / 96,
+                           (boxes[:, 3] - boxes[:, 1]) / 72], 1)
         np.testing.assert_allclose(sample["target"]["boxes"].numpy(), wanted, atol=1e-6)
-        for patch, box in zip(sample["target"]["patches"], ((10, 8, 40, 31), (0, 0, 96, 72), (50, 20, 90, 70)), strict=True):
-            crop = np.asarray(image.crop(box).resize((16, 16), Image.Resampling.BILINEAR)) / 255      # of the image as stored, not flipped
+        for patch, box in zip(sample["target"]["patches"],
+                              ((10, 8, 40, 31), (0, 0, 96, 72), (50, 20, 90, 70)), strict=True):
+            # of the image as stored, not flipped
+            crop = np.asarray(image.crop(box).resize((16, 16), Image.Resampling.BILINEAR)) / 255
             expected = ((crop - data.IMAGENET_MEAN) / data.IMAGENET_STD).transpose(2, 0, 1)
             np.testing.assert_allclose(patch.numpy(), expected, atol=1e-5)
 
@@ -174,17 +189,19 @@ def test_a_cut_box_keeps_the_descriptor_of_its_region(folder):
     for epoch in range(12):
         target = dataset[epoch, 0]["target"]
         image = blocks(0)
-        every = [data.cut_patch(image, b, dataset.cfg.patch_size, data.draw_photometric(np.random.default_rng(0), dataset.photometric))
+        every = [data.cut_patch(image, b, dataset.cfg.patch_size,
+                                data.draw_photometric(np.random.default_rng(0), dataset.photometric))
                  for b in boxes.tolist()]
         which = [next(k for k, e in enumerate(every) if torch.equal(e, patch)) for patch in target["patches"]]
         assert which == sorted(which) and which[0] == 0 and len(which) == len(target["boxes"])
         counts.add(len(which))
-    assert len(counts) > 1                                                # some crops have lost boxes, and their patches with them
+    assert len(counts) > 1  # some crops have lost boxes, and their patches with them
 
 
 def test_flat_image_is_replaced(folder):
     Image.new("RGB", (96, 72), (200, 30, 60)).save(folder / "9.png")
-    assert proposals.selective_search(np.asarray(Image.open(folder / "9.png")), grid=64, seed=1).tolist() == [[0, 0, 96, 72]]
+    assert proposals.selective_search(np.asarray(Image.open(folder / "9.png")), grid=64,
+                                      seed=1).tolist() == [[0, 0, 96, 72]]
     dataset = regions(folder, **PLAIN)
     drawn = set()
     for epoch in range(8):
@@ -230,7 +247,8 @@ def test_strategies(folder):
 def test_store_and_online_boxes(folder, tmp_path):
     online = regions(folder)
     generator = detreg.proposal_generator(online.cfg)
-    assert (generator.method, generator.mode, generator.grid, generator.rank, generator.seed) == ("selective_search", "fast", 64, "opencv", 3)
+    assert ((generator.method, generator.mode, generator.grid, generator.rank, generator.seed)
+            == ("selective_search", "fast", 64, "opencv", 3))
     assert detreg.proposal_generator(dataclasses.replace(online.cfg, proposal_grid=0)).grid is None
     store = proposals.build_store(tmp_path / "store", online.source, generator, progress=False)
     stored = regions(folder, store=store)
@@ -240,19 +258,21 @@ def test_store_and_online_boxes(folder, tmp_path):
     for epoch in (0, 1):
         assert np.array_equal(stored.all_boxes(image, 2, epoch), fixed)    # one frozen order
         assert np.array_equal(draws[epoch], generator(image, proposals.image_seed(3, epoch, 2)))
-    assert not np.array_equal(*draws) and sorted(map(tuple, draws[0])) == sorted(map(tuple, draws[1])) == sorted(map(tuple, fixed))
+    assert (not np.array_equal(*draws) and sorted(map(tuple, draws[0])) == sorted(map(tuple, draws[1]))
+            == sorted(map(tuple, fixed)))
 
 
 # ==== The step: one process, accumulation, two processes ===========================================================
 
-COUNTS = (3, 1, 7, 0)                                                     # boxes per image: 4 on the first process, 7 on the second
+COUNTS = (3, 1, 7, 0)  # boxes per image: 4 on the first process, 7 on the second
 
 
 def step_case():
-    cfg = small_config(detreg.Config, num_classes=3, clip_max_norm=0.0, lr_backbone=2e-5, num_queries=6, num_feature_levels=3)
+    cfg = small_config(detreg.Config, num_classes=3, clip_max_norm=0.0, lr_backbone=2e-5,
+                       num_queries=6, num_feature_levels=3)
     torch.manual_seed(0)
     model = detreg.DETReg(common.build_detector(cfg, cfg.num_classes, focal=True), embedding_dim=5)
-    for bbox in model.detector.bbox_embed:                                         # it starts at zero: no gradient below it
+    for bbox in model.detector.bbox_embed:  # it starts at zero: no gradient below it
         torch.nn.init.normal_(bbox.layers[-1].weight, std=0.05)
     images, mask = tensor("step_images", 4, 3, 32, 48), torch.zeros(4, 32, 48, dtype=torch.bool)
     mask[1, 24:], mask[2, :, 30:] = True, True
@@ -269,14 +289,17 @@ def pieces(batch, start, stop, parts):
 
 @functools.cache
 def one_step(start=0, stop=4, accumulate=1, mean="global"):
-    """detreg.train_step on images start..stop -> (terms, gradients). The descriptor is the identity: "patches" are the descriptors."""
+    """detreg.train_step on images start..stop -> (terms, gradients). The descriptor is the identity:
+    "patches" are the descriptors."""
     cfg, model, batch = step_case()
     cfg = dataclasses.replace(cfg, accumulate=accumulate, embedding_mean=mean)
     optimizer = common.build_optimizer(cfg, model)
     wrapped = common.wrap_model(model.train(), CPU)
     micro_batches = pieces(batch, start, stop, accumulate)
-    terms = detreg.train_step(cfg, wrapped, torch.nn.Identity(), detreg.build_criterion(cfg), optimizer, micro_batches, CPU)
-    return {k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    terms = detreg.train_step(cfg, wrapped, torch.nn.Identity(), detreg.build_criterion(cfg),
+                              optimizer, micro_batches, CPU)
+    return ({k: v.item() for k, v in terms.items()},
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
 def worker():
@@ -318,7 +341,8 @@ def test_two_processes_are_one_batch(two_processes):
 def test_log_values_do_not_grow_with_accumulation():
     for accumulate in (1, 2, 4):
         terms = one_step(accumulate=accumulate)[0]
-        assert terms["class_error"] <= 100 and terms["cardinality_error"] == pytest.approx(one_step()[0]["cardinality_error"])
+        assert (terms["class_error"] <= 100
+                and terms["cardinality_error"] == pytest.approx(one_step()[0]["cardinality_error"]))
 
 
 def test_local_mean_under_accumulation():
@@ -329,15 +353,16 @@ def test_local_mean_under_accumulation():
 def test_a_step_reports_nan():
     cfg, model, batch = step_case()
     torch.nn.init.constant_(model.feature_embed.layers[-1].weight, torch.nan)
-    terms = detreg.train_step(cfg, model, torch.nn.Identity(), detreg.build_criterion(cfg), common.build_optimizer(cfg, model), [batch], CPU)
-    assert terms["loss"].isnan() and terms["grad_norm"].isnan() and terms["loss_bbox"].isfinite()          # for FiniteWatch
+    terms = detreg.train_step(cfg, model, torch.nn.Identity(), detreg.build_criterion(cfg),
+                              common.build_optimizer(cfg, model), [batch], CPU)
+    assert terms["loss"].isnan() and terms["grad_norm"].isnan() and terms["loss_bbox"].isfinite()  # for FiniteWatch
 
 
 # ==== Whole runs ===================================================================================================
 
 ROWS = {"untrained", "random_boxes", "shuffled", "selective_search", "pretrained"}
-RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "batch_size": 4, "probe_images": 4, "log_every": 1, "save_every": 1,
-       "dropout": 0.1}
+RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "batch_size": 4, "probe_images": 4,
+       "log_every": 1, "save_every": 1, "dropout": 0.1}
 
 
 def run_script(out, **values):
@@ -363,9 +388,11 @@ def test_run_writes_its_files(straight, capsys):
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     layers = ["loss_ce", "loss_bbox", "loss_giou", "cardinality_error"]
     for line in lines:
-        assert line.keys() == {"step", "epoch", "lr", "loss", "loss_object_embedding", "class_error", *layers, *(f"{k}_0" for k in layers),
+        assert line.keys() == {"step", "epoch", "lr", "loss", "loss_object_embedding",
+                               "class_error", *layers, *(f"{k}_0" for k in layers),
                                "grad_norm", "images_per_s", "memory_gib", "seconds", "fallbacks"}
-        weighted = sum(w * line[k + s] for k, w in (("loss_ce", 2), ("loss_bbox", 5), ("loss_giou", 2)) for s in ("", "_0"))
+        weighted = sum(w * line[k + s]
+                       for k, w in (("loss_ce", 2), ("loss_bbox", 5), ("loss_giou", 2)) for s in ("", "_0"))
         assert line["loss"] == pytest.approx(weighted + line["loss_object_embedding"], rel=1e-4)
         assert line["grad_norm"] > 0 and line["images_per_s"] > 0 and line["memory_gib"] > 0 and line["epoch"] == 0
     assert metrics.keys() == ROWS | {"steps", "primary", "ground_truth"} and metrics["steps"] == 4
@@ -375,7 +402,8 @@ def test_run_writes_its_files(straight, capsys):
     assert json.loads((out / "metrics.json").read_text()) == plain(metrics)
     assert Image.open(out / "predictions.png").size[1] > 4 * 200
     state = torch.load(out / "last.pt", weights_only=True)
-    assert state["step"] == 4 and state["script"] == "detreg" and state["config"]["data"] == "synthetic" and state["config"]["scales"] == (48, 64)
+    assert (state["step"] == 4 and state["script"] == "detreg" and state["config"]["data"] == "synthetic"
+            and state["config"]["scales"] == (48, 64))
     assert not list(out.rglob("*.tmp"))
 
 
@@ -407,7 +435,8 @@ def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
 def test_own_images_with_held_out_ones(folder, tmp_path):
     for i in range(4, 9):
         blocks(i).save(folder / f"{i}.png")
-    metrics = run_script(tmp_path / "out", data=folder, max_steps=1, probe_images=3, strategy="randomk", cache_proposals="false")
+    metrics = run_script(tmp_path / "out", data=folder, max_steps=1, probe_images=3,
+                         strategy="randomk", cache_proposals="false")
     assert metrics["ground_truth"] == "held-out proposals" and all(0 <= metrics[row]["AR100"] <= 1 for row in ROWS)
     assert not (tmp_path / "out" / "proposals").exists() and (tmp_path / "out" / "predictions.png").exists()
     assert json.loads((tmp_path / "out" / "log.jsonl").read_text())["epoch"] == 0
@@ -417,7 +446,8 @@ def test_own_images_with_held_out_ones(folder, tmp_path):
 
 def test_bad_input_ends_in_one_line(fails, folder, tmp_path):
     def fail(**values):
-        short = {"cache_proposals": "false", "max_steps": 1, "probe_images": 0, "batch_size": 2, "out": tmp_path / "out"}
+        short = {"cache_proposals": "false", "max_steps": 1, "probe_images": 0,
+                 "batch_size": 2, "out": tmp_path / "out"}
         return fails(detreg.main, flags({**RUN, **short, **values}))
 
     assert str(tmp_path / "nowhere") in fail(data=tmp_path / "nowhere")
@@ -459,4 +489,5 @@ def test_our_own_fault_keeps_its_traceback(folder, tmp_path):
             "run.cli(detreg.main)")
     argv = flags({**RUN, "data": folder, "cache_proposals": "false", "probe_images": 0, "out": tmp_path / "out"})
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "Traceback" in done.stderr and "KeyError: 'internal fault'" in done.stderr and "error: " not in done.stderr
+    assert (done.returncode == 1 and "Traceback" in done.stderr and "KeyError: 'internal fault'" in done.stderr
+            and "error: " not in done.stderr)

@@ -1,4 +1,5 @@
-"""dupr.py: its views, patches, losses and queues by hand, its step on one and two processes, and whole runs on drawn images."""
+"""dupr.py: its views, patches, losses and queues by hand, its step on one and two processes,
+and whole runs on drawn images."""
 import copy
 import functools
 import json
@@ -23,7 +24,8 @@ import run
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = dict(arch="resnet18", image_size=64, roi_sizes=(16, 8, 4, 2), embedding_dim=16, queue_size=40, queued_patches=2, num_workers=0, seed=3)
+TINY = dict(arch="resnet18", image_size=64, roi_sizes=(16, 8, 4, 2), embedding_dim=16, queue_size=40,
+            queued_patches=2, num_workers=0, seed=3)
 NO_COLOURS = {"order": [], "gray": False, "blur": None, "solarize": False}
 WHOLE = [0.0, 0.0, 64.0, 64.0]
 
@@ -50,8 +52,10 @@ def test_overlap_by_hand():
         for flip_two in (False, True):
             boxes, valid = dupr.overlap_boxes([first, second], [flip_one, flip_two], 64)
             assert valid is True and boxes.dtype == torch.float32
-            np.testing.assert_allclose(boxes, [flipped[one] if flip_one else one, flipped[two] if flip_two else two], atol=1e-5)
-    boxes, _ = dupr.overlap_boxes([(10, 20, 50, 40), (30, 30, 40, 110)], [False, True], 80)   # each side has its own scale
+            np.testing.assert_allclose(boxes, [flipped[one] if flip_one else one, flipped[two] if flip_two else two],
+                                       atol=1e-5)
+    # each side has its own scale
+    boxes, _ = dupr.overlap_boxes([(10, 20, 50, 40), (30, 30, 40, 110)], [False, True], 80)
     np.testing.assert_allclose(boxes, [(40, 40, 60, 80), (0, 0, 80, 10)], atol=1e-5)
     for flips in ([False, False], [True, False], [True, True]):           # identical crops: the whole views
         boxes, valid = dupr.overlap_boxes([second, second], flips, 64)
@@ -59,14 +63,15 @@ def test_overlap_by_hand():
 
 
 def test_views_without_an_overlap_are_whole_and_invalid():
-    for second in ((10, 0, 20, 10), (0, 10, 10, 20), (10, 10, 20, 20), (40, 0, 50, 10), (15, 15, 20, 20)):      # touching; apart
+    # touching; apart
+    for second in ((10, 0, 20, 10), (0, 10, 10, 20), (10, 10, 20, 20), (40, 0, 50, 10), (15, 15, 20, 20)):
         for flips in ([False, False], [False, True]):
             boxes, valid = dupr.overlap_boxes([(0, 0, 10, 10), second], flips, 64, min_overlap=0.0)
             assert valid is False and boxes.tolist() == [WHOLE, WHOLE]
 
 
 def test_a_sliver_is_no_overlap():
-    wide, narrow = (0, 0, 100, 100), (99, 0, 119, 100)                    # 1 px of each: 0.64 px of view 1, 3.2 px of view 2
+    wide, narrow = (0, 0, 100, 100), (99, 0, 119, 100)  # 1 px of each: 0.64 px of view 1, 3.2 px of view 2
     for crops, flips in (([wide, narrow], [False, True]), ([narrow, wide], [True, False])):
         boxes, valid = dupr.overlap_boxes(crops, flips, 64)
         assert not valid and boxes.tolist() == [WHOLE, WHOLE]
@@ -79,7 +84,8 @@ def test_a_sliver_is_no_overlap():
 
 @pytest.mark.parametrize("flips", ((False, False), (True, False), (False, True), (True, True)))
 def test_patches_are_where_the_views_show_them(flips):
-    """Cells of own colours are painted into the overlap; each patch of each view shows its cell, and no pixel outside of the overlap is coloured."""
+    """Cells of own colours are painted into the overlap; each patch of each view shows its cell,
+    and no pixel outside of the overlap is coloured."""
     crops, n, size = [(20, 30, 180, 150), (100, 66, 260, 170)], 4, 192
     left, top, right, bottom = 100, 66, 180, 150                          # their overlap: cells of 20 x 21 px
     pixels = np.full((200, 300, 3), 128, np.uint8)
@@ -92,11 +98,12 @@ def test_patches_are_where_the_views_show_them(flips):
     boxes, valid = dupr.overlap_boxes(crops, list(flips), size)
     assert valid and (right, bottom) == (left + n * 20, top + n * 21)
     for crop, flip, box in zip(crops, flips, boxes):
-        view = np.asarray(evaluation.picture(dupr.apply_view(image, {"crop": crop, "colours": NO_COLOURS, "flip": flip}, size)), np.int64)
+        view = np.asarray(evaluation.picture(dupr.apply_view(image, {"crop": crop, "colours": NO_COLOURS,
+                                                                     "flip": flip}, size)), np.int64)
         cells = dupr.patch_boxes(box, flip, n)
         assert cells.shape == (n * n, 4)
         for cell, colour in zip(cells.tolist(), colours.tolist()):
-            x1, y1, x2, y2 = (round(v + 3 * s) for v, s in zip(cell, (1, 1, -1, -1)))          # resampling mixes neighbours
+            x1, y1, x2, y2 = (round(v + 3 * s) for v, s in zip(cell, (1, 1, -1, -1)))  # resampling mixes neighbours
             assert x2 - x1 > 8 and y2 - y1 > 8 and np.abs(view[y1:y2, x1:x2] - colour).max() <= 2
         inside = np.zeros((size, size), bool)
         x1, y1, x2, y2 = box.tolist()
@@ -105,10 +112,12 @@ def test_patches_are_where_the_views_show_them(flips):
 
 
 class Ramps:
-    """Pairs of views whose features are where they come from: at stride 16 (14 x 14 cells), maps of (x, y, 100) of the image.
+    """Pairs of views whose features are where they come from: at stride 16 (14 x 14 cells),
+    maps of (x, y, 100) of the image.
 
-    An overlap of a few pixels lies within the half cell at a map's border that RoIAlign cannot see beyond: its patches are off by many of their own
-    widths (90 for a sliver of 1 px). One pair in 100 is narrower than 16 px and left out here.
+    An overlap of a few pixels lies within the half cell at a map's border that RoIAlign cannot see beyond: its patches
+    are off by many of their own widths (90 for a sliver of 1 px).
+    One pair in 100 is narrower than 16 px and left out here.
     """
 
     def __init__(self, pairs=300, size=224, hw=(375, 500), min_overlap=16):
@@ -125,20 +134,24 @@ class Ramps:
                 x, y = x1 + (x2 - x1) * (cells.flip(0) if f else cells), y1 + (y2 - y1) * cells
                 views.append(torch.stack([x.expand(14, 14), y[:, None].expand(14, 14), torch.full((14, 14), 100.0)]))
             low, high = np.maximum(crops[0][:2], crops[1][:2]), np.minimum(crops[0][2:], crops[1][2:])
-            for kept, value in ((maps, torch.stack(views)), (boxes, box), (flips, torch.tensor(flip)), (centres, torch.tensor(low)),
-                                (sides, torch.tensor(high - low))):
+            for kept, value in ((maps, torch.stack(views)), (boxes, box), (flips, torch.tensor(flip)),
+                                (centres, torch.tensor(low)), (sides, torch.tensor(high - low))):
                 kept.append(value)
-        self.maps, self.boxes, self.flips, self.low, self.sides = (torch.stack(v) for v in (maps, boxes, flips, centres, sides))
+        self.maps, self.boxes, self.flips, self.low, self.sides = (torch.stack(v)
+                                                                   for v in (maps, boxes, flips, centres, sides))
 
     def errors(self):
-        """{level: (distance of corresponding patches, distance of view 1's patches to where they should be), patches, [pairs]}."""
-        body = nn.Sequential(OrderedDict(layer3=nn.Identity(), layer4=nn.AvgPool2d(2)))       # the mean of a ramp is a ramp
+        """{level: (distance of corresponding patches, distance of view 1's patches to where they
+        should be), patches, [pairs]}."""
+        body = nn.Sequential(OrderedDict(layer3=nn.Identity(), layer4=nn.AvgPool2d(2)))  # the mean of a ramp is a ramp
         weights = [{"conv4": w, "conv5": w} for w in (0.0, 1.0)]
-        encoder = dupr.Encoder(body, {"layer3": ("conv4", 3, 16), "layer4": ("conv5", 3, 32)}, *weights, {"conv4": 14, "conv5": 7}, 3)
+        encoder = dupr.Encoder(body, {"layer3": ("conv4", 3, 16), "layer4": ("conv5", 3, 32)}, *weights,
+                               {"conv4": 14, "conv5": 7}, 3)
         for level in encoder.patch_heads:
             encoder.patch_heads[level] = nn.Identity()
         found = {}
-        for (kind, q), k in zip((made := dupr.DUPR(encoder, 4, 3)(self.maps, self.boxes, self.flips))[0].items(), made[1].values()):
+        for (kind, q), k in zip((made := dupr.DUPR(encoder, 4, 3)(self.maps, self.boxes, self.flips))[0].items(),
+                                made[1].values()):
             places = [e[:, :2] / e[:, 2:] * 100 for e in (q, k)]          # undoes the normalisation
             n = q.shape[-1]
             patch = (self.sides / n)[:, :, None, None]
@@ -157,7 +170,7 @@ def test_patches_of_both_views_are_the_same_place(monkeypatch):
             assert error.mean() < 0.1 and error[differ].mean() < 0.1, kind
     with monkeypatch.context() as patch:
         patch.setattr(dupr, "mirror", lambda grid, flips: grid)
-        for error, _ in ramps.errors().values():                          # without the mirror: only pairs flipped alike meet
+        for error, _ in ramps.errors().values():  # without the mirror: only pairs flipped alike meet
             assert error[~differ].mean() < 0.1 and error[differ].mean() > 2
     with monkeypatch.context() as patch:
         patch.setattr(dupr, "roi_align", lambda *args, **values: torch_roi_align(*args, **{**values, "aligned": False}))
@@ -186,36 +199,43 @@ def folder(tmp_path):
 
 def samples_of(folder, indices=None, **values):
     source = data.open_images(str(folder), None)
-    return dupr.TwoCropsDataset(config(data=str(folder), **values), source, np.arange(len(source)) if indices is None else np.array(indices))
+    return dupr.TwoCropsDataset(config(data=str(folder), **values), source,
+                                np.arange(len(source)) if indices is None else np.array(indices))
 
 
 def equal(a, b):
-    return all(torch.equal(a[k], b[k]) for k in ("views", "boxes", "flips")) and (a["valid"], a["index"]) == (b["valid"], b["index"])
+    return (all(torch.equal(a[k], b[k]) for k in ("views", "boxes", "flips"))
+            and (a["valid"], a["index"]) == (b["valid"], b["index"]))
 
 
 def test_samples_are_a_function_of_seed_epoch_and_index(folder):
     dataset = samples_of(folder, [3, 1, 0, 2])
     for key in ((0, 0), (0, 3), (7, 1)):
         sample = dataset[key]
-        assert equal(sample, samples_of(folder, [3, 1, 0, 2])[key]) and sample["index"] == [3, 1, 0, 2][key[1]] and sample["skipped"] == []
+        assert (equal(sample, samples_of(folder, [3, 1, 0, 2])[key]) and sample["index"] == [3, 1, 0, 2][key[1]]
+                and sample["skipped"] == [])
         assert not torch.equal(sample["views"], dataset[key[0] + 1, key[1]]["views"])
         assert not torch.equal(sample["views"], samples_of(folder, [3, 1, 0, 2], seed=4)[key]["views"])
-        assert sample["views"].shape == (2, 3, 64, 64) and sample["boxes"].shape == (2, 4) and not torch.equal(*sample["views"])
+        assert (sample["views"].shape == (2, 3, 64, 64) and sample["boxes"].shape == (2, 4)
+                and not torch.equal(*sample["views"]))
         assert (sample["boxes"] >= -1e-4).all() and (sample["boxes"] <= 64 + 1e-4).all()
-    here, there = ([batch for batch in data.make_loader(dataset, data.StepSampler(4, 2, 2, seed=3), num_workers=workers, collate=dupr.collate)]
-                   for workers in (0, 1))
+    here, there = ([batch for batch in data.make_loader(dataset, data.StepSampler(4, 2, 2, seed=3), num_workers=workers,
+                                                        collate=dupr.collate)] for workers in (0, 1))
     for one, two in zip(here, there, strict=True):
-        assert one["index"] == two["index"] and all(torch.equal(one[k], two[k]) for k in ("views", "boxes", "flips", "valid"))
+        assert one["index"] == two["index"] and all(torch.equal(one[k], two[k])
+                                                    for k in ("views", "boxes", "flips", "valid"))
 
 
 def test_layout_of_a_batch(folder):
     dataset = samples_of(folder)
     batch = dupr.collate(samples := [dataset[0, i] for i in range(3)])
     assert batch["views"].shape == (3, 2, 3, 64, 64) and batch["boxes"].shape == (3, 2, 4)
-    assert batch["flips"].shape == (3, 2) and batch["valid"].shape == (3,) and batch["flips"].dtype == batch["valid"].dtype == torch.bool
+    assert (batch["flips"].shape == (3, 2) and batch["valid"].shape == (3,)
+            and batch["flips"].dtype == batch["valid"].dtype == torch.bool)
     assert batch["index"] == [0, 1, 2] and batch["skipped"] == []
     for i, sample in enumerate(samples):
-        assert all(torch.equal(batch[k][i], sample[k]) for k in ("views", "boxes", "flips")) and batch["valid"][i] == sample["valid"]
+        assert (all(torch.equal(batch[k][i], sample[k]) for k in ("views", "boxes", "flips"))
+                and batch["valid"][i] == sample["valid"])
 
 
 def test_a_sample_is_its_draws(folder):
@@ -228,8 +248,9 @@ def test_a_sample_is_its_draws(folder):
         boxes, valid = dupr.overlap_boxes([d["crop"] for d in draws], [d["flip"] for d in draws], 64)
         assert torch.equal(sample["boxes"], boxes) and sample["valid"] == valid
         for view, draw in zip(sample["views"], draws):
-            small = image.resize((64, 64), Image.Resampling.BILINEAR, box=draw["crop"]) if draw["crop"] == (0, 0, *image.size) else (
-                image.crop(draw["crop"]).resize((64, 64), Image.Resampling.BILINEAR))
+            small = (image.resize((64, 64), Image.Resampling.BILINEAR, box=draw["crop"])
+                     if draw["crop"] == (0, 0, *image.size) else (
+                         image.crop(draw["crop"]).resize((64, 64), Image.Resampling.BILINEAR)))
             expected = data.to_normalized_tensor(data.apply_photometric(small, draw["colours"]))
             assert torch.equal(view, expected.flip(-1) if draw["flip"] else expected)
 
@@ -237,10 +258,13 @@ def test_a_sample_is_its_draws(folder):
 def test_share_of_flips_colours_and_area():
     rng, spec = np.random.default_rng(0), samples_of_nothing().photometric
     draws = [dupr.draw_view(rng, (300, 400), (0.2, 1.0), spec) for _ in range(3000)]
-    for share, p in ((np.mean([d["flip"] for d in draws]), 0.5), (np.mean([len(d["colours"]["order"]) == 4 for d in draws]), 0.8),
-                     (np.mean([d["colours"]["gray"] for d in draws]), 0.2), (np.mean([d["colours"]["blur"] is not None for d in draws]), 0.5)):
+    for share, p in ((np.mean([d["flip"] for d in draws]), 0.5),
+                     (np.mean([len(d["colours"]["order"]) == 4 for d in draws]), 0.8),
+                     (np.mean([d["colours"]["gray"] for d in draws]), 0.2),
+                     (np.mean([d["colours"]["blur"] is not None for d in draws]), 0.5)):
         assert share == pytest.approx(p, abs=0.03)
-    assert not any(d["colours"]["solarize"] for d in draws) and len({tuple(d["colours"]["order"]) for d in draws}) == 25    # 24 orders, or none
+    # 24 orders, or none
+    assert not any(d["colours"]["solarize"] for d in draws) and len({tuple(d["colours"]["order"]) for d in draws}) == 25
     shares = np.array([(x2 - x1) * (y2 - y1) / 120000 for x1, y1, x2, y2 in (d["crop"] for d in draws)])
     assert 0.19 < shares.min() < 0.22 and 0.95 < shares.max() <= 1 and shares.mean() == pytest.approx(0.49, abs=0.03)
     flips = np.array([d["flip"] for d in draws]).reshape(-1, 2)
@@ -281,21 +305,24 @@ def test_levels_without_a_weight_have_no_head_and_no_queue():
         assert list(encoder.image_heads) == images and list(encoder.patch_heads) == patches
         kinds = {f"image_{level}" for level in images} | {f"patch_{level}" for level in patches}
         assert model.queues.keys() == kinds
-        assert [name for name in encoder.stages if name.startswith("layer")] == [f"layer{i}" for i in range(1, stages + 1)]
+        assert ([name for name in encoder.stages if name.startswith("layer")]
+                == [f"layer{i}" for i in range(1, stages + 1)])
         with torch.no_grad():
             v, r = encoder(tensor("images", 2, 3, 64, 64), torch.tensor([WHOLE] * 2))
         assert list(v) == images and list(r) == patches
         for level, e in (*v.items(), *r.items()):
             assert e.shape[:2] == (2, 16) and torch.allclose(e.norm(dim=1), torch.ones(()), atol=1e-5)
-        assert all(r[level].shape[2:] == (n, n) for level, n in zip(("conv2", "conv3", "conv4", "conv5"), (16, 8, 4, 2)) if level in r)
+        assert all(r[level].shape[2:] == (n, n)
+                   for level, n in zip(("conv2", "conv3", "conv4", "conv5"), (16, 8, 4, 2)) if level in r)
 
 
 def test_heads():
     encoder = dupr.build_model(config(beta=(0, 0, 0, 1))).encoder_q
     assert [tuple(p.shape) for p in encoder.image_heads["conv3"].parameters()] == [(128, 128), (128,), (16, 128), (16,)]
-    assert [tuple(p.shape) for p in encoder.patch_heads["conv5"].parameters()] == [(512, 512, 1, 1), (512,), (16, 512, 1, 1), (16,)]
+    assert ([tuple(p.shape) for p in encoder.patch_heads["conv5"].parameters()]
+            == [(512, 512, 1, 1), (512,), (16, 512, 1, 1), (16,)])
     body = nn.Sequential(OrderedDict(layer4=nn.Identity()))
-    one = dupr.Encoder(body, {"layer4": ("conv5", 8, 32)}, {"conv5": 1.0}, {"conv5": 0.0}, {}, 4, mlp=False)                    # MoCo v1
+    one = dupr.Encoder(body, {"layer4": ("conv5", 8, 32)}, {"conv5": 1.0}, {"conv5": 0.0}, {}, 4, mlp=False)  # MoCo v1
     assert [tuple(p.shape) for p in one.image_heads["conv5"].parameters()] == [(4, 8), (4,)]
     images = tensor("maps", 2, 8, 3, 3)
     hand = images.mean((2, 3)) @ one.image_heads["conv5"][0].weight.T + one.image_heads["conv5"][0].bias
@@ -315,7 +342,7 @@ def test_queue():
     assert torch.equal(queue.keys, torch.cat([rows[:3].T, start[:, 3:]], 1)) and queue.ptr.tolist() == [3]
     queue.enqueue(rows[3:7])                                              # wraps around
     assert torch.equal(queue.keys, rows[[5, 6, 2, 3, 4]].T) and queue.ptr.tolist() == [2]
-    queue.enqueue(rows[7:20])                                             # more keys than slots: the last 5 stay, where one by one would put them
+    queue.enqueue(rows[7:20])  # more keys than slots: the last 5 stay, where one by one would put them
     one_by_one = dupr.Queue(3, 5)
     for row in rows:
         one_by_one.enqueue(row[None])
@@ -326,8 +353,8 @@ def test_queue():
 
 def identity_model(alpha=0.0, beta=1.0, n=3, dim=4, queue_size=7, stride=1):
     """Images are maps are embeddings: nothing is learnt."""
-    encoder = dupr.Encoder(nn.Sequential(OrderedDict(layer4=nn.Identity())), {"layer4": ("conv5", dim, stride)}, {"conv5": alpha}, {"conv5": beta},
-                           {"conv5": n}, dim)
+    encoder = dupr.Encoder(nn.Sequential(OrderedDict(layer4=nn.Identity())), {"layer4": ("conv5", dim, stride)},
+                           {"conv5": alpha}, {"conv5": beta}, {"conv5": n}, dim)
     for heads in (encoder.image_heads, encoder.patch_heads):
         for level in heads:
             heads[level] = nn.Identity()
@@ -340,19 +367,23 @@ def test_the_given_patches_enter_the_queues():
     positions = torch.tensor([[0, 5, 7], [8, 3, 1]])
     before = model.queues["patch_conv5"].keys.clone()
     model.enqueue(keys, {"patch_conv5": positions})
-    wanted = [keys["patch_conv5"][b, :, p // 3, p % 3] for b in range(2) for p in positions[b].tolist()]       # p = i * S + j
+    # p = i * S + j
+    wanted = [keys["patch_conv5"][b, :, p // 3, p % 3] for b in range(2) for p in positions[b].tolist()]
     assert torch.equal(model.queues["patch_conv5"].keys, torch.cat([torch.stack(wanted, 1), before[:, 6:]], 1))
     assert torch.equal(model.queues["image_conv5"].keys[:, :2], keys["image_conv5"].T)
     assert (model.queues["patch_conv5"].ptr, model.queues["image_conv5"].ptr) == (6, 2)
 
 
 def test_positions_are_distinct_and_uniform():
-    keys = {"image_conv5": torch.zeros(3, 4), "patch_conv4": torch.zeros(2000, 4, 4, 4), "patch_conv5": torch.zeros(50, 4, 2, 2)}
+    keys = {"image_conv5": torch.zeros(3, 4), "patch_conv4": torch.zeros(2000, 4, 4, 4),
+            "patch_conv5": torch.zeros(50, 4, 2, 2)}
     torch.manual_seed(0)
     drawn = dupr.draw_positions(keys, 3)
-    assert drawn.keys() == {"patch_conv4", "patch_conv5"} and drawn["patch_conv4"].shape == (2000, 3) and drawn["patch_conv5"].shape == (50, 3)
+    assert (drawn.keys() == {"patch_conv4", "patch_conv5"} and drawn["patch_conv4"].shape == (2000, 3)
+            and drawn["patch_conv5"].shape == (50, 3))
     for positions, n in ((drawn["patch_conv4"], 16), (drawn["patch_conv5"], 4)):
-        assert all(len(set(row)) == 3 for row in positions.tolist()) and set(positions.flatten().tolist()) == set(range(n))
+        assert (all(len(set(row)) == 3 for row in positions.tolist())
+                and set(positions.flatten().tolist()) == set(range(n)))
     counts = torch.bincount(drawn["patch_conv4"].flatten(), minlength=16) / 6000
     assert (counts - 1 / 16).abs().max() < 4 * (1 / 16 / 6000) ** 0.5
     first = torch.bincount(drawn["patch_conv4"][:, 0], minlength=16) / 2000
@@ -368,7 +399,8 @@ def test_positions_are_distinct_and_uniform():
 def test_permutation_of_a_step():
     drawn = [dupr.draw_permutation(3, step, 12) for step in range(4)]
     assert all(sorted(p.tolist()) == list(range(12)) for p in drawn) and len({tuple(p.tolist()) for p in drawn}) == 4
-    assert torch.equal(drawn[2], dupr.draw_permutation(3, 2, 12)) and not torch.equal(drawn[2], dupr.draw_permutation(4, 2, 12))
+    assert (torch.equal(drawn[2], dupr.draw_permutation(3, 2, 12))
+            and not torch.equal(drawn[2], dupr.draw_permutation(4, 2, 12)))
 
 
 # ==== Losses =======================================================================================================
@@ -384,14 +416,15 @@ def test_info_nce_is_cross_entropy_in_pieces_too(rows):
     queue = F.normalize(queue, dim=0)
     weights = tensor("weights", 10)
     results = []
-    for losses in (cross_entropy(query, key, queue, 0.2), dupr.info_nce(query, key, queue, 0.2, rows), dupr.info_nce(query, key, queue, 0.2)):
+    for losses in (cross_entropy(query, key, queue, 0.2), dupr.info_nce(query, key, queue, 0.2, rows),
+                   dupr.info_nce(query, key, queue, 0.2)):
         results.append((losses.detach(), torch.autograd.grad((losses * weights).sum(), query)[0]))
     for value, gradient in results[1:]:
         torch.testing.assert_close(value, results[0][0], atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(gradient, results[0][1], atol=1e-6, rtol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(dupr.info_nce(query, key, queue, 0.2, rows), results[0][0], atol=1e-6, rtol=1e-6)
-    with torch.no_grad():                                                 # no overflow, and a right answer costs nothing
+    with torch.no_grad():  # no overflow, and a right answer costs nothing
         assert dupr.info_nce(query, query, torch.zeros(6, 4), 1e-3, rows).max() == 0
         assert dupr.info_nce(query, -query, query.T, 1e-3, rows) == pytest.approx(2000, rel=1e-4)
 
@@ -410,11 +443,13 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_info_nce_never_holds_all_logits():
     n, K, rows, dim = 300, 400, 32, 8
-    query, key, queue = unit("many", n, dim).requires_grad_(), unit("keys", n, dim), F.normalize(tensor("bank", dim, K), dim=0)
+    query, key, queue = (unit("many", n, dim).requires_grad_(), unit("keys", n, dim),
+                         F.normalize(tensor("bank", dim, K), dim=0))
     saved = []
     for piece, bound in ((rows, rows * K), (n, n * K)):
         kept = []
-        with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        with (Largest() as largest,
+              torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t)):
             dupr.info_nce(query, key, queue, 0.2, piece).mean().backward()
         assert largest.numel == bound
         saved.append(sum(kept))
@@ -448,22 +483,28 @@ def test_loss_by_hand(valid):
     for level, alpha, beta, n in zip(dupr.LEVELS, cfg.alpha, cfg.beta, cfg.roi_sizes):
         if alpha:
             kind = f"image_{level}"
-            expected[kind] = np.mean([log_sum_exp_by_hand(queries[kind][b], keys[kind][b], queues[kind].keys, 0.3) for b in range(3)])
+            expected[kind] = np.mean([log_sum_exp_by_hand(queries[kind][b], keys[kind][b], queues[kind].keys, 0.3)
+                                      for b in range(3)])
             total += alpha * expected[kind]
         if beta:
             kind = f"patch_{level}"
-            expected[kind] = np.mean([log_sum_exp_by_hand(queries[kind][b, :, i, j], keys[kind][b, :, i, j], queues[kind].keys, 0.3)
+            expected[kind] = np.mean([log_sum_exp_by_hand(queries[kind][b, :, i, j],
+                                                          keys[kind][b, :, i, j], queues[kind].keys, 0.3)
                                       for b in range(3) if valid[b] for i in range(n) for j in range(n)])
             total += beta * expected[kind]
     loss, terms = dupr.dupr_loss(cfg, queries, keys, queues, torch.tensor(valid), count)
-    assert {k: v.item() for k, v in terms.items()} == pytest.approx(expected, rel=1e-5) and loss.item() == pytest.approx(total, rel=1e-5)
-    summed, sums = dupr.dupr_loss(config(**{**vars(cfg), "patch_reduction": "sum"}), queries, keys, queues, torch.tensor(valid), count)
+    assert ({k: v.item() for k, v in terms.items()} == pytest.approx(expected, rel=1e-5)
+            and loss.item() == pytest.approx(total, rel=1e-5))
+    summed, sums = dupr.dupr_loss(config(**{**vars(cfg), "patch_reduction": "sum"}), queries, keys, queues,
+                                  torch.tensor(valid), count)
     for kind, value in terms.items():                                     # Eq. (5) as printed: S * S times as much
         n = {"patch_conv3": 9, "patch_conv5": 4}.get(kind, 1)
         assert sums[kind].item() == pytest.approx(n * value.item(), rel=1e-5)
     assert summed.item() > loss.item()
-    halves = dupr.dupr_loss(cfg, queries, keys, queues, torch.tensor(valid), count / 2)[1]    # as on each of two processes
-    assert halves["patch_conv5"].item() == pytest.approx(2 * terms["patch_conv5"].item()) and halves["image_conv5"] == terms["image_conv5"]
+    # as on each of two processes
+    halves = dupr.dupr_loss(cfg, queries, keys, queues, torch.tensor(valid), count / 2)[1]
+    assert (halves["patch_conv5"].item() == pytest.approx(2 * terms["patch_conv5"].item())
+            and halves["image_conv5"] == terms["image_conv5"])
 
 
 def test_image_only_is_moco_v2_and_patches_only():
@@ -471,7 +512,8 @@ def test_image_only_is_moco_v2_and_patches_only():
     queries, keys, queues = loss_case(cfg)
     loss, terms = dupr.dupr_loss(cfg, queries, keys, queues, torch.tensor([True, False, False]), 1.0)
     moco = cross_entropy(queries["image_conv5"], keys["image_conv5"], queues["image_conv5"].keys, 0.2).mean()
-    assert terms.keys() == {"image_conv5"} and loss == terms["image_conv5"] and loss.item() == pytest.approx(moco.item(), rel=1e-6)
+    assert (terms.keys() == {"image_conv5"} and loss == terms["image_conv5"]
+            and loss.item() == pytest.approx(moco.item(), rel=1e-6))
     cfg = config(alpha=(0, 0, 0, 0), beta=(0, 0, 0, 1))
     loss, terms = dupr.dupr_loss(cfg, *loss_case(cfg), torch.tensor([True, True, True]), 3.0)
     assert terms.keys() == {"patch_conv5"} and loss == terms["patch_conv5"] > 0
@@ -483,7 +525,7 @@ def test_first_losses_are_those_of_a_guess():
     with torch.no_grad():
         queries, keys = model(*(batch_case()[k] for k in ("views", "boxes", "flips")))
     _, terms = dupr.dupr_loss(cfg, queries, keys, model.queues, torch.ones(4, dtype=torch.bool), 4.0)
-    assert len(terms) == 8                                                # a random key is as far as the queue's random ones, or nearer
+    assert len(terms) == 8  # a random key is as far as the queue's random ones, or nearer
     assert all(0 < v < np.log(1025) + 1 for v in terms.values())
 
 
@@ -492,7 +534,8 @@ def test_first_losses_are_those_of_a_guess():
 def batch_case(B=4, size=64, valid=None):
     """Different boxes and flips for every view."""
     corners = tensor("corners", B, 2, 4).sigmoid()
-    boxes = torch.stack([corners[..., 0] * 20, corners[..., 1] * 20, 30 + corners[..., 2] * 34, 30 + corners[..., 3] * 34], -1) * size / 64
+    boxes = torch.stack([corners[..., 0] * 20, corners[..., 1] * 20, 30 + corners[..., 2] * 34,
+                         30 + corners[..., 3] * 34], -1) * size / 64
     flips = torch.tensor([[False, True], [True, True], [True, False], [False, False]]).repeat(B // 4, 1)
     return {"views": tensor("views", B, 2, 3, size, size), "boxes": boxes, "flips": flips,
             "valid": torch.ones(B, dtype=torch.bool) if valid is None else torch.tensor(valid), "index": list(range(B))}
@@ -504,12 +547,14 @@ ALL_LEVELS = {"alpha": (0, 0, 0.7, 1), "beta": (0, 0, 1, 1)}
 def small_model(cfg):
     """Three convolutions with a loss on the last two: a step takes milliseconds."""
     def stage(width, wider, stride):
-        return nn.Sequential(OrderedDict(conv=nn.Conv2d(width, wider, 3, stride, 1, bias=False), bn=nn.BatchNorm2d(wider), relu=nn.ReLU()))
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(width, wider, 3, stride, 1, bias=False),
+                                         bn=nn.BatchNorm2d(wider), relu=nn.ReLU()))
 
     torch.manual_seed(cfg.seed)
     body = nn.Sequential(OrderedDict(layer1=stage(3, 8, 4), layer3=stage(8, 12, 4), layer4=stage(12, 16, 2)))
     per_level = (dict(zip(dupr.LEVELS, values)) for values in (cfg.alpha, cfg.beta, cfg.roi_sizes))
-    return dupr.DUPR(dupr.Encoder(body, {"layer3": ("conv4", 12, 16), "layer4": ("conv5", 16, 32)}, *per_level, 16), cfg.queue_size, 16)
+    return dupr.DUPR(dupr.Encoder(body, {"layer3": ("conv4", 12, 16), "layer4": ("conv5", 16, 32)}, *per_level, 16),
+                     cfg.queue_size, 16)
 
 
 sgd = dupr.build_optimizer
@@ -528,9 +573,11 @@ def test_invalid_pairs_have_no_patch_loss_but_zero_gradients():
         losses.append(dupr.train_step(cfg, model, sgd(cfg, model), batch_case(valid=valid), 0, CPU))
         gradients.append({n: p.grad for n, p in model.encoder_q.named_parameters()})
         assert not [n for n, g in gradients[-1].items() if g is None]
-        assert int(model.queues["patch_conv5"].ptr) == 4 * 2              # keys enter all the same: the queue moves alike everywhere (D5)
+        # keys enter all the same: the queue moves alike everywhere (D5)
+        assert int(model.queues["patch_conv5"].ptr) == 4 * 2
     none = losses[2]
-    assert none["patch_conv4"] == none["patch_conv5"] == 0 and none["no_overlap"] == 1 and losses[0]["no_overlap"] == 0.25
+    assert (none["patch_conv4"] == none["patch_conv5"] == 0 and none["no_overlap"] == 1
+            and losses[0]["no_overlap"] == 0.25)
     assert all(losses[i][f"image_{level}"] == none[f"image_{level}"] for i in (0, 1) for level in ("conv4", "conv5"))
     for name, gradient in gradients[2].items():
         assert gradient.any() != name.startswith("patch_heads"), name
@@ -544,7 +591,8 @@ def test_what_lies_in_an_invalid_pair_does_not_matter():
         model, batch = small_model(cfg).eval(), batch_case(valid=(True, False, True, True))
         batch["views"][1] += noise
         terms = dupr.train_step(cfg, model, sgd(cfg, model), batch, 0, CPU)
-        results.append(({k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        results.append(({k: v.item() for k, v in terms.items()},
+                        {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     same_step(results[1:], results[0])
 
 
@@ -560,12 +608,13 @@ def test_key_encoder_is_a_moving_average_of_parameters():
     q, k = snapshot(model.encoder_q), snapshot(model.encoder_k)
     model.update_key_encoder(0.75)
     parameters = {n for n, _ in model.encoder_q.named_parameters()}
-    assert "image_heads.conv2.0.weight" in parameters and "patch_heads.conv5.2.bias" in parameters and "bn1.weight" in parameters
+    assert ("image_heads.conv2.0.weight" in parameters and "patch_heads.conv5.2.bias" in parameters
+            and "bn1.weight" in parameters)
     for name, value in model.encoder_k.state_dict().items():
         if name in parameters:
             torch.testing.assert_close(value, 0.75 * k[name] + 0.25 * q[name], atol=1e-6, rtol=1e-6)
         else:
-            assert torch.equal(value, k[name]), name                      # BatchNorm statistics are the key encoder's own
+            assert torch.equal(value, k[name]), name  # BatchNorm statistics are the key encoder's own
     assert all(torch.equal(v, q[n]) for n, v in model.encoder_q.state_dict().items())
     for momentum, other in ((1.0, snapshot(model.encoder_k)), (0.0, q)):
         model.update_key_encoder(momentum)
@@ -596,7 +645,8 @@ def test_order_of_a_step(monkeypatch):
 
     watch(model, "update_key_encoder", "ema")
     watch(model, "encode_keys", "keys", lambda *args: seen.update(k=snapshot(model.encoder_k)))
-    watch(dupr, "dupr_loss", "loss", lambda cfg, q, k, queues, *rest: seen.update(queries=q, keys=k, queues=snapshot(queues)))
+    watch(dupr, "dupr_loss", "loss",
+          lambda cfg, q, k, queues, *rest: seen.update(queries=q, keys=k, queues=snapshot(queues)))
     watch(torch.Tensor, "backward", "backward")
     watch(model, "enqueue", "enqueue", lambda keys, positions: seen.update(enqueued=keys, positions=positions))
     watch(optimizer, "step", "sgd")
@@ -605,19 +655,25 @@ def test_order_of_a_step(monkeypatch):
     terms = dupr.train_step(cfg, model, optimizer, batch, 0, CPU)
     assert events == ["ema", "keys", "loss", "backward", "enqueue", "sgd"]
     after = model.state_dict()
-    for name, p in model.encoder_q.named_parameters():                    # keys are made by the average of the query weights before SGD moved them
+    # keys are made by the average of the query weights before SGD moved them
+    for name, p in model.encoder_q.named_parameters():
         torch.testing.assert_close(seen["k"][name], 0.5 * start[f"encoder_k.{name}"] + 0.5 * start[f"encoder_q.{name}"])
-        assert torch.equal(after[f"encoder_k.{name}"], seen["k"][name]) and not torch.equal(after[f"encoder_q.{name}"], start[f"encoder_q.{name}"])
+        assert (torch.equal(after[f"encoder_k.{name}"], seen["k"][name])
+                and not torch.equal(after[f"encoder_q.{name}"], start[f"encoder_q.{name}"]))
     for name, value in seen["queues"].items():                            # logits with the old queues
         assert torch.equal(value, start[f"queues.{name}"])
     q, k = seen["queries"]["image_conv5"], seen["keys"]["image_conv5"]
-    assert terms["image_conv5"].item() == pytest.approx(cross_entropy(q, k, start["queues.image_conv5.keys"], 0.2).mean().item(), rel=1e-5)
-    assert not any(e.requires_grad for e in seen["keys"].values()) and all(e.requires_grad for e in seen["queries"].values())
-    assert seen["enqueued"] is seen["keys"] and all(p.shape == (4, 2) for p in seen["positions"].values()) and len(seen["positions"]) == 2
+    assert (terms["image_conv5"].item()
+            == pytest.approx(cross_entropy(q, k, start["queues.image_conv5.keys"], 0.2).mean().item(), rel=1e-5))
+    assert (not any(e.requires_grad for e in seen["keys"].values())
+            and all(e.requires_grad for e in seen["queries"].values()))
+    assert (seen["enqueued"] is seen["keys"] and all(p.shape == (4, 2) for p in seen["positions"].values())
+            and len(seen["positions"]) == 2)
     assert torch.equal(after["queues.image_conv5.keys"][:, :4], k.T)
     assert torch.equal(after["queues.image_conv5.keys"][:, 4:], start["queues.image_conv5.keys"][:, 4:])
-    assert terms["loss"].item() == pytest.approx(sum(w * terms[f"image_{level}"] for level, w in zip(dupr.LEVELS, cfg.alpha)).item()
-                                                 + (terms["patch_conv4"] + terms["patch_conv5"]).item(), rel=1e-5)
+    assert (terms["loss"].item()
+            == pytest.approx(sum(w * terms[f"image_{level}"] for level, w in zip(dupr.LEVELS, cfg.alpha)).item()
+                             + (terms["patch_conv4"] + terms["patch_conv5"]).item(), rel=1e-5))
     assert "conv2" not in str([kind for kind in terms if kind.startswith("patch")])
 
 
@@ -652,7 +708,8 @@ WORLD_BATCHES = {"all": (True,) * 8, "unequal": (True, True, True, False, False,
 
 @functools.cache
 def one_step(start=0, stop=8, batch="all", train=False):
-    """dupr.train_step on pairs start..stop -> (terms, gradients, state, keys): one process with all, or one of two with half."""
+    """dupr.train_step on pairs start..stop -> (terms, gradients, state, keys):
+    one process with all, or one of two with half."""
     cfg = config(**ALL_LEVELS, lr=0.0)
     model = small_model(cfg)
     with torch.no_grad():
@@ -664,8 +721,8 @@ def one_step(start=0, stop=8, batch="all", train=False):
     pairs = {k: v[start:stop] for k, v in batch_case(8, valid=WORLD_BATCHES[batch]).items()}
     run.seed_step(3, 0)
     terms = dupr.train_step(cfg, common.wrap_model(model, CPU, sync_bn=False), sgd(cfg, model), pairs, 0, CPU)
-    return ({k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model.state_dict(),
-            seen["keys"])
+    return ({k: v.item() for k, v in terms.items()},
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model.state_dict(), seen["keys"])
 
 
 def worker():
@@ -678,8 +735,8 @@ def worker():
 
 @pytest.mark.parametrize("batch", WORLD_BATCHES)
 def test_two_processes_are_one_batch(two_processes, batch):
-    """In evaluation mode an image's embedding depends on no other's: whatever is shuffled must come back, losses and gradients are the whole batch's,
-    whichever process has the valid pairs."""
+    """In evaluation mode an image's embedding depends on no other's: whatever is shuffled must come back, losses and
+    gradients are the whole batch's, whichever process has the valid pairs."""
     results = [r[batch] for r in two_processes["test_dupr"]]
     whole = one_step(batch=batch)
     same_step([r[:2] for r in results], whole[:2])
@@ -691,14 +748,17 @@ def test_two_processes_are_one_batch(two_processes, batch):
 
 
 def test_boxes_are_shuffled_with_their_images(two_processes):
-    """The comparison above would notice: with the boxes in another order the keys of the patches differ, those of the images do not."""
+    """The comparison above would notice: with the boxes in another order the keys of the patches differ,
+    those of the images do not."""
     model, batch = small_model(config(**ALL_LEVELS)).eval(), batch_case(8)
     order = dupr.draw_permutation(3, 0, 8)
-    assert not torch.equal(order, torch.arange(8)) and set(order[:4].tolist()) != {0, 1, 2, 3}                   # it does cross the processes
+    # it does cross the processes
+    assert not torch.equal(order, torch.arange(8)) and set(order[:4].tolist()) != {0, 1, 2, 3}
     with torch.no_grad():
         v, r = model.encoder_k(batch["views"][:, 1], batch["boxes"][:, 1])
         v_wrong, r_wrong = model.encoder_k(batch["views"][:, 1], batch["boxes"][order, 1])
-    assert torch.equal(v["conv5"], v_wrong["conv5"]) and (r["conv5"] - r_wrong["conv5"]).abs().amax((1, 2, 3))[order != torch.arange(8)].min() > 1e-3
+    assert (torch.equal(v["conv5"], v_wrong["conv5"])
+            and (r["conv5"] - r_wrong["conv5"]).abs().amax((1, 2, 3))[order != torch.arange(8)].min() > 1e-3)
 
 
 def test_queues_are_the_same_on_every_process(two_processes):
@@ -706,13 +766,15 @@ def test_queues_are_the_same_on_every_process(two_processes):
     assert two_processes["test_dupr"][1]["gathered"].tolist() == [[0, 0], [1, 10]]
     names = [n for n in one[2] if n.startswith("queues.")]
     assert len(names) == 8 and all(torch.equal(one[2][n], two[2][n]) for n in names)
-    assert torch.equal(one[2]["queues.image_conv5.keys"][:, :8], torch.cat([one[3]["image_conv5"], two[3]["image_conv5"]]).T)    # rank order
+    assert torch.equal(one[2]["queues.image_conv5.keys"][:, :8],
+                       torch.cat([one[3]["image_conv5"], two[3]["image_conv5"]]).T)  # rank order
     assert (one[2]["queues.image_conv5.ptr"], one[2]["queues.patch_conv5.ptr"]) == (8, 16)
-    patches = one[2]["queues.patch_conv5.keys"][:, :16].T                 # rank order, image by image: two distinct patches of each
-    rows = torch.cat([one[3]["patch_conv5"], two[3]["patch_conv5"]]).flatten(2).transpose(1, 2)                 # [8, 4, dim]
+    patches = one[2]["queues.patch_conv5.keys"][:, :16].T  # rank order, image by image: two distinct patches of each
+    rows = torch.cat([one[3]["patch_conv5"], two[3]["patch_conv5"]]).flatten(2).transpose(1, 2)  # [8, 4, dim]
     equal = (patches.view(8, 2, 1, 16) == rows[:, None]).all(-1)
     assert (equal.sum(-1) == 1).all() and (equal.float().argmax(-1)[:, 0] != equal.float().argmax(-1)[:, 1]).all()
-    parameters = [n for n in one[2] if n.startswith("encoder_k.") and not n.rsplit(".", 1)[1].startswith(("running", "num_batches"))]
+    parameters = [n for n in one[2] if n.startswith("encoder_k.")
+                  and not n.rsplit(".", 1)[1].startswith(("running", "num_batches"))]
     assert all(torch.equal(one[2][n], two[2][n]) for n in parameters) and parameters
 
 
@@ -721,11 +783,13 @@ def test_batchnorm_of_the_keys_sees_mixed_batches(two_processes):
     cfg, batch = config(**ALL_LEVELS), batch_case(8)
     order = dupr.draw_permutation(cfg.seed, 0, 8).view(2, 4)
     for r, (_, _, state, keys) in enumerate(results):
-        for images, name in ((batch["views"][4 * r:4 * r + 4, 0], "encoder_q"), (batch["views"][order[r], 1], "encoder_k")):
+        for images, name in ((batch["views"][4 * r:4 * r + 4, 0], "encoder_q"),
+                             (batch["views"][order[r], 1], "encoder_k")):
             model = small_model(cfg).train()
             weights = {n.removeprefix(f"{name}."): v for n, v in state.items() if n.startswith(f"{name}.")}
             encoder = model.encoder_q
-            encoder.load_state_dict({n: v for n, v in weights.items() if "running" not in n and "num_batches" not in n}, strict=False)      # rate 0
+            encoder.load_state_dict({n: v for n, v in weights.items() if "running" not in n and "num_batches" not in n},
+                                    strict=False)  # rate 0
             with torch.no_grad():
                 encoder(images, batch["boxes"][:4, 0])
             for n, v in encoder.state_dict().items():
@@ -733,7 +797,8 @@ def test_batchnorm_of_the_keys_sees_mixed_batches(two_processes):
                     torch.testing.assert_close(v, weights[n], atol=1e-4, rtol=1e-4)
     whole = one_step(train=True)
     mean = "encoder_k.layer1.bn.running_mean"                              # D11: never synchronised
-    assert not torch.equal(whole[2][mean], results[0][2][mean]) and not torch.equal(results[0][2][mean], results[1][2][mean])
+    assert (not torch.equal(whole[2][mean], results[0][2][mean])
+            and not torch.equal(results[0][2][mean], results[1][2][mean]))
 
 
 def test_one_process_shuffles_nothing():
@@ -742,7 +807,8 @@ def test_one_process_shuffles_nothing():
     given = [batch[k] for k in ("views", "boxes", "flips")]
     with torch.no_grad():
         one, two = model(*given, torch.tensor([2, 0, 3, 1]))[1], other(*given)[1]
-    assert all(torch.equal(one[k], two[k]) for k in one) and torch.equal(*(m.encoder_k.layer1.bn.running_mean for m in (model, other)))
+    assert (all(torch.equal(one[k], two[k]) for k in one)
+            and torch.equal(*(m.encoder_k.layer1.bn.running_mean for m in (model, other))))
 
 
 # ==== Schedule =====================================================================================================
@@ -751,10 +817,12 @@ def test_learning_rate():
     cfg = config(epochs=10)
     factors = [dupr.lr_factor(cfg, step, 4) for step in range(40)]
     for epoch in range(10):
-        assert factors[4 * epoch:4 * epoch + 4] == [pytest.approx(0.5 * (1 + np.cos(np.pi * epoch / 10)))] * 4     # changed once per epoch
+        # changed once per epoch
+        assert factors[4 * epoch:4 * epoch + 4] == [pytest.approx(0.5 * (1 + np.cos(np.pi * epoch / 10)))] * 4
     assert factors[0] == 1 and min(factors) > 0
     cfg = config(epochs=10, schedule="step", lr_drops=(3, 7))
-    assert [dupr.lr_factor(cfg, step, 4) for step in (0, 11, 12, 27, 28, 39)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert ([dupr.lr_factor(cfg, step, 4) for step in (0, 11, 12, 27, 28, 39)]
+            == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01]))
 
 
 # ==== Probe ========================================================================================================
@@ -768,7 +836,8 @@ class Codes:
     def encoder_q(self, images, boxes):
         assert self.evaluated and boxes.shape == (len(images), 4)
         maps = {"conv4": images, "conv5": images.roll(1, 2)}
-        return {"conv5": F.normalize(images.mean((2, 3)), dim=1)}, {level: F.normalize(e, dim=1) for level, e in maps.items()}
+        return ({"conv5": F.normalize(images.mean((2, 3)), dim=1)},
+                {level: F.normalize(e, dim=1) for level, e in maps.items()})
 
 
 SHARES = ("patch_conv4", "own_conv4", "patch_conv5", "own_conv5")
@@ -782,26 +851,29 @@ def probe_set(count=3, valid=(True, True, True), mistakes=(), size=2):
         def __missing__(self, key):
             first = tensor(f"codes{key[1]}", 3, size, size)
             second = first.clone()
-            if key[1] in mistakes:                                        # the upper row is exchanged: half of the places are wrong
+            if key[1] in mistakes:  # the upper row is exchanged: half of the places are wrong
                 second[:, 0] = first[:, 0].flip(-1)
-            return {"views": torch.stack([first, second.flip(-1)]), "boxes": torch.zeros(2, 4), "flips": torch.tensor([False, True]),
-                    "valid": valid[key[1]], "index": 10 + key[1], "skipped": []}
+            return {"views": torch.stack([first, second.flip(-1)]), "boxes": torch.zeros(2, 4),
+                    "flips": torch.tensor([False, True]), "valid": valid[key[1]], "index": 10 + key[1], "skipped": []}
     return Set()
 
 
 def test_probe_counts_right_places():
     rows = dupr.match_patches(Codes(), probe_set(), 0, CPU)
     assert [row["index"] for row in rows] == [10, 11, 12]
-    assert all(row == {"index": row["index"], "valid": True, "found": [0, 1, 2, 3], "image_conv5": 1} | dict.fromkeys(SHARES, 1) for row in rows)
+    assert all(row == {"index": row["index"], "valid": True, "found": [0, 1, 2, 3], "image_conv5": 1}
+               | dict.fromkeys(SHARES, 1) for row in rows)
     rows = dupr.match_patches(Codes(), probe_set(mistakes=(1,), valid=(True, True, False)), 0, CPU)
     assert [(row["index"], row["patch_conv4"]) for row in rows] == [(10, 1), (11, 0.5)]
     metrics = dupr.match_metrics(rows)
     assert metrics == {"patch": 0.75, "own_image": 0.75, "image": 1} | dict.fromkeys(SHARES, 0.75)
-    others = dupr.match_patches(Codes(), probe_set(), 0, CPU, other=True)                     # patches of the next image are looked for
+    others = dupr.match_patches(Codes(), probe_set(), 0, CPU, other=True)  # patches of the next image are looked for
     assert [row["index"] for row in others] == [10, 11, 12]
-    assert all(row["image_conv5"] == row["patch_conv4"] == row["patch_conv5"] == 0 for row in others)            # found, in the image they are from
+    # found, in the image they are from
+    assert all(row["image_conv5"] == row["patch_conv4"] == row["patch_conv5"] == 0 for row in others)
     for i, row in enumerate(others):
-        asked, there = (F.normalize(tensor(f"codes{j}", 3, 2, 2), dim=0).roll(1, 1).flatten(1) for j in ((i + 1) % 3, i))
+        asked, there = (F.normalize(tensor(f"codes{j}", 3, 2, 2), dim=0).roll(1, 1).flatten(1)
+                        for j in ((i + 1) % 3, i))
         assert row["found"] == (asked.T @ there).argmax(1).tolist()       # where the place alone leads
         assert row["own_conv5"] == np.mean([p == i for i, p in enumerate(row["found"])])
 
@@ -809,7 +881,8 @@ def test_probe_counts_right_places():
 def test_probe_of_one_patch_per_image():
     """S = 1 (--roi_sizes on views of 32 px): the patch is all of the overlap, and there is nothing to draw wrong."""
     rows = dupr.match_patches(Codes(), probe_set(size=1), 0, CPU)
-    assert all(row["found"] == [0] and row["patch_conv4"] == row["own_conv4"] == row["image_conv5"] == 1 for row in rows)
+    assert all(row["found"] == [0] and row["patch_conv4"] == row["own_conv4"] == row["image_conv5"] == 1
+               for row in rows)
 
 
 def test_probe_without_any_overlap_says_so():
@@ -821,8 +894,8 @@ def test_probe_without_any_overlap_says_so():
 
 # ==== Whole runs ===================================================================================================
 
-RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "batch_size": 4, "probe_images": 4, "log_every": 1, "save_every": 1,
-       "epochs": 2, "lr": 0.03, "temperature": 0.2}
+RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "batch_size": 4, "probe_images": 4,
+       "log_every": 1, "save_every": 1, "epochs": 2, "lr": 0.03, "temperature": 0.2}
 ROWS = {"untrained", "shuffled", "pretrained"}
 
 
@@ -840,21 +913,27 @@ def test_run_writes_its_files(straight):
     out, metrics = straight
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    terms = {f"image_{level}": w for level, w in zip(dupr.LEVELS, (0.1, 0.4, 0.7, 1))} | {"patch_conv4": 1, "patch_conv5": 1}
+    terms = ({f"image_{level}": w for level, w in zip(dupr.LEVELS, (0.1, 0.4, 0.7, 1))}
+             | {"patch_conv4": 1, "patch_conv5": 1})
     for line in lines:
-        assert line.keys() == {"step", "epoch", "lr", "loss", "no_overlap", *terms, "grad_norm", "images_per_s", "memory_gib", "seconds"}
-        assert line["loss"] == pytest.approx(sum(w * line[k] for k, w in terms.items()), rel=1e-4) and line["lr"] == 0.03
+        assert line.keys() == {"step", "epoch", "lr", "loss", "no_overlap", *terms, "grad_norm",
+                               "images_per_s", "memory_gib", "seconds"}
+        assert line["loss"] == pytest.approx(sum(w * line[k] for k, w in terms.items()),
+                                             rel=1e-4) and line["lr"] == 0.03
     assert metrics.keys() == ROWS | {"steps", "primary"} and metrics["steps"] == 3 and metrics["primary"] == "patch"
     for row in ROWS:
-        assert metrics[row].keys() == {*SHARES, "patch", "own_image", "image"} and all(0 <= v <= 1 for v in metrics[row].values())
+        assert (metrics[row].keys() == {*SHARES, "patch", "own_image", "image"}
+                and all(0 <= v <= 1 for v in metrics[row].values()))
         for name, level in (("patch", "patch"), ("own_image", "own")):
-            assert metrics[row][name] == pytest.approx((metrics[row][f"{level}_conv4"] + metrics[row][f"{level}_conv5"]) / 2)
+            assert (metrics[row][name]
+                    == pytest.approx((metrics[row][f"{level}_conv4"] + metrics[row][f"{level}_conv5"]) / 2))
     assert json.loads((out / "metrics.json").read_text()) == plain(metrics)
     assert Image.open(out / "predictions.png").height > 2 * 150
     state = torch.load(out / "last.pt", weights_only=True)
     assert state["step"] == 3 and state["script"] == "dupr" and state["config"]["queue_size"] == 40
-    assert {"encoder_q.layer4.1.bn2.running_var", "encoder_k.conv1.weight", "encoder_q.image_heads.conv2.2.bias",
-            "encoder_k.patch_heads.conv5.0.weight", "queues.patch_conv4.keys", "queues.image_conv2.ptr"} <= state["model"].keys()
+    assert ({"encoder_q.layer4.1.bn2.running_var", "encoder_k.conv1.weight", "encoder_q.image_heads.conv2.2.bias",
+             "encoder_k.patch_heads.conv5.0.weight", "queues.patch_conv4.keys", "queues.image_conv2.ptr"}
+            <= state["model"].keys())
     assert state["model"]["queues.patch_conv5.ptr"] == 3 * 4 * 2 and state["model"]["queues.image_conv5.ptr"] == 12
     assert not list(out.rglob("*.tmp"))
 
@@ -873,7 +952,8 @@ def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
     metrics = run_script(tmp_path, max_steps=3, allow_config_change="true")
     assert "at step 1" in capsys.readouterr().out
     one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
-    assert one["model"].keys() == two["model"].keys() and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
+    assert (one["model"].keys() == two["model"].keys()
+            and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"]))
     for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a)
     logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (straight[0], tmp_path)]
@@ -883,7 +963,8 @@ def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
     assert plain(metrics) == plain(straight[1])
 
 
-@pytest.mark.parametrize("values", ({"alpha": (0, 0, 0, 1), "beta": (0, 0, 0, 0)}, {"alpha": (0, 0, 0, 0), "beta": (0, 0, 1, 0)}))
+@pytest.mark.parametrize("values",
+                         ({"alpha": (0, 0, 0, 1), "beta": (0, 0, 0, 0)}, {"alpha": (0, 0, 0, 0), "beta": (0, 0, 1, 0)}))
 def test_own_images_with_one_loss_only(folder, tmp_path, capsys, values):
     for i in range(4, 9):
         picture(i).save(folder / f"{i}.png")
@@ -891,7 +972,8 @@ def test_own_images_with_one_loss_only(folder, tmp_path, capsys, values):
     metrics = run_script(out, data=folder, max_steps=1, probe_images=3, **values)
     image_only = not any(values["beta"])
     assert metrics.keys() == ROWS | {"steps", "primary"} and metrics["primary"] == ("image" if image_only else "patch")
-    assert metrics["pretrained"].keys() == ({"image"} if image_only else {"patch_conv4", "own_conv4", "patch", "own_image"})
+    assert metrics["pretrained"].keys() == ({"image"} if image_only
+                                            else {"patch_conv4", "own_conv4", "patch", "own_image"})
     assert (out / "predictions.png").exists() != image_only
     said = capsys.readouterr().out
     assert ("predictions.png" in said) != image_only and f"primary: {metrics['primary']}" in said
@@ -899,7 +981,8 @@ def test_own_images_with_one_loss_only(folder, tmp_path, capsys, values):
     only, = (k for k in line if k.startswith(("image_", "patch_")))
     assert line["loss"] == line[only] and only == ("image_conv5" if image_only else "patch_conv4")
     weights = torch.load(out / "last.pt", weights_only=True)["model"]
-    assert any(k.startswith("encoder_q.layer4.") for k in weights) == image_only and sum(k.startswith("queues.") for k in weights) == 2
+    assert (any(k.startswith("encoder_q.layer4.") for k in weights) == image_only
+            and sum(k.startswith("queues.") for k in weights) == 2)
 
 
 def test_one_patch_on_the_last_level(tmp_path):
@@ -910,7 +993,8 @@ def test_one_patch_on_the_last_level(tmp_path):
 def test_a_checkpoint_is_a_backbone(straight, capsys):
     weights = torch.load(straight[0] / "last.pt", weights_only=True)["model"]
     assert not torch.equal(weights["encoder_q.conv1.weight"], weights["encoder_k.conv1.weight"])
-    for backbone in (common.Backbone("resnet18", trainable=0), common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5),
+    for backbone in (common.Backbone("resnet18", trainable=0),
+                     common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5),
                      common.Backbone("resnet18", (3,), "bn")):
         convert.load_backbone_weights(backbone.body, str(straight[0] / "last.pt"), "resnet18")
         assert "(DUPR, ResNet-18, step" in capsys.readouterr().out
@@ -918,21 +1002,25 @@ def test_a_checkpoint_is_a_backbone(straight, capsys):
             assert torch.equal(value, weights[f"encoder_q.{name}"]) or name.endswith("num_batches_tracked"), name
     state = convert.open_checkpoint(straight[0] / "last.pt").resnet()
     assert not any("head" in k or "queue" in k for k in state)
-    again = dupr.build_model(config(backbone_weights=str(straight[0] / "last.pt")))           # and a start for another pretraining
+    # and a start for another pretraining
+    again = dupr.build_model(config(backbone_weights=str(straight[0] / "last.pt")))
     for encoder in (again.encoder_q, again.encoder_k):
         assert torch.equal(encoder.layer4[1].bn2.running_var, weights["encoder_q.layer4.1.bn2.running_var"])
 
 
 def test_presets():
     def parse(*argv):
-        return run.parse_config(dupr.Config, dupr.PRESETS, list(argv), script="dupr", description="", by_data=dupr.recipe_of)
+        return run.parse_config(dupr.Config, dupr.PRESETS, list(argv), script="dupr",
+                                description="", by_data=dupr.recipe_of)
 
     cfg = parse()
-    assert (cfg.alpha, cfg.beta, cfg.roi_sizes, cfg.patch_reduction) == ((0.1, 0.4, 0.7, 1.0), (0, 0, 1, 1), (56, 28, 14, 7), "mean")
+    assert (cfg.alpha, cfg.beta, cfg.roi_sizes, cfg.patch_reduction) == ((0.1, 0.4, 0.7, 1.0),
+                                                                         (0, 0, 1, 1), (56, 28, 14, 7), "mean")
     assert (cfg.lr, cfg.batch_size, cfg.epochs, cfg.schedule, cfg.temperature, cfg.queue_size, cfg.ema_momentum) == (
         0.06, 256, 200, "cosine", 0.2, 65536, 0.999)
-    assert (cfg.sgd_momentum, cfg.weight_decay, cfg.image_size, cfg.crop_area, cfg.queued_patches, cfg.embedding_dim, cfg.arch) == (
-        0.9, 1e-4, 224, (0.2, 1.0), 4, 128, "resnet50")
+    assert (cfg.sgd_momentum, cfg.weight_decay, cfg.image_size, cfg.crop_area, cfg.queued_patches,
+            cfg.embedding_dim, cfg.arch) == (
+                0.9, 1e-4, 224, (0.2, 1.0), 4, 128, "resnet50")
     paper = parse("--preset", "paper")
     changed = {k: v for k, v in vars(paper).items() if v != vars(cfg)[k] and k not in ("preset", "out")}
     assert changed == {"roi_sizes": (56, 28, 7, 14), "patch_reduction": "sum"}
@@ -945,7 +1033,8 @@ def test_presets():
 
 def test_bad_input_ends_in_one_line(fails, folder, straight, tmp_path):
     def fail(**values):
-        return fails(dupr.main, flags({**RUN, "data": folder, "max_steps": 1, "probe_images": 0, "batch_size": 2, "out": tmp_path / "out", **values}))
+        return fails(dupr.main, flags({**RUN, "data": folder, "max_steps": 1, "probe_images": 0, "batch_size": 2,
+                                       "out": tmp_path / "out", **values}))
 
     for name in ("alpha", "beta", "roi_sizes"):
         low = 1 if name == "roi_sizes" else 0
@@ -957,7 +1046,8 @@ def test_bad_input_ends_in_one_line(fails, folder, straight, tmp_path):
     for area in ((0.5,), (0, 1), (0.6, 0.5), (0.5, 1.1), (0.1, 0.2, 0.3)):
         assert "--crop_area" in fail(crop_area=area)
     assert "--image_size 31: a view needs at least 32 pixels a side" in fail(image_size=31)
-    assert "--ema_momentum 1.01 must lie in 0..1" in fail(ema_momentum=1.01) and "must lie in 0..1" in fail(ema_momentum=-0.1)
+    assert ("--ema_momentum 1.01 must lie in 0..1" in fail(ema_momentum=1.01)
+            and "must lie in 0..1" in fail(ema_momentum=-0.1))
     assert "--temperature 0.0 above 0" in fail(temperature=0)
     assert "--batch_size 1: one image per process, but BatchNorm needs two" in fail(batch_size=1)
     for name in ("queue_size", "embedding_dim", "queued_patches", "logit_rows"):

@@ -23,8 +23,8 @@ def truth(*objects, images=1, categories=(1, 2)):
     """objects: (image_id, category_id, bbox, {extra}); ids from 0 on purpose: pycocotools alone would lose object 0."""
     return {"images": [{"id": i, "width": 500, "height": 400} for i in range(images)],
             "categories": [{"id": c, "name": f"class{c}"} for c in categories],
-            "annotations": [{"id": i, "image_id": o[0], "category_id": o[1], "bbox": o[2], "area": o[2][2] * o[2][3], "iscrowd": 0,
-                             **(o[3] if len(o) > 3 else {})} for i, o in enumerate(objects)]}
+            "annotations": [{"id": i, "image_id": o[0], "category_id": o[1], "bbox": o[2], "area": o[2][2] * o[2][3],
+                             "iscrowd": 0, **(o[3] if len(o) > 3 else {})} for i, o in enumerate(objects)]}
 
 
 def found(*boxes):
@@ -42,8 +42,10 @@ def test_perfect_detection_and_names():
     before = copy.deepcopy((gt, dt))
     m = ev.detection_metrics(gt, dt, per_class=True)
     assert (gt, dt) == before
-    assert list(m) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl", "per_class"]
-    assert all(m[k] == pytest.approx(1) for k in ("AP", "AP50", "AP75", "APm", "AR1", "AR10", "AR100", "ARm"))  # 50 x 50 is medium
+    assert list(m) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs",
+                       "ARm", "ARl", "per_class"]
+    # 50 x 50 is medium
+    assert all(m[k] == pytest.approx(1) for k in ("AP", "AP50", "AP75", "APm", "AR1", "AR10", "AR100", "ARm"))
     assert all(math.isnan(m[k]) for k in ("APs", "APl", "ARs", "ARl"))
     assert m["per_class"]["class1"] == pytest.approx(1) and math.isnan(m["per_class"]["class2"])
     json.dumps(m)
@@ -65,7 +67,8 @@ def test_class_agnostic_and_aware():
     gt, dt = truth((0, 1, A), (0, 2, B)), found((0, 1, A), (0, 1, B))
     aware, agnostic = ev.detection_metrics(gt, dt), ev.detection_metrics(gt, dt, class_agnostic=True, per_class=True)
     assert aware["AP"] == pytest.approx(0.5) and aware["AR100"] == 0.5  # class 1 perfect, class 2 nothing
-    assert agnostic["AP"] == pytest.approx(1) and agnostic["AR1"] == 0.5 and agnostic["per_class"] == {"object": pytest.approx(1)}
+    assert (agnostic["AP"] == pytest.approx(1) and agnostic["AR1"] == 0.5
+            and agnostic["per_class"] == {"object": pytest.approx(1)})
 
 
 @pytest.mark.parametrize("flag", ["difficult", "ignore"])
@@ -91,7 +94,8 @@ def test_difficult_overlap_is_that_of_an_object_not_of_a_crowd():
 def test_no_detections_and_no_ground_truth():
     m = ev.detection_metrics(truth((0, 1, A)), [])
     assert m["AP"] == m["AP50"] == m["AR100"] == 0
-    for gt, dt in ((truth(), found((0, 1, A))), (truth(), []), (truth(images=0), []), (truth(categories=()), found((0, 1, A)))):
+    for gt, dt in ((truth(), found((0, 1, A))), (truth(), []), (truth(images=0), []),
+                   (truth(categories=()), found((0, 1, A)))):
         for agnostic in (False, True):
             assert all(math.isnan(v) for v in ev.detection_metrics(gt, dt, class_agnostic=agnostic).values())
         assert all(math.isnan(v) for v in ev.voc07_metrics(gt, dt).values())
@@ -135,11 +139,13 @@ def test_voc_eleven_points_by_hand():
 
 
 def test_voc_mean_over_classes_and_thresholds():
-    # class 1: IoU .7, found at .50 .. .65 (.7 > .7 is false); class 2 perfect; class 3 has only a difficult object and does not count
+    # class 1: IoU .7, found at .50 .. .65 (.7 > .7 is false); class 2 perfect;
+    # class 3 has only a difficult object and does not count
     gt = truth((0, 1, A), (1, 2, B), (1, 3, A, {"difficult": 1}), images=2, categories=(1, 2, 3))
     m = ev.voc07_metrics(gt, found((0, 1, [10, 10, 50, 35]), (1, 2, B), (1, 3, FAR)))
     assert (m["VOC07_AP"], m["VOC07_AP50"], m["VOC07_AP75"]) == pytest.approx(((0.4 + 1) / 2, 1, 0.5))
-    assert ev.voc07_metrics(gt, found((0, 1, [10, 10, 50, 35]), (1, 2, B)), thresholds=(0.7, 0.6))["VOC07_AP"] == pytest.approx(0.75)
+    assert ev.voc07_metrics(gt, found((0, 1, [10, 10, 50, 35]), (1, 2, B)),
+                            thresholds=(0.7, 0.6))["VOC07_AP"] == pytest.approx(0.75)
 
 
 def test_voc_overlap_is_the_devkits():
@@ -149,12 +155,14 @@ def test_voc_overlap_is_the_devkits():
     inter = (x2 - x1 + 1) * (y2 - y1 + 1)
     iou = inter / ((60 - 11 + 1) ** 2 + (58.5 - 12.5 + 1) * (54.5 - 15 + 1) - inter)
     for threshold, ap in ((iou - 1e-9, 1), (iou + 1e-9, 0)):
-        assert ev.voc07_metrics(truth((0, 1, A)), found((0, 1, box)), thresholds=(threshold,))["VOC07_AP"] == pytest.approx(ap)
+        assert ev.voc07_metrics(truth((0, 1, A)), found((0, 1, box)),
+                                thresholds=(threshold,))["VOC07_AP"] == pytest.approx(ap)
 
 
 def test_voc_taken_object_makes_a_mistake_where_coco_takes_the_next():
     a2 = [14, 10, 50, 50]  # IoU with A 46/54
-    gt, dt = truth((0, 1, A), (0, 1, a2)), found((0, 1, A), (0, 1, [11, 10, 50, 50]))  # the second is nearer to A than to a2
+    # the second is nearer to A than to a2
+    gt, dt = truth((0, 1, A), (0, 1, a2)), found((0, 1, A), (0, 1, [11, 10, 50, 50]))
     assert ev.voc07_metrics(gt, dt)["VOC07_AP50"] == pytest.approx(6 / 11)
     assert ev.detection_metrics(gt, dt)["AP50"] == pytest.approx(1)
 
@@ -168,7 +176,8 @@ def test_voc_difficult_neither_counts_nor_penalises():
 
 def test_voc_ties_keep_the_order_given_and_rounding_makes_ties():
     gt, right, wrong = truth((0, 1, A)), found((0, 1, A))[0], found((0, 1, FAR))[0]
-    assert ev.voc07_metrics(gt, [right, wrong])["VOC07_AP"] == 1 and ev.voc07_metrics(gt, [wrong, right])["VOC07_AP"] == 0.5
+    assert (ev.voc07_metrics(gt, [right, wrong])["VOC07_AP"] == 1
+            and ev.voc07_metrics(gt, [wrong, right])["VOC07_AP"] == 0.5)
     dt = [{**wrong, "score": 0.5001}, {**right, "score": 0.5004}]
     assert ev.voc07_metrics(gt, dt)["VOC07_AP"] == 1 and ev.voc07_metrics(gt, dt, rounded=True)["VOC07_AP"] == 0.5
     dt = found((0, 1, [10.04, 10.04, 49.98, 49.98]))  # rounds to the object itself
@@ -190,11 +199,13 @@ def test_class_agnostic_scores():
     boxes = torch.tensor([[1.0, 2, 4, 8], [-5, -6, 10, 20], [0, 0, 900, 900], [-9, 1, -3, 5]])
     scores, boxes_xywh = ev.class_agnostic_scores(logits, boxes)
     assert scores.tolist() == [3, 2, -1, -1]  # logits of class 1, equal ones in the order of the queries
-    assert boxes_xywh.tolist() == [[0, 1, 0, 4], [0, 0, 10, 20], [1, 2, 3, 6], [0, 0, 900, 900]]  # clamped at 0, not at the image's size
+    # clamped at 0, not at the image's size
+    assert boxes_xywh.tolist() == [[0, 1, 0, 4], [0, 0, 10, 20], [1, 2, 3, 6], [0, 0, 900, 900]]
     d = ev.class_agnostic_detections(logits.requires_grad_(), boxes, 7, object_class=0, top=2)
     assert d == [{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 6], "score": 9},
                  {"image_id": 7, "category_id": 1, "bbox": [0, 0, 10, 20], "score": 0}]
-    assert ev.class_agnostic_scores(logits[:, :2], boxes)[0].tolist() == [3, 2, -1, -1]  # 2 outputs: the released slice has step 0 there
+    # 2 outputs: the released slice has step 0 there
+    assert ev.class_agnostic_scores(logits[:, :2], boxes)[0].tolist() == [3, 2, -1, -1]
     with pytest.raises(UserError, match="object_class"):
         ev.class_agnostic_scores(logits[:, :1], boxes)
 
@@ -203,7 +214,8 @@ def test_boxes_as_detections():
     boxes = np.array([[1, 2, 4, 8], [0, 0, 5, 5], [3, 3, 9, 9]], dtype=np.uint16)
     dt = ev.boxes_as_detections(boxes, 3)
     assert [d["bbox"] for d in dt] == [[1, 2, 3, 6], [0, 0, 5, 5], [3, 3, 6, 6]] and {d["image_id"] for d in dt} == {3}
-    assert dt[0]["score"] > dt[1]["score"] > dt[2]["score"] and dt[1]["score"] == ev.boxes_as_detections(boxes[:2], 4)[1]["score"]
+    assert (dt[0]["score"] > dt[1]["score"] > dt[2]["score"]
+            and dt[1]["score"] == ev.boxes_as_detections(boxes[:2], 4)[1]["score"])
     assert [d["score"] for d in ev.boxes_as_detections(boxes, 3, scores=np.ones(3), category_id=5)] == [1, 1, 1]
     assert ev.boxes_as_detections([], 3) == []
     with pytest.raises(UserError, match="2 scores for 3 boxes"):
@@ -228,7 +240,8 @@ def test_shuffled_moves_every_detection_to_another_image():
 def _worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     try:
-        seen = [list(ev.rank_slice(7)), ev.gather([{"i": i} for i in ev.rank_slice(7)]), ev.gather([rank] * rank), list(ev.rank_slice(1))]
+        seen = [list(ev.rank_slice(7)), ev.gather([{"i": i} for i in ev.rank_slice(7)]),
+                ev.gather([rank] * rank), list(ev.rank_slice(1))]
         (folder / f"{rank}.json").write_text(json.dumps(seen))
     finally:
         dist.destroy_process_group()
@@ -236,7 +249,8 @@ def _worker(rank, folder):
 
 def test_two_processes(tmp_path):
     mp.spawn(_worker, (tmp_path,), nprocs=2)
-    (mine0, all0, uneven0, one0), (mine1, all1, uneven1, one1) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
+    (mine0, all0, uneven0, one0), (mine1, all1, uneven1, one1) = (json.loads((tmp_path / f"{r}.json").read_text())
+                                                                  for r in (0, 1))
     assert mine0 + mine1 == list(range(7)) and abs(len(mine0) - len(mine1)) == 1 and one0 + one1 == [0]
     assert all0 == all1 == [{"i": i} for i in range(7)] and uneven0 == uneven1 == [1]
 
@@ -268,7 +282,8 @@ def test_write_json(tmp_path):
     path = tmp_path / "new" / "m.json"
     numbers = [np.float32(0.5), np.int64(2), torch.tensor([1.0, math.inf])]
     ev.write_json(path, {"a": math.nan, "b": numbers, 3: {"c": (1, "x", None, True)}, "p": tmp_path})
-    assert json.loads(path.read_text()) == {"a": None, "b": [0.5, 2, [1.0, None]], "3": {"c": [1, "x", None, True]}, "p": str(tmp_path)}
+    assert json.loads(path.read_text()) == {"a": None, "b": [0.5, 2, [1.0, None]],
+                                            "3": {"c": [1, "x", None, True]}, "p": str(tmp_path)}
     assert [p.name for p in path.parent.iterdir()] == ["m.json"]
 
 
@@ -277,14 +292,17 @@ def test_write_json(tmp_path):
 def test_figure_pixels(tmp_path):
     images = [Image.new("RGB", (240, 480), "gray"), Image.new("L", (360, 240), 128)]
     columns = {"true": [(torch.tensor([[20.0, 40, 100, 200], [40, 240, 200, 440]]), None), (np.zeros((0, 4)), None)],
-               "a long title for one column": [([[20, 40, 100, 200]] * 12, [f"{i}" for i in range(12)]), ([[-50, 100, 900, 200]], ["cell"])]}
+               "a long title for one column": [([[20, 40, 100, 200]] * 12, [f"{i}" for i in range(12)]),
+                                               ([[-50, 100, 900, 200]], ["cell"])]}
     ev.draw_boxes_figure(tmp_path / "new" / "f.png", images, columns)
     sheet = np.asarray(Image.open(tmp_path / "new" / "f.png"))
-    assert sheet.shape == (ev.HEADER + 2 * (240 + ev.GAP), 3 * ev.GAP + 360 + 360, 3)  # columns as wide as their widest image
+    # columns as wide as their widest image
+    assert sheet.shape == (ev.HEADER + 2 * (240 + ev.GAP), 3 * ev.GAP + 360 + 360, 3)
     assert (sheet[:ev.HEADER] < 100).any() and (sheet[:, :ev.GAP] == 255).all()
     left, top = ev.GAP + 120, ev.HEADER  # the portrait image is scaled by 1/2 to 120 x 240 and centred in its column
     colours = [tuple(int(c[i:i + 2], 16) for i in (1, 3, 5)) for c in ev.PALETTE]
-    assert tuple(sheet[top + 60, left + 11]) == colours[0] and tuple(sheet[top + 60, left + 10]) == (0, 0, 0)  # first box, its left edge x = 20 / 2
+    # first box, its left edge x = 20 / 2
+    assert tuple(sheet[top + 60, left + 11]) == colours[0] and tuple(sheet[top + 60, left + 10]) == (0, 0, 0)
     assert tuple(sheet[top + 170, left + 21]) == colours[1] and tuple(sheet[top + 60, left + 30]) == (128, 128, 128)
     second = sheet[top + 240 + ev.GAP:, 2 * ev.GAP + 360:]  # the box leaves the image: its edges are clamped into it
     assert tuple(second[150, 1]) == colours[0] and (second[:, 360:] == 255).all()

@@ -1,5 +1,6 @@
-"""What makes a step fast without changing it: every quick form against its plain one, and what must not creep back (reads from the device,
-recompilation for every size, copies of queues and averages). No times: those are in benchmarks/."""
+"""What makes a step fast without changing it: every quick form against its plain one, and what must not creep back
+(reads from the device, recompilation for every size, copies of queues and averages). No times:
+those are in benchmarks/."""
 import copy
 import functools
 import importlib
@@ -28,15 +29,18 @@ SHAPES = [(6, 5), (3, 7), (1, 2)]
 # ==== Deformable attention ====
 
 def attention_case(dtype, B=2, Q=9, M=4, D=8, P=3, shapes=SHAPES):
-    """Points inside, outside and far outside the maps, none on the border of a cell, where the gradient of its place jumps."""
+    """Points inside, outside and far outside the maps, none on the border of a cell,
+    where the gradient of its place jumps."""
     g = torch.Generator().manual_seed(3)
     size = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
     place = torch.rand(B, Q, M, len(shapes), P, 2, generator=g, dtype=torch.float64) * (size + 6) - 3
     place[0, 0, 0, 0, 0] = 1e4
     locations = (place.floor() + (place % 1).clamp(0.05, 0.95) + 0.5) / size
-    weights = torch.rand(B, Q, M, len(shapes) * P, generator=g, dtype=torch.float64).softmax(-1).view(B, Q, M, len(shapes), P)
+    weights = torch.rand(B, Q, M, len(shapes) * P, generator=g,
+                         dtype=torch.float64).softmax(-1).view(B, Q, M, len(shapes), P)
     value = torch.randn(B, sum(h * w for h, w in shapes), M, D, generator=g, dtype=torch.float64)
-    return value.to(dtype), locations.to(dtype), weights.to(dtype), torch.randn(B, Q, M * D, generator=g, dtype=torch.float64).to(dtype)
+    return (value.to(dtype), locations.to(dtype), weights.to(dtype),
+            torch.randn(B, Q, M * D, generator=g, dtype=torch.float64).to(dtype))
 
 
 def attended(form, value, locations, weights, direction, shapes=SHAPES):
@@ -66,11 +70,13 @@ def test_deformable_attention_without_a_gradient_of_the_places():
     for k in range(3):
         leaves = [t.clone().requires_grad_(i == k) for i, t in enumerate((value, locations, weights))]
         common.deformable_attention_on_cpu(leaves[0], SHAPES, *leaves[1:]).backward(direction)
-        assert [t.grad is not None for t in leaves] == [i == k for i in range(3)] and torch.equal(leaves[k].grad, full[1 + k])
+        assert ([t.grad is not None for t in leaves] == [i == k for i in range(3)]
+                and torch.equal(leaves[k].grad, full[1 + k]))
 
 
 def test_deformable_attention_in_bf16(monkeypatch):
-    """Under autocast a module's output is within bf16's rounding of its float64 self, because places are never rounded to bf16."""
+    """Under autocast a module's output is within bf16's rounding of its float64 self,
+    because places are never rounded to bf16."""
     torch.manual_seed(0)
     module = common.MSDeformAttn(32, len(SHAPES), 4, 3)
     nn.init.normal_(module.sampling_offsets.weight, std=0.3)
@@ -94,11 +100,12 @@ def test_deformable_attention_in_bf16(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         found = module(query, reference, source, SHAPES, None)
     assert seen == [(torch.float32, torch.float32)]
-    assert 1e-4 < ((found - exact).abs().max() / exact.std()).item() < 0.03                       # rounded places: more than 0.1
+    assert 1e-4 < ((found - exact).abs().max() / exact.std()).item() < 0.03  # rounded places: more than 0.1
 
 
 def test_form_of_a_device(monkeypatch):
-    """deformops is asked for on CUDA only, in its own order of arguments; without it CUDA and all other devices take the readable form."""
+    """deformops is asked for on CUDA only, in its own order of arguments;
+    without it CUDA and all other devices take the readable form."""
     assert common.deformable_attention_for(CPU) is common.deformable_attention_on_cpu
     for package in (None, object()):
         monkeypatch.setattr(common, "deformops", package)
@@ -110,8 +117,10 @@ def test_form_of_a_device(monkeypatch):
         class registry:
             @staticmethod
             def msda(value, shapes, starts, locations, weights):
-                assert starts.tolist() == [0, 30, 51] and shapes.tolist() == [list(s) for s in SHAPES] and not shapes.is_floating_point()
-                return common.multi_scale_deformable_attention(value, [tuple(s) for s in shapes.tolist()], locations, weights)
+                assert (starts.tolist() == [0, 30, 51] and shapes.tolist() == [list(s) for s in SHAPES]
+                        and not shapes.is_floating_point())
+                return common.multi_scale_deformable_attention(value,
+                                                               [tuple(s) for s in shapes.tolist()], locations, weights)
     monkeypatch.setattr(common, "deformops", Package)
     *inputs, _ = attention_case(torch.float32)
     torch.testing.assert_close(common.deformable_attention_by_deformops(inputs[0], SHAPES, *inputs[1:]),
@@ -123,17 +132,19 @@ def test_form_of_a_device(monkeypatch):
 @pytest.mark.parametrize("arch", ("resnet18", "resnet50"))
 @pytest.mark.parametrize("norm", ("frozen", "bn"))
 def test_backbone_is_torchvisions(arch, norm):
-    """Norms inside the convolutions and channels last: torchvision's own forward, its gradients and its running statistics."""
+    """Norms inside the convolutions and channels last: torchvision's own forward,
+    its gradients and its running statistics."""
     torch.manual_seed(1)
     backbone = common.Backbone(arch, (1, 2, 3, 4), norm, trainable=5).train()
-    plain = getattr(torchvision.models, arch)(norm_layer=torchvision.ops.FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d).train()
+    plain = getattr(torchvision.models, arch)(norm_layer=torchvision.ops.FrozenBatchNorm2d if norm == "frozen"
+                                              else nn.BatchNorm2d).train()
     for module in backbone.modules():
         if isinstance(module, (torchvision.ops.FrozenBatchNorm2d, nn.BatchNorm2d)):
             for name, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
                 getattr(module, name).data.uniform_(low, low + 1)
     assert plain.load_state_dict(backbone.body.state_dict(), strict=False).missing_keys == ["fc.weight", "fc.bias"]
     images, outputs = torch.randn(2, 3, 64, 96, dtype=torch.float64), []
-    backbone, plain = backbone.double(), plain.double()                   # norms of a few pixels amplify the rounding of float32
+    backbone, plain = backbone.double(), plain.double()  # norms of a few pixels amplify the rounding of float32
     x = plain.maxpool(plain.relu(plain.bn1(plain.conv1(images))))
     for layer in (plain.layer1, plain.layer2, plain.layer3, plain.layer4):
         x = layer(x)
@@ -151,13 +162,15 @@ def test_backbone_is_torchvisions(arch, norm):
 
 
 def test_dropout():
-    """Kept elements are scaled, as many are dropped as p says, gradients fall on the kept, and the draws are those of torch's generator."""
+    """Kept elements are scaled, as many are dropped as p says, gradients fall on the kept,
+    and the draws are those of torch's generator."""
     x = torch.full((1000, 1001), 2.0, requires_grad=True)
     dropout = common.Dropout(0.1)
     torch.manual_seed(0)
     y = dropout(x)
     dropped = y == 0
-    assert abs(dropped.float().mean().item() - 0.1) < 1e-3 and torch.equal(y[~dropped].unique(), torch.tensor([2.0]) * (1 / 0.9))
+    assert abs(dropped.float().mean().item() - 0.1) < 1e-3 and torch.equal(y[~dropped].unique(),
+                                                                           torch.tensor([2.0]) * (1 / 0.9))
     assert abs(torch.corrcoef(torch.stack([dropped[:, :-1].flatten(), dropped[:, 1:].flatten()]).float())[0, 1]) < 5e-3
     y.sum().backward()
     assert torch.equal(x.grad, torch.where(dropped, 0.0, 1 / 0.9))
@@ -178,9 +191,11 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().split("::")[-1].split(".")[0]
-        mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(t is not None and t.dtype == torch.bool for t in args[1])
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2", "repeat_interleave") or mask:
-            if not (name == "repeat_interleave" and len(args) > 1):              # with a number of repeats the shape is known
+        mask = (name in ("index", "index_put", "index_put_", "_index_put_impl_")
+                and any(t is not None and t.dtype == torch.bool for t in args[1]))
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2",
+                    "repeat_interleave") or mask:
+            if not (name == "repeat_interleave" and len(args) > 1):  # with a number of repeats the shape is known
                 self.found.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -199,7 +214,8 @@ def one_step(method):
         return model, lambda: dupr.train_step(cfg, model, optimizer, batch, 0, CPU)
     case, script = importlib.import_module(f"test_{method}"), importlib.import_module(method)
     cfg, model, batch = case.step_case()
-    frozen, optimizer, criterion = nn.Identity() if method == "detreg" else None, common.build_optimizer(cfg, model), script.build_criterion(cfg)
+    frozen, optimizer, criterion = (nn.Identity() if method == "detreg" else None, common.build_optimizer(cfg, model),
+                                    script.build_criterion(cfg))
     return model, lambda: script.train_step(cfg, model.train(), frozen, criterion, optimizer, [batch], CPU)
 
 
@@ -219,7 +235,8 @@ def test_a_step_waits_for_nothing(method, monkeypatch):
     if method in ("soco", "dupr"):
         assert moved == []
     else:
-        assert isinstance(moved[0], int) and all(isinstance(m, tuple) for m in moved[1:])     # one transfer, then all that is solved
+        # one transfer, then all that is solved
+        assert isinstance(moved[0], int) and all(isinstance(m, tuple) for m in moved[1:])
         assert moved[0] == sum(int(np.prod(shape)) for shape in moved[1:]) and len(moved) > 4
 
 
@@ -240,7 +257,8 @@ def test_averages_and_queues_stay_where_they_are(method):
 # ==== torch.compile ====
 
 def test_sizes_are_not_compiled_one_by_one(monkeypatch):
-    """--compile: the layers of a kind are compiled together, after a few sizes of images no other one is, and the results are those without."""
+    """--compile: the layers of a kind are compiled together, after a few sizes of images no other one is,
+    and the results are those without."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain = common.build_detector(small_config(detreg.Config, enc_layers=2, num_feature_levels=3), 3, focal=True).eval()

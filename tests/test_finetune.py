@@ -1,4 +1,5 @@
-"""finetune.py: what a checkpoint's head means, recipes, its step on one and two processes, and whole runs on small labelled sets."""
+"""finetune.py: what a checkpoint's head means, recipes, its step on one and two processes,
+and whole runs on small labelled sets."""
 import dataclasses
 import functools
 import json
@@ -60,7 +61,8 @@ def test_head_rows():
     coco = [{"id": i, "name": f"c{i}"} for i in COCO_IDS]
     rows = finetune.head_rows({}, 91, coco)
     assert len(COCO_IDS) == 80 and len(rows) == 91 and sum(r == -1 for r in rows) == 11 and rows[0] == rows[12] == -1
-    assert all(rows[i] == place for place, i in enumerate(COCO_IDS)) and rows[1] == 0 and rows[13] == 11 and rows[90] == 79
+    assert (all(rows[i] == place for place, i in enumerate(COCO_IDS)) and rows[1] == 0
+            and rows[13] == 11 and rows[90] == 79)
     voc = [{"id": i + 1, "name": f"v{i}"} for i in range(20)]
     assert finetune.head_rows({}, 21, voc) == [*range(20), -1]
     for n, categories in ((91, voc), (21, coco), (20, voc), (3, ours), (91, coco[:79])):
@@ -71,15 +73,17 @@ def test_adopted_architecture(tmp_path):
     model = build(3, with_box_refine=True, enc_layers=2)
     run.save_checkpoint(tmp_path / "c.pt", model, None, 0, small_config(detreg.Config, nheads=4), script="detreg")
     found, arch = finetune.read_init(tmp_path / "c.pt")
-    assert all(torch.equal(v, found.state[k]) for k, v in model.state_dict().items()) and len(found.state) == len(model.state_dict())
+    assert (all(torch.equal(v, found.state[k]) for k, v in model.state_dict().items())
+            and len(found.state) == len(model.state_dict()))
     cfg = finetune.Config(init_from="c.pt", lr=0.5)
     adopted = finetune.adopt_architecture(cfg, arch, {"lr", "data"})
-    expected = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=2, dec_layers=2, dim_feedforward=32, num_queries=8, num_feature_levels=3,
-                    with_box_refine=True, backbone_norm="frozen")
+    expected = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=2, dec_layers=2, dim_feedforward=32,
+                    num_queries=8, num_feature_levels=3, with_box_refine=True, backbone_norm="frozen")
     assert adopted == dataclasses.replace(cfg, **expected)                # and nothing else has changed
     agreeing = dataclasses.replace(cfg, num_queries=8, nheads=4)
     assert finetune.adopt_architecture(agreeing, arch, {"num_queries", "nheads"}).num_queries == 8
-    with pytest.raises(UserError, match=r"^c\.pt .*--arch resnet50 \(it has resnet18\), --num_queries 300 \(it has 8\); leave"):
+    with pytest.raises(UserError,
+                       match=r"^c\.pt .*--arch resnet50 \(it has resnet18\), --num_queries 300 \(it has 8\); leave"):
         finetune.adopt_architecture(cfg, arch, {"num_queries", "arch"})
     with pytest.raises(UserError, match=r"--nheads 8 \(it has 4\)"):
         finetune.adopt_architecture(cfg, arch, {"nheads"})
@@ -92,7 +96,8 @@ def test_heads_that_are_kept_and_made_anew(tmp_path):
     torch.nn.init.normal_(old.class_embed[0].weight)
     state, own = old.state_dict(), {"categories": categories}
     model, mapped = finetune.build_model(cfg, init(own, state), categories)
-    assert mapped == [0, 1] and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())     # the same classes: everything is kept
+    # the same classes: everything is kept
+    assert mapped == [0, 1] and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     model, mapped = finetune.build_model(cfg, init({}, state), [*categories, {"id": 10, "name": "c"}])
     assert mapped == [0, 1, 2] and model.class_embed[0].weight.shape == (3, 64)
     assert (model.class_embed[0].bias == -np.float32(np.log(99))).all()
@@ -100,10 +105,12 @@ def test_heads_that_are_kept_and_made_anew(tmp_path):
     only = dataclasses.replace(cfg, eval_only=True)
     with pytest.raises(UserError, match="classifier has 2 rows.*--class_agnostic"):
         finetune.build_model(only, init({}, state), [{"id": 1, "name": "x"}])
-    model, mapped = finetune.build_model(dataclasses.replace(only, class_agnostic=True), init({}, state), [{"id": 1, "name": "x"}])
+    model, mapped = finetune.build_model(dataclasses.replace(only, class_agnostic=True), init({}, state),
+                                         [{"id": 1, "name": "x"}])
     assert mapped == [0, 1] and torch.equal(model.class_embed[0].weight, old.class_embed[0].weight)
     pretext = {**state, "feature_embed.layers.0.bias": torch.zeros(64)}
-    assert finetune.build_model(dataclasses.replace(only, class_agnostic=True), init({}, pretext), categories)[1] == [-1, -1]
+    assert finetune.build_model(dataclasses.replace(only, class_agnostic=True), init({}, pretext),
+                                categories)[1] == [-1, -1]
 
 
 def test_training_with_the_categories_in_another_order():
@@ -131,20 +138,25 @@ def test_pretext_head_of_91_rows_is_no_coco_head(eval_only):
 
 def test_detections_of_a_permuted_head():
     logits = torch.tensor([[3.0, -9, 1], [-9, 2, -9]])
-    found = finetune.category_detections(logits, torch.tensor([[1.0, 2, 5, 8], [0, 0, 4, 4]]), [1, -1, 0], [70, 300], 55, softmax=False)
-    assert [(d["category_id"], d["bbox"], d["image_id"]) for d in found[:2]] == [(300, [1, 2, 4, 6], 55), (70, [1, 2, 4, 6], 55)]
+    found = finetune.category_detections(logits, torch.tensor([[1.0, 2, 5, 8], [0, 0, 4, 4]]), [1, -1, 0],
+                                         [70, 300], 55, softmax=False)
+    assert ([(d["category_id"], d["bbox"], d["image_id"]) for d in found[:2]]
+            == [(300, [1, 2, 4, 6], 55), (70, [1, 2, 4, 6], 55)])
     assert [d["score"] for d in found[:2]] == pytest.approx([1 / (1 + np.exp(-3)), 1 / (1 + np.exp(-1))])
     assert len(found) == 4                                                # row 1 is no category
-    rows = torch.tensor([[3.0, -9, 1, 9], [-9, 2, -9, 0], [0, 0, 1, -5]])     # softmax: a query has one class, the best that is not "no object"
-    found = finetune.category_detections(rows, torch.tensor([[1.0, 2, 5, 8], [0, 0, 4, 4], [0, 0, 2, 2]]), [1, -1, 0], [70, 300], 55, softmax=True)
+    # softmax: a query has one class, the best that is not "no object"
+    rows = torch.tensor([[3.0, -9, 1, 9], [-9, 2, -9, 0], [0, 0, 1, -5]])
+    found = finetune.category_detections(rows, torch.tensor([[1.0, 2, 5, 8], [0, 0, 4, 4], [0, 0, 2, 2]]), [1, -1, 0],
+                                         [70, 300], 55, softmax=True)
     assert [(d["category_id"], d["bbox"]) for d in found] == [(300, [1, 2, 4, 6]), (70, [0, 0, 2, 2])]
     p = np.exp(rows.numpy()) / np.exp(rows.numpy()).sum(1, keepdims=True)
     assert [d["score"] for d in found] == pytest.approx([p[0, 0], p[2, 2]])
 
 
 @pytest.mark.parametrize(("values", "expected"), (
-    ({"data": "coco"}, (50, 40, 32)), ({"data": "voc"}, (100, 70, 32)), ({"data": "voc", "labels_percent": 10}, (200, 150, 8)),
-    ({"data": "coco", "labels_percent": 1}, (2000, 2000, 24)), ({"data": "coco", "labels_percent": 2}, (1000, 1000, 24)),
+    ({"data": "coco"}, (50, 40, 32)), ({"data": "voc"}, (100, 70, 32)),
+    ({"data": "voc", "labels_percent": 10}, (200, 150, 8)), ({"data": "coco", "labels_percent": 1}, (2000, 2000, 24)),
+    ({"data": "coco", "labels_percent": 2}, (1000, 1000, 24)),
     ({"data": "coco", "labels_percent": 5}, (500, 500, 24)), ({"data": "coco", "labels_percent": 10}, (400, 400, 24)),
     ({"data": "coco", "labels_percent": 2, "protocol": "semi_supervised"}, (200, 150, 24)),
     ({"data": "coco", "labels_percent": 10, "protocol": "semi_supervised"}, (100, 40, 24)),
@@ -152,7 +164,8 @@ def test_detections_of_a_permuted_head():
     ({"data": "some/folder", "labels_percent": 1}, (50, 40, 32)),
     ({"data": "coco", "labels_percent": 1, "epochs": 3, "lr_drop": 2, "batch_size": 4}, (3, 2, 4))))
 def test_recipes(values, expected):
-    cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="", by_data=finetune.recipe_of)
+    cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="",
+                           by_data=finetune.recipe_of)
     assert (cfg.epochs, cfg.lr_drop, cfg.batch_size) == expected
 
 
@@ -165,23 +178,29 @@ DETR, DEFORMABLE = (1e-4, 5e-5, 2048, 100), (2e-4, 2e-5, 1024, 300)          # r
     ("detr", "coco", {"protocol": "siamese"}, (150, 120)), ("detr", "voc", {"protocol": "siamese"}, (50, 40)),
     ("detr", "voc", {"protocol": "siamese", "labels_percent": 30}, (50, 40)),
     ("conditional_detr", "coco", {}, (50, 40)), ("conditional_detr", "voc", {}, (50, 40)),
-    ("conditional_detr", "coco", {"protocol": "siamese"}, (50, 40)), ("conditional_detr", "voc", {"protocol": "siamese"}, (50, 40)),
-    ("deformable_detr", "coco", {}, (50, 40)), ("deformable_detr", "voc", {}, (100, 70)), ("deformable_detr_ss", "coco", {}, (50, 40)),
+    ("conditional_detr", "coco", {"protocol": "siamese"}, (50, 40)),
+    ("conditional_detr", "voc", {"protocol": "siamese"}, (50, 40)), ("deformable_detr", "coco", {}, (50, 40)),
+    ("deformable_detr", "voc", {}, (100, 70)), ("deformable_detr_ss", "coco", {}, (50, 40)),
     ("deformable_detr_ss", "voc", {}, (100, 70)), ("deformable_detr_ss", "voc", {"labels_percent": 10}, (200, 150)),
-    ("deformable_detr", "voc", {"labels_percent": 30}, (100, 70)), ("deformable_detr", "coco", {"protocol": "siamese"}, (50, 40)),
+    ("deformable_detr", "voc", {"labels_percent": 30}, (100, 70)),
+    ("deformable_detr", "coco", {"protocol": "siamese"}, (50, 40)),
     ("deformable_detr", "voc", {"protocol": "siamese"}, (50, 40)),
     ("deformable_detr_ss", "voc", {"protocol": "siamese", "labels_percent": 10}, (50, 40))))
 def test_recipes_of_the_detectors(detector, data, flag, schedule):
     def parse(**values):
-        return run.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="", by_data=finetune.recipe_of)
+        return run.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="",
+                                by_data=finetune.recipe_of)
 
     cfg = parse(detector=detector, data=data, **flag)
     assert (cfg.epochs, cfg.lr_drop) == schedule
     assert cfg.batch_size == (8 if schedule == (200, 150) else 32)
-    assert (cfg.lr, cfg.lr_backbone, cfg.dim_feedforward, cfg.num_queries) == (DEFORMABLE if detector.startswith("deformable") else DETR)
-    assert (cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, cfg.pre_norm) == (1.0 if detector == "detr" else 2.0, 5, 2, False)
+    assert ((cfg.lr, cfg.lr_backbone, cfg.dim_feedforward, cfg.num_queries)
+            == (DEFORMABLE if detector.startswith("deformable") else DETR))
+    assert ((cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, cfg.pre_norm)
+            == (1.0 if detector == "detr" else 2.0, 5, 2, False))
     only = parse(detector=detector, data=data, eval_only="true", init_from="x", **flag)
-    assert only.out == ("out/finetune-folder-eval" if "/" in data else f"out/finetune-{data}-eval") and only.num_queries == cfg.num_queries
+    assert (only.out == ("out/finetune-folder-eval" if "/" in data else f"out/finetune-{data}-eval")
+            and only.num_queries == cfg.num_queries)
 
 
 # ==== Checkpoints of the pretraining methods =======================================================================
@@ -194,7 +213,8 @@ PRETEXT_HEADS = {"detreg": ("feature_embed",), "updetr": ("patch2query", "featur
 def save_pretrained(path, method, detector, **values):
     """A small checkpoint as the script saves it; returns (its tensors, configuration)."""
     own = {"detreg": {}, "updetr": {"num_patches": 4}, "siamese_detr": {"num_regions": 4}}[method]
-    cfg = small_config(METHODS[method].Config, **{"num_feature_levels": LEVELS, "detector": detector, "backbone_weights": "random", **own, **values})
+    cfg = small_config(METHODS[method].Config, **{"num_feature_levels": LEVELS, "detector": detector,
+                                                  "backbone_weights": "random", **own, **values})
     model = METHODS[method].build_models(cfg)[0]
     heads = model.detector.class_embed
     for head in heads if isinstance(heads, torch.nn.ModuleList) else [heads]:
@@ -219,18 +239,22 @@ def test_pretrained_checkpoints(method, detector, tmp_path, capsys):
     capsys.readouterr()
     cfg, model, mapped = load(tmp_path / "last.pt", CATEGORIES)
     said = capsys.readouterr().out
-    same = ["detector", "arch", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "num_queries", "backbone_norm"]
-    same += ["num_feature_levels", "with_box_refine"] if detector == "deformable_detr" else ["pre_norm"] if detector == "detr" else []
+    same = ["detector", "arch", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward",
+            "num_queries", "backbone_norm"]
+    same += (["num_feature_levels", "with_box_refine"] if detector == "deformable_detr"
+             else ["pre_norm"] if detector == "detr" else [])
     assert {k: getattr(cfg, k) for k in same} == {k: getattr(old, k) for k in same}
     assert cfg.pre_norm == (method != "siamese_detr" and detector == "detr")                  # read off the file
     own, dropped = model.state_dict(), [k for k in state if k.startswith((*PRETEXT_HEADS[method], "class_embed"))]
-    assert own.keys() - state.keys() == set() and state.keys() - own.keys() == {k for k in dropped if not k.startswith("class_embed")}
+    assert (own.keys() - state.keys() == set()
+            and state.keys() - own.keys() == {k for k in dropped if not k.startswith("class_embed")})
     assert all(torch.equal(v, state[k]) for k, v in own.items() if not k.startswith("class_embed"))
     for name in dropped:                                                  # every tensor that is left out is named
         assert f" {name}," in said or f" {name}\n" in said, name
     for prefix in PRETEXT_HEADS[method]:
         assert any(k.startswith(prefix) for k in dropped)
-    assert f"loaded {len(state) - len(dropped)} tensors from {tmp_path / 'last.pt'}" in said and f"made anew for {len(CATEGORIES)} categories" in said
+    assert (f"loaded {len(state) - len(dropped)} tensors from {tmp_path / 'last.pt'}" in said
+            and f"made anew for {len(CATEGORIES)} categories" in said)
     head = model.class_embed if isinstance(model.class_embed, torch.nn.Linear) else model.class_embed[0]
     assert mapped == [0, 1, 2, 3] and head.out_features == (5 if detector == "detr" else 4)   # DETR: and "no object"
     assert (head.bias == -np.float32(np.log(99))).all() == (detector != "detr")
@@ -240,21 +264,26 @@ def test_pretrained_checkpoints(method, detector, tmp_path, capsys):
 def test_queries_of_a_single_query_checkpoint_are_made_anew(detector, tmp_path, capsys):
     state, _ = save_pretrained(tmp_path / "last.pt", "updetr", detector, num_patches=1, num_queries=3)
     capsys.readouterr()
-    cfg, model, _ = load(tmp_path / "last.pt", CATEGORIES, num_queries=100)                   # what recipe_of says of these detectors
+    cfg, model, _ = load(tmp_path / "last.pt", CATEGORIES, num_queries=100)  # what recipe_of says of these detectors
     assert cfg.num_queries == finetune.recipe_of(vars(cfg))["num_queries"] == 100
     assert model.query_embed.weight.shape == (100, 64) and 0.9 < model.query_embed.weight.std() < 1.1
-    assert "queries of a single-query checkpoint, made anew for 100 queries: query_embed.weight\n" in capsys.readouterr().out
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if not k.startswith(("class_embed", "query_embed")))
-    cfg, model, _ = load(tmp_path / "last.pt", CATEGORIES, num_queries=7)              # nothing in the file speaks against another number
+    assert ("queries of a single-query checkpoint, made anew for 100 queries: query_embed.weight\n"
+            in capsys.readouterr().out)
+    assert all(torch.equal(v, state[k])
+               for k, v in model.state_dict().items() if not k.startswith(("class_embed", "query_embed")))
+    # nothing in the file speaks against another number
+    cfg, model, _ = load(tmp_path / "last.pt", CATEGORIES, num_queries=7)
     assert cfg.num_queries == 7 and model.query_embed.weight.shape == (7, 64)
 
 
 def test_checkpoint_of_another_detector(fails, tmp_path):
-    for mine, wanted in (("detr", "deformable_detr"), ("conditional_detr", "detr"), ("deformable_detr_ss", "conditional_detr"),
-                         ("deformable_detr", "deformable_detr_ss")):
+    for mine, wanted in (("detr", "deformable_detr"), ("conditional_detr", "detr"),
+                         ("deformable_detr_ss", "conditional_detr"), ("deformable_detr", "deformable_detr_ss")):
         save_pretrained(tmp_path / "last.pt", "siamese_detr", mine)
-        line = fails(finetune.main, ["--data", "synthetic", "--init_from", tmp_path / "last.pt", "--detector", wanted, "--out", tmp_path / "out"])
-        assert f"last.pt: this is a {convert.NAMES[mine]} checkpoint with 8 queries; --detector is {wanted}. Give --detector {mine} or leave" in line
+        line = fails(finetune.main, ["--data", "synthetic", "--init_from", tmp_path / "last.pt", "--detector", wanted,
+                                     "--out", tmp_path / "out"])
+        assert (f"last.pt: this is a {convert.NAMES[mine]} checkpoint with 8 queries; "
+                f"--detector is {wanted}. Give --detector {mine} or leave" in line)
     assert not (tmp_path / "out").exists()
 
 
@@ -273,10 +302,12 @@ def test_rows_of_a_detr_head(tmp_path):
     logits[2, 1] = 1.0
     boxes = torch.arange(16.0).view(4, 4)
     found = finetune.category_detections(logits, boxes, mapped, COCO_IDS, 5, softmax=True)
-    assert [(d["category_id"], d["bbox"][0]) for d in found] == [(13, 0), (1, 8), (90, 12)]   # id 12 is none; "no object" keeps its best class
+    # id 12 is none; "no object" keeps its best class
+    assert [(d["category_id"], d["bbox"][0]) for d in found] == [(13, 0), (1, 8), (90, 12)]
     p = (logits[2].double().exp() / logits[2].double().exp().sum())[1].item()
     assert found[1]["score"] == pytest.approx(p, rel=1e-5)
-    model, mapped = finetune.build_model(cfg, init({}, state), coco)            # to train on: one row per category, "no object" stays last
+    # to train on: one row per category, "no object" stays last
+    model, mapped = finetune.build_model(cfg, init({}, state), coco)
     assert mapped == list(range(80)) and model.class_embed.weight.shape == (81, 64)
     for mine, theirs in (*enumerate(COCO_IDS), (80, 91)):
         assert torch.equal(model.class_embed.weight[mine], old.class_embed.weight[theirs])
@@ -296,26 +327,32 @@ def step_case():
     images, mask = tensor("step_images", 4, 3, 32, 48), torch.zeros(4, 32, 48, dtype=torch.bool)
     mask[1, 24:], mask[2, :, 30:] = True, True
     images = images.masked_fill(mask[:, None], 0.0)
-    targets = [{"labels": torch.arange(n) % 4, "boxes": tensor(f"step_boxes{i}", n, 4).mul(0.5).sigmoid()} for i, n in enumerate(COUNTS)]
+    targets = [{"labels": torch.arange(n) % 4, "boxes": tensor(f"step_boxes{i}", n, 4).mul(0.5).sigmoid()}
+               for i, n in enumerate(COUNTS)]
     return {"images": images, "mask": mask, "targets": targets}
 
 
 @functools.cache
 def one_step(start=0, stop=4, accumulate=1, detector="deformable_detr"):
-    cfg = small_config(finetune.Config, clip_max_norm=0.0, accumulate=accumulate, num_queries=6, num_feature_levels=LEVELS, detector=detector)
-    model = build(4 + (detector == "detr"), focal=detector != "detr", num_queries=6, with_box_refine=True, detector=detector)
+    cfg = small_config(finetune.Config, clip_max_norm=0.0, accumulate=accumulate, num_queries=6,
+                       num_feature_levels=LEVELS, detector=detector)
+    model = build(4 + (detector == "detr"), focal=detector != "detr", num_queries=6,
+                  with_box_refine=True, detector=detector)
     for bbox in model.bbox_embed if detector.startswith("deformable") else [model.bbox_embed]:
         torch.nn.init.normal_(bbox.layers[-1].weight, std=0.05)
     micro_batches = pieces(step_case(), start, stop, accumulate)
     wrapped = common.wrap_model(model.train(), CPU)
-    terms = finetune.train_step(cfg, wrapped, finetune.build_criterion(cfg), common.build_optimizer(cfg, model), micro_batches, CPU)
-    return {k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    terms = finetune.train_step(cfg, wrapped, finetune.build_criterion(cfg),
+                                common.build_optimizer(cfg, model), micro_batches, CPU)
+    return ({k: v.item() for k, v in terms.items()},
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
 def worker():
     """What one of two processes does (conftest.two_processes)."""
     r = common.rank()
-    return {(a, detector): one_step(2 * r, 2 * r + 2, a, detector) for a in (1, 2) for detector in ("deformable_detr", "detr")}
+    return {(a, detector): one_step(2 * r, 2 * r + 2, a, detector) for a in (1, 2)
+            for detector in ("deformable_detr", "detr")}
 
 
 @pytest.mark.parametrize("detector", ("deformable_detr", "detr"))
@@ -331,11 +368,13 @@ def test_two_processes_are_one_batch(two_processes, detector):
         same_step([r[accumulate, detector] for r in two_processes["test_finetune"]], one_step(detector=detector))
 
 
-@pytest.mark.parametrize(("detector", "refine"), (*((detector, False) for detector in DETECTORS), ("deformable_detr", True)))
+@pytest.mark.parametrize(("detector", "refine"),
+                         (*((detector, False) for detector in DETECTORS), ("deformable_detr", True)))
 def test_a_frozen_detector_learns_with_its_heads_only(detector, refine):
-    cfg = small_config(finetune.Config, detector=detector, freeze_detector=True, backbone_norm="bn", dropout=0.3, num_feature_levels=LEVELS,
-                       with_box_refine=refine, weight_decay=0.1, lr=0.01)
-    model = build(5, focal=detector != "detr", **{k: getattr(cfg, k) for k in ("detector", "backbone_norm", "dropout", "with_box_refine")})
+    cfg = small_config(finetune.Config, detector=detector, freeze_detector=True, backbone_norm="bn", dropout=0.3,
+                       num_feature_levels=LEVELS, with_box_refine=refine, weight_decay=0.1, lr=0.01)
+    model = build(5, focal=detector != "detr",
+                  **{k: getattr(cfg, k) for k in ("detector", "backbone_norm", "dropout", "with_box_refine")})
     finetune.freeze(model)
     before, batch = {k: v.clone() for k, v in model.state_dict().items()}, step_case()
     finetune.train_mode(cfg, model)
@@ -353,7 +392,8 @@ def test_a_frozen_detector_learns_with_its_heads_only(detector, refine):
     learning = {id(p) for p in model.parameters() if p.requires_grad}
     assert learning == {id(p) for head in (model.class_embed, model.bbox_embed) for p in head.parameters()}
     finetune.train_mode(dataclasses.replace(cfg, freeze_detector=False), model)
-    assert all(module.training == ("backbone.0" not in name) for name, module in model.named_modules())      # nothing of it learns any more
+    # nothing of it learns any more
+    assert all(module.training == ("backbone.0" not in name) for name, module in model.named_modules())
 
 
 # ==== Small labelled sets ==========================================================================================
@@ -381,9 +421,11 @@ def coco_set(folder):
         for i in some:
             image, boxes = drawn(i)
             image.save(folder / f"{i}.png")
-            content["images"].append({"id": 1000 - 90 * i, "width": image.width, "height": image.height, "file_name": f"{i}.png"})
+            content["images"].append({"id": 1000 - 90 * i, "width": image.width, "height": image.height,
+                                      "file_name": f"{i}.png"})
             for category, (x1, y1, x2, y2) in zip((7, 300), boxes):
-                content["annotations"].append({"id": len(content["annotations"]), "image_id": 1000 - 90 * i, "category_id": category, "iscrowd": 0,
+                content["annotations"].append({"id": len(content["annotations"]), "image_id": 1000 - 90 * i,
+                                               "category_id": category, "iscrowd": 0,
                                                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
         (folder / f"{split}.json").write_text(json.dumps(content))
     return folder
@@ -398,9 +440,10 @@ def voc_set(folder):
         for i in some:
             image, boxes = drawn(i)
             image.save(year / f"JPEGImages/00{i}.jpg")
-            objects = "".join(f"<object><name>{name.replace('<', '&lt;')}</name><difficult>{int(k == 1 and i == 5)}</difficult><bndbox>"
-                              f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
-                              for k, (name, (x1, y1, x2, y2)) in enumerate(zip(NAMES, boxes)))
+            objects = "".join(
+                f"<object><name>{name.replace('<', '&lt;')}</name><difficult>{int(k == 1 and i == 5)}</difficult><bndbox>"
+                f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                for k, (name, (x1, y1, x2, y2)) in enumerate(zip(NAMES, boxes)))
             (year / f"Annotations/00{i}.xml").write_text(
                 f"<annotation><filename>00{i}.jpg</filename><size><width>{image.width}</width><height>{image.height}</height></size>"
                 f"{objects}</annotation>")
@@ -417,8 +460,8 @@ def pretrained(tmp_path_factory):
     return path
 
 
-RUN = {"scales": (40, 48), "max_size": 80, "crop_scales": (48,), "crop_range": (30, 44), "eval_size": 48, "batch_size": 2, "max_steps": 2,
-       "num_workers": 0, "dropout": 0.0, "log_every": 1, "lr_backbone": 2e-4}
+RUN = {"scales": (40, 48), "max_size": 80, "crop_scales": (48,), "crop_range": (30, 44), "eval_size": 48,
+       "batch_size": 2, "max_steps": 2, "num_workers": 0, "dropout": 0.0, "log_every": 1, "lr_backbone": 2e-4}
 
 
 def run_script(out, **values):
@@ -447,7 +490,8 @@ def check_detections(out, sizes, category_ids):
         assert d.keys() == {"image_id", "category_id", "bbox", "score"} and 0 <= d["score"] <= 1
         x, y, w, h = d["bbox"]
         width, height = sizes[d["image_id"]]
-        assert w > 0 and h > 0 and 0 <= x + w / 2 <= width and 0 <= y + h / 2 <= height       # the centre is inside, as a sigmoid is
+        # the centre is inside, as a sigmoid is
+        assert w > 0 and h > 0 and 0 <= x + w / 2 <= width and 0 <= y + h / 2 <= height
     per_image = [sum(d["image_id"] == i for d in found) for i in sizes]
     assert per_image == [min(100, 8 * len(category_ids))] * len(sizes)
     return found
@@ -461,9 +505,11 @@ def test_coco_run(tuned):
     assert Image.open(out / "predictions.png").height > 2 * 200
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1] and all(line["loss"] == pytest.approx(
-        sum(w * line[k + s] for k, w in (("loss_ce", 2), ("loss_bbox", 5), ("loss_giou", 2)) for s in ("", "_0")), rel=1e-4) for line in lines)
+        sum(w * line[k + s] for k, w in (("loss_ce", 2), ("loss_bbox", 5), ("loss_giou", 2)) for s in ("", "_0")),
+        rel=1e-4) for line in lines)
     state = torch.load(out / "last.pt", weights_only=True)
-    assert state["script"] == "finetune" and state["step"] == 2 and state["model"]["class_embed.0.weight"].shape == (2, 64)
+    assert (state["script"] == "finetune" and state["step"] == 2
+            and state["model"]["class_embed.0.weight"].shape == (2, 64))
     assert state["categories"] == [{"id": 7, "name": NAMES[0]}, {"id": 300, "name": NAMES[1]}]
     assert not any(name.startswith("feature_embed") for name in state["model"])
 
@@ -493,7 +539,8 @@ def test_class_agnostic_evaluation_of_a_tuned_detector(tuned, tmp_path):
                 best[box] = max(best.get(box, 0), d["score"])
         mine = [d for d in found if d["image_id"] == image_id]
         assert len(mine) == 8 and [d["score"] for d in mine] == sorted((d["score"] for d in mine), reverse=True)
-        assert [1 / (1 + np.exp(-d["score"])) for d in mine] == pytest.approx(sorted(best.values(), reverse=True), abs=1e-5)
+        assert ([1 / (1 + np.exp(-d["score"])) for d in mine]
+                == pytest.approx(sorted(best.values(), reverse=True), abs=1e-5))
 
 
 def test_class_agnostic_evaluation(tuned, pretrained, tmp_path):
@@ -502,13 +549,16 @@ def test_class_agnostic_evaluation(tuned, pretrained, tmp_path):
     found = json.loads((tmp_path / "detections.json").read_text())
     assert "per_class" not in metrics and len(found) == 2 * 8 and {d["category_id"] for d in found} == {1}
     model = common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS), 2, focal=True).eval()
-    model.load_state_dict({k: v for k, v in torch.load(pretrained, weights_only=True)["model"].items() if not k.startswith("feature_embed")})
-    samples = [{"image": data.to_normalized_tensor(Image.open(tuned[1] / f"{i}.png")), "target": {}, "skipped": []} for i in (5, 4)]
+    model.load_state_dict({k: v for k, v in torch.load(pretrained, weights_only=True)["model"].items()
+                           if not k.startswith("feature_embed")})
+    samples = [{"image": data.to_normalized_tensor(Image.open(tuned[1] / f"{i}.png")), "target": {}, "skipped": []}
+               for i in (5, 4)]
     batch = data.collate(samples)                                         # their short sides are 48 already
     with torch.no_grad():
         logits = model(batch["images"], batch["mask"])["pred_logits"]
     for image_id, row in zip((550, 640), logits[..., 1]):                 # the score is the logit of row 1, "object"
-        assert [d["score"] for d in found if d["image_id"] == image_id] == pytest.approx(sorted(row.tolist(), reverse=True), abs=1e-5)
+        assert ([d["score"] for d in found if d["image_id"] == image_id]
+                == pytest.approx(sorted(row.tolist(), reverse=True), abs=1e-5))
 
 
 @pytest.mark.parametrize(("method", "detector", "softmax"), (
@@ -522,14 +572,16 @@ def test_class_agnostic_evaluation_of_every_method(method, detector, softmax, tu
     assert {"AP", "AR1", "AR10", "AR100"} <= metrics.keys() and rows == (91 + softmax if method == "detreg" else 3)
     model = build(rows, focal=False, detector=detector, pre_norm=cfg.pre_norm).eval()
     model.load_state_dict({k: v for k, v in state.items() if not k.startswith(PRETEXT_HEADS[method])})
-    samples = [{"image": data.to_normalized_tensor(Image.open(tuned[1] / f"{i}.png")), "target": {}, "skipped": []} for i in (5, 4)]
+    samples = [{"image": data.to_normalized_tensor(Image.open(tuned[1] / f"{i}.png")), "target": {}, "skipped": []}
+               for i in (5, 4)]
     batch = data.collate(samples)                                         # their short sides are 48 already
     with torch.no_grad():
         logits = model(batch["images"], batch["mask"])["pred_logits"].double().numpy()
-    scores = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)) if softmax else logits)[..., 1]           # row 1, "object"
+    scores = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)) if softmax else logits)[..., 1]  # row 1, "object"
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     for image_id, row in zip((550, 640), scores):
-        assert [d["score"] for d in found if d["image_id"] == image_id] == pytest.approx(sorted(row.tolist(), reverse=True), abs=1e-4)
+        assert ([d["score"] for d in found if d["image_id"] == image_id]
+                == pytest.approx(sorted(row.tolist(), reverse=True), abs=1e-4))
 
 
 @pytest.mark.parametrize("detector", ("detr", "conditional_detr"))
@@ -538,15 +590,18 @@ def test_run_of_another_detector(detector, tuned, tmp_path):
     metrics = run_script(tmp_path / "out", data=tuned[1], init_from=tmp_path / "last.pt", freeze_detector="true")
     old, state = (torch.load(tmp_path / name, weights_only=True) for name in ("last.pt", "out/last.pt"))
     assert state["config"]["detector"] == detector and state["config"]["pre_norm"] == (detector == "detr")
-    assert all(torch.equal(v, old["model"][k]) for k, v in state["model"].items() if not k.startswith(("class_embed.", "bbox_embed.")))
+    assert all(torch.equal(v, old["model"][k])
+               for k, v in state["model"].items() if not k.startswith(("class_embed.", "bbox_embed.")))
     assert not torch.equal(state["model"]["bbox_embed.layers.0.weight"], old["model"]["bbox_embed.layers.0.weight"])
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert len(found) == 2 * (8 if detector == "detr" else 16)            # DETR: every query once
-    anyhow = evaluation.detection_metrics(finetune.open_sets(finetune.Config(data=str(tuned[1])))[1].coco_ground_truth(), found, class_agnostic=True)
+    anyhow = evaluation.detection_metrics(
+        finetune.open_sets(finetune.Config(data=str(tuned[1])))[1].coco_ground_truth(), found, class_agnostic=True)
     for k in (1, 10, 100):                                                # Siamese DETR, Table 5
         assert plain(metrics)[f"agnostic_AR{k}"] == pytest.approx(anyhow[f"AR{k}"])
     again = run_script(tmp_path / "again", data=tuned[1], init_from=tmp_path / "out" / "last.pt", eval_only="true")
-    assert {k: v for k, v in plain(again).items()} == {k: v for k, v in plain(metrics).items() if not k.startswith("agnostic") and k != "steps"}
+    assert ({k: v for k, v in plain(again).items()}
+            == {k: v for k, v in plain(metrics).items() if not k.startswith("agnostic") and k != "steps"})
 
 
 def test_voc_run(pretrained, tmp_path):
@@ -579,7 +634,8 @@ def test_share_of_the_labels_depends_on_the_seed_alone(monkeypatch, tmp_path):
     def drawn_ids(seed, rank):
         monkeypatch.setattr(common, "rank", lambda: rank)
         torch.manual_seed(rank), np.random.seed(rank)
-        return finetune.open_sets(finetune.Config(data=str(tmp_path / "set"), labels_percent=50, seed=seed))[0].image_ids
+        return finetune.open_sets(finetune.Config(data=str(tmp_path / "set"),
+                                                  labels_percent=50, seed=seed))[0].image_ids
 
     every = sorted(1000 - 90 * i for i in range(4))
     for seed in range(4):
@@ -602,7 +658,8 @@ def test_samples_leave_crowds_out_and_keep_difficult_objects():
         centres = torch.tensor([[14 / 64, 18 / 48], [37 / 64, 24 / 48]])
         if flipped:
             centres[:, 0] = 1 - centres[:, 0]
-        torch.testing.assert_close(sample["target"]["boxes"], torch.cat([centres, torch.tensor([[20 / 64, 24 / 48], [14 / 64, 24 / 48]])], 1))
+        torch.testing.assert_close(sample["target"]["boxes"],
+                                   torch.cat([centres, torch.tensor([[20 / 64, 24 / 48], [14 / 64, 24 / 48]])], 1))
     assert seen == {True, False}
 
 
@@ -612,7 +669,8 @@ def test_bad_input_ends_in_one_line(fails, tuned, pretrained, tmp_path):
     out, labelled, _ = tuned
 
     def fail(**values):
-        return fails(finetune.main, flags({**RUN, "data": labelled, "init_from": pretrained, "out": tmp_path / "out", **values}))
+        return fails(finetune.main,
+                     flags({**RUN, "data": labelled, "init_from": pretrained, "out": tmp_path / "out", **values}))
 
     def edited(name, change):
         content = json.loads((labelled / "train.json").read_text())
@@ -623,9 +681,13 @@ def test_bad_input_ends_in_one_line(fails, tuned, pretrained, tmp_path):
     assert str(tmp_path / "nowhere") in fail(data=tmp_path / "nowhere")
     assert "batch_size 2 (global)" in fail(accumulate=3)
     assert "--labels_percent 0" in fail(labels_percent=0) and "101" in fail(labels_percent=101)
-    assert "absent.png" in (line := fail(data=edited("gap.json", lambda c: c["images"][2].update(file_name="absent.png")))) and "gap.json" in line
-    assert "999" in (line := fail(data=edited("unknown.json", lambda c: c["annotations"][0].update(category_id=999)))) and "unknown.json" in line
-    assert "size.json" in (line := fail(data=edited("size.json", lambda c: [i.update(width=333) for i in c["images"]]))) or "333x" in line
+    assert ("absent.png"
+            in (line := fail(data=edited("gap.json", lambda c: c["images"][2].update(file_name="absent.png"))))
+            and "gap.json" in line)
+    assert ("999" in (line := fail(data=edited("unknown.json", lambda c: c["annotations"][0].update(category_id=999))))
+            and "unknown.json" in line)
+    assert "size.json" in (line := fail(data=edited("size.json", lambda c: [i.update(width=333)
+                                                                            for i in c["images"]]))) or "333x" in line
     assert str(tmp_path / "nowhere.pt") in fail(init_from=tmp_path / "nowhere.pt")
     (tmp_path / "text.pt").write_text("hello")
     assert str(tmp_path / "text.pt") in fail(init_from=tmp_path / "text.pt")
@@ -635,14 +697,16 @@ def test_bad_input_ends_in_one_line(fails, tuned, pretrained, tmp_path):
     state = torch.load(pretrained, weights_only=True)
     state["model"]["transformer.extra.weight"] = torch.zeros(1)
     torch.save(state, tmp_path / "more.pt")
-    assert "is a checkpoint of another architecture. unknown here: transformer.extra.weight" in fail(init_from=tmp_path / "more.pt")
+    assert ("is a checkpoint of another architecture. unknown here: transformer.extra.weight"
+            in fail(init_from=tmp_path / "more.pt"))
     assert f"--out {out} holds a training run" in fail(eval_only="true", init_from=out / "last.pt", out=out)
     torch.save({"model": build(2, with_box_refine=True).state_dict()}, tmp_path / "refine.pt")
     line = fails(finetune.main, ["--data", labelled, "--init_from", tmp_path / "refine.pt", "--no-with-box-refine"])
     assert "--with_box_refine False (it has True)" in line
     torch.save([1, 2], tmp_path / "list.pt")
     assert "list.pt: holds a list" in fail(init_from=tmp_path / "list.pt")
-    assert "--class_agnostic" in fail(eval_only="true") and "--eval_only" in fails(finetune.main, ["--eval_only", "--data", labelled])
+    assert ("--class_agnostic" in fail(eval_only="true")
+            and "--eval_only" in fails(finetune.main, ["--eval_only", "--data", labelled]))
     assert f"{out} holds a run with another configuration (lr: 0.0002 -> 0.5)" in fail(out=out, lr=0.5)
     other = flags({**SMALL, "data": "synthetic", "synthetic_images": 4, "batch_size": 2, "out": out})
     assert f"{out} holds a run of finetune.py" in fails(detreg.main, other)

@@ -1,8 +1,8 @@
 """Equality with the released code: one test per case, id `folder/case`.
 
-Cases are the json files below $PARITY_DIR, else the copies in tests/parity. A case's `kind` decides how it is run; everything else (shapes, counts,
-factors, tolerances) is read from it. An unknown kind fails. Weights are made from their released names (fill.py) and go through the loader of
-released checkpoints.
+Cases are the json files below $PARITY_DIR, else the copies in tests/parity. A case's `kind` decides how it is run;
+everything else (shapes, counts, factors, tolerances) is read from it. An unknown kind fails. Weights are made from
+their released names (fill.py) and go through the loader of released checkpoints.
 """
 import argparse
 import dataclasses
@@ -101,7 +101,8 @@ def filled(name, shape, case):
     """One released tensor with the case's factors: `gains` (regular expressions, in order) and `scale` (names)."""
     value = fill(name, tuple(shape), case.get("seed", 0))
     if value.dtype == np.float32:
-        for gain in [g for pattern, g in case.get("gains", ()) if re.search(pattern, name)] + [case.get("scale", {}).get(name, 1.0)]:
+        for gain in ([g for pattern, g in case.get("gains", ()) if re.search(pattern, name)]
+                     + [case.get("scale", {}).get(name, 1.0)]):
             value = value * np.float32(gain)
         if not case.keys() & {"gains", "scale"} and name.startswith("class_embed."):
             value = value * np.float32(0.1)                             # fill_note of the cases without factors
@@ -119,15 +120,16 @@ def released_file(folder, state, wrapping="model"):
     if "state_dict" in wrapping:
         torch.save({"meta": {"epoch": 1}, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}, path)
     else:
-        torch.save({"model": state, "optimizer": {"state": {}, "param_groups": []}, "lr_scheduler": {"last_epoch": 0}, "epoch": 0,
-                    "args": argparse.Namespace(lr=2e-4)}, path)
+        torch.save({"model": state, "optimizer": {"state": {}, "param_groups": []}, "lr_scheduler": {"last_epoch": 0},
+                    "epoch": 0, "args": argparse.Namespace(lr=2e-4)}, path)
     return path
 
 
 def load_released(path, num_groups=1, **overrides):
     """A released detector checkpoint -> our model, through the project's loader; nothing may be left over.
 
-    The state's own names say which model it is; num_groups: patches or regions that the queries are divided among (no tensor depends on it).
+    The state's own names say which model it is; num_groups: patches or regions that the queries are divided among
+    (no tensor depends on it).
     """
     state = convert.open_checkpoint(path).state
     cfg = dataclasses.replace(finetune.Config(dropout=0.0), **convert.architecture(state, path) | overrides)
@@ -138,7 +140,8 @@ def load_released(path, num_groups=1, **overrides):
         last = max(name for name in state if name.startswith("feature_embed.") and name.endswith("bias"))
         model = detreg.DETReg(model, embedding_dim=state[last].shape[0])
     elif "enc_head" in pretext:
-        model = siamese_detr.SiameseDETR(model, num_groups, region_target="crop" if "feature_align" in pretext else "none")
+        model = siamese_detr.SiameseDETR(model, num_groups,
+                                         region_target="crop" if "feature_align" in pretext else "none")
     elif "patch2query" in pretext:
         model = updetr.UPDETR(model, num_groups, reconstruction="feature_align" in pretext)
     convert.load_matching(model, state, drop={}, source=str(path))
@@ -155,7 +158,8 @@ def bare(name):
 
 
 def to_batch(images):
-    return {k: v for k, v in data.collate([{"image": i, "target": {}, "skipped": []} for i in images]).items() if k in ("images", "mask")}
+    return {k: v for k, v in data.collate([{"image": i, "target": {}, "skipped": []} for i in images]).items()
+            if k in ("images", "mask")}
 
 
 # ==== Pieces =======================================================================================================
@@ -165,7 +169,8 @@ def sine_position(case, arrays, _):
     config = case["config"]
     mask = arrays.tensor("mask", torch.bool)
     for name, normalize, atol in (("", True, 1e-5), ("unnormalised_", False, 1e-4)):
-        encode = common.PositionEmbeddingSine(config["num_pos_feats"], config["offset"], normalize, config["temperature"])
+        encode = common.PositionEmbeddingSine(config["num_pos_feats"], config["offset"],
+                                              normalize, config["temperature"])
         close(encode(mask).flatten()[arrays.tensor(f"{name}index")], arrays[f"{name}values"], atol)
 
 
@@ -175,7 +180,8 @@ def msdeform_init(case, arrays, _):
     module = common.MSDeformAttn(config["d_model"], config["n_levels"], config["n_heads"], config["n_points"])
     close(module.sampling_offsets.bias, arrays["sampling_offsets_bias"], 1e-6)
     close(module.attention_weights.bias, arrays["attention_weights_bias"], 1e-6)
-    for zero in (module.sampling_offsets.weight, module.attention_weights.weight, module.value_proj.bias, module.output_proj.bias):
+    for zero in (module.sampling_offsets.weight, module.attention_weights.weight, module.value_proj.bias,
+                 module.output_proj.bias):
         assert not zero.any()
     bound = (6 / (2 * config["d_model"])) ** 0.5                       # xavier uniform of a square matrix
     for weight in (module.value_proj.weight, module.output_proj.weight):
@@ -186,8 +192,9 @@ def msdeform_init(case, arrays, _):
 def msdeform_attn(case, arrays, _):
     c, seed = case["config"], case["seed"]
     module = common.MSDeformAttn(c["d_model"], c["n_levels"], c["n_heads"], c["n_points"])
-    module.load_state_dict({name: torch.from_numpy(fill(name, tuple(shape), seed)) * (2.0 if name.startswith("sampling_offsets.") else 1.0)
-                            for name, shape in case["state_dict"]})
+    module.load_state_dict(
+        {name: torch.from_numpy(fill(name, tuple(shape), seed)) * (2.0 if name.startswith("sampling_offsets.") else 1.0)
+         for name, shape in case["state_dict"]})
     shapes = [tuple(s) for s in arrays["spatial_shapes"].tolist()]
     query = tensor("query", (c["N"], c["Lq"], c["d_model"]), seed).requires_grad_()
     value = tensor("value", (c["N"], sum(h * w for h, w in shapes), c["d_model"]), seed).requires_grad_()
@@ -203,14 +210,18 @@ def msdeform_attn(case, arrays, _):
 @kind("detreg/transformer")
 def transformer(case, arrays, _):
     c, seed = case["config"], case["seed"]
-    model = common.DeformableTransformer(c["d_model"], c["nhead"], c["enc"], c["dec"], c["ffn"], 0.0, c["levels"], c["points"]).eval()
+    model = common.DeformableTransformer(c["d_model"], c["nhead"], c["enc"], c["dec"], c["ffn"], 0.0,
+                                         c["levels"], c["points"]).eval()
     if c["box_refine"]:
-        model.decoder.bbox_embed = torch.nn.ModuleList(common.MLP(c["d_model"], c["d_model"], 4, 3) for _ in range(c["dec"]))
-    model.load_state_dict({name: torch.from_numpy(fill(name, tuple(shape), seed)) for name, shape in case["state_dict"]})
+        model.decoder.bbox_embed = torch.nn.ModuleList(common.MLP(c["d_model"], c["d_model"], 4, 3)
+                                                       for _ in range(c["dec"]))
+    model.load_state_dict({name: torch.from_numpy(fill(name, tuple(shape), seed))
+                           for name, shape in case["state_dict"]})
     masks = [arrays.tensor(f"mask{level}", torch.bool) for level in range(c["levels"])]
     sources = [tensor(f"src{level}", (len(m), c["d_model"], *m.shape[1:]), seed) for level, m in enumerate(masks)]
     positions = [tensor(f"pos{level}", s.shape, seed) for level, s in enumerate(sources)]
-    hs, initial, references, memory = model(sources, masks, positions, tensor("query_embed", (c["queries"], 2 * c["d_model"]), seed))
+    hs, initial, references, memory = model(sources, masks, positions,
+                                            tensor("query_embed", (c["queries"], 2 * c["d_model"]), seed))
     close(hs, arrays["hs"], 2e-5)
     close(initial, arrays["init_reference"], 2e-5)
     close(references, arrays["inter_references"], 2e-5)
@@ -227,7 +238,8 @@ def box_transforms(case, arrays, _):
     region = tuple(arrays["region"].tolist())
 
     def apply(hw=(height, width), **draws):
-        return data.apply_geometry(image, boxes, data.Geometry(**{"flip": False, "first_hw": None, "crop": None, "hw": hw, **draws}))
+        return data.apply_geometry(image, boxes,
+                                   data.Geometry(**{"flip": False, "first_hw": None, "crop": None, "hw": hw, **draws}))
 
     _, cropped, kept = apply(hw=region[2:], crop=region)
     close(cropped, arrays["crop_boxes"], 1e-3)
@@ -245,7 +257,8 @@ def proposal_boxes(case, arrays, _):
     c = case["config"]
     for i, hw in enumerate(c["images_hw"]):
         for grid in c["res_size"]:
-            close(proposals.rects_to_boxes(arrays[f"rects_{i}_{grid}"], tuple(hw), grid), arrays[f"boxes_{i}_{grid}"], 1e-3)
+            close(proposals.rects_to_boxes(arrays[f"rects_{i}_{grid}"], tuple(hw), grid),
+                  arrays[f"boxes_{i}_{grid}"], 1e-3)
     expected = arrays["importance_probability"]
     close(proposals.importance_probability(len(expected), 30, released=True), expected, 1e-6)
 
@@ -270,7 +283,8 @@ def class_agnostic_scores(case, arrays, _):
 def postprocess(case, arrays, _):
     c = case["config"]
     logits = tensor("logits", (c["B"], c["Q"], c["C"]), case["seed"])
-    results = common.post_process({"pred_logits": logits, "pred_boxes": arrays.tensor("pred_boxes")}, arrays.tensor("sizes"))
+    results = common.post_process({"pred_logits": logits, "pred_boxes": arrays.tensor("pred_boxes")},
+                                  arrays.tensor("sizes"))
     for i, result in enumerate(results):
         close(result["scores"], arrays[f"scores{i}"], 1e-6)
         close(result["labels"], arrays[f"labels{i}"], 0)
@@ -282,7 +296,8 @@ def embedding_target(case, arrays, _):
     c, seed = case["config"], case["seed"]
     patches = tensor("patches", (c["n"], 3, c["patch"], c["patch"]), seed)
     descriptor = detreg.RegionDescriptor(common.Backbone("resnet50", trainable=0)).eval()
-    descriptor.load_state_dict({k: torch.from_numpy(fill(k, tuple(v.shape), seed)) for k, v in descriptor.state_dict().items()})
+    descriptor.load_state_dict({k: torch.from_numpy(fill(k, tuple(v.shape), seed))
+                                for k, v in descriptor.state_dict().items()})
     close(descriptor(patches), arrays["intermediate"], 1e-4)
     head = detreg.SwAVDescriptor()
     names = {k: tuple(v.shape) for k, v in head.state_dict().items()}
@@ -301,8 +316,10 @@ def criterion(case, arrays, _):
     weights, layers = c["weights"], c["aux_layers"] + 1
     matcher = common.HungarianMatcher(c["costs"]["cls"], c["costs"]["bbox"], c["costs"]["giou"])
     criterion = common.SetCriterion(matcher, weights["loss_ce"], weights["loss_bbox"], weights["loss_giou"])
-    targets = [{"labels": arrays.tensor(f"target_labels{b}"), "boxes": arrays.tensor(f"target_boxes{b}")} for b in range(c["B"])]
-    logits = [(1.5 * tensor(f"logits{i}", (c["B"], c["queries"], c["num_classes"]), seed) - 2.0).requires_grad_() for i in range(layers)]
+    targets = [{"labels": arrays.tensor(f"target_labels{b}"), "boxes": arrays.tensor(f"target_boxes{b}")}
+               for b in range(c["B"])]
+    logits = [(1.5 * tensor(f"logits{i}", (c["B"], c["queries"], c["num_classes"]), seed) - 2.0).requires_grad_()
+              for i in range(layers)]
     boxes = [arrays.tensor(f"boxes{i}").requires_grad_() for i in range(layers)]
     outputs = [{"pred_logits": l, "pred_boxes": b} for l, b in zip(logits, boxes)]
     for i, layer in enumerate(outputs):
@@ -318,13 +335,15 @@ def criterion(case, arrays, _):
     if c["embed_dim"]:
         features = tensor("features", (c["B"], c["queries"], c["embed_dim"]), seed).requires_grad_()
         outputs["pred_features"] = features
-        targets = [{**t, "features": tensor(f"target_features{b}", (len(t["labels"]), c["embed_dim"]), seed)} for b, t in enumerate(targets)]
+        targets = [{**t, "features": tensor(f"target_features{b}", (len(t["labels"]), c["embed_dim"]), seed)}
+                   for b, t in enumerate(targets)]
         cfg = detreg.Config(lambda_e=weights["loss_object_embedding"])
         pairs = common.normalizer(sum(min(len(t["labels"]), c["queries"]) for t in targets), torch.device("cpu"))
         total, losses = detreg.detreg_loss(cfg, criterion, outputs, targets, num_boxes, pairs)
         for mean in ("global", "local"):                                # one process: the two means agree
             cfg.embedding_mean = mean
-            close(detreg.detreg_loss(cfg, criterion, outputs, targets, num_boxes, pairs)[0], case["weighted_total"], 1e-5, 1e-5)
+            close(detreg.detreg_loss(cfg, criterion, outputs, targets, num_boxes, pairs)[0],
+                  case["weighted_total"], 1e-5, 1e-5)
     else:
         losses, _ = criterion(outputs, targets, num_boxes)
         total = criterion.total(losses)
@@ -350,7 +369,8 @@ def full_model(case, arrays, seen):
     entries = [(name, resize.get(name, shape), *alias) for name, shape, *alias in entries]
     path = released_file(seen.tmp, released_state(entries, case))
     model, _ = load_released(path, nheads=c["nheads"])
-    expected = {"num_queries", "hidden_dim", "num_feature_levels", "enc_layers", "dec_layers", "dim_feedforward", "with_box_refine"}
+    expected = {"num_queries", "hidden_dim", "num_feature_levels", "enc_layers", "dec_layers",
+                "dim_feedforward", "with_box_refine"}
     arch = convert.architecture(model.state_dict(), path)
     assert {k: arch[k] for k in expected} == {k: c[k] for k in expected}
     images = [tensor(f"img{i}", (3, *hw), case["seed"]) for i, hw in enumerate(case["images_hw"])]
@@ -373,33 +393,39 @@ def full_model(case, arrays, seen):
 
 @kind("detreg/train_steps")
 def train_steps(case, arrays, seen):
-    """The project's own training step, several times on one batch; the descriptor network is replaced by the case's descriptors."""
+    """The project's own training step, several times on one batch; the descriptor network is replaced
+    by the case's descriptors."""
     c, seed = case["config"], case["seed"]
     pretrain = "loss_object_embedding" in case["losses_per_step"][0]
     cfg = (detreg.Config if pretrain else finetune.Config)(
-        num_queries=c["queries"], enc_layers=c["enc"], dec_layers=c["dec"], dim_feedforward=c["ffn"], hidden_dim=c["hidden"], dropout=0.0, lr=c["lr"],
-        lr_backbone=c["lr_backbone"], lr_linear_proj_mult=c["linear_mult"], weight_decay=c["weight_decay"], clip_max_norm=c["clip"])
+        num_queries=c["queries"], enc_layers=c["enc"], dec_layers=c["dec"], dim_feedforward=c["ffn"],
+        hidden_dim=c["hidden"], dropout=0.0, lr=c["lr"], lr_backbone=c["lr_backbone"],
+        lr_linear_proj_mult=c["linear_mult"], weight_decay=c["weight_decay"], clip_max_norm=c["clip"])
     model = common.build_detector(cfg, c["num_classes"], focal=True)
     model = detreg.DETReg(model, embedding_dim=512) if pretrain else model
     shared = {}
-    for name, value in model.state_dict().items():                      # the canonical alias: shortest, then alphabetically first
+    for name, value in model.state_dict().items():  # the canonical alias: shortest, then alphabetically first
         shared[value.data_ptr()] = min(shared.get(value.data_ptr(), name), name, key=lambda n: (len(n), n))
     entries = [(name, value.shape, shared[value.data_ptr()]) for name, value in model.state_dict().items()]
     model, _ = load_released(released_file(seen.tmp, released_state(entries, case)), lr_backbone=c["lr_backbone"])
     model.train()
-    targets = [{"boxes": arrays.tensor(f"target_boxes{b}"), "labels": arrays.tensor(f"target_labels{b}")} for b in range(len(case["images_hw"]))]
+    targets = [{"boxes": arrays.tensor(f"target_boxes{b}"), "labels": arrays.tensor(f"target_labels{b}")}
+               for b in range(len(case["images_hw"]))]
     if pretrain:
         for b, t in enumerate(targets):
             t["patches"] = tensor(f"target_features{b}", (len(t["labels"]), 512), seed).abs()
-    batch = {**to_batch([tensor(f"img{i}", (3, *hw), seed) for i, hw in enumerate(case["images_hw"])]), "targets": targets}
+    batch = {**to_batch([tensor(f"img{i}", (3, *hw), seed) for i, hw in enumerate(case["images_hw"])]),
+             "targets": targets}
     optimizer = common.build_optimizer(cfg, model)
     identity = torch.nn.Identity()
     for step, expected in enumerate(case["losses_per_step"]):
-        args = (cfg, model, identity, detreg.build_criterion(dataclasses.replace(cfg, num_classes=c["num_classes"]))) if pretrain \
+        args = (cfg, model, identity,
+                detreg.build_criterion(dataclasses.replace(cfg, num_classes=c["num_classes"]))) if pretrain \
             else (cfg, model, finetune.build_criterion(cfg))
         losses = (detreg if pretrain else finetune).train_step(*args, optimizer, [batch], torch.device("cpu"))
         for name, value in expected.items():
-            close(losses["loss" if name == "total" else name], value, *((1e-4, 1e-6) if step == 0 else (2e-3, 2e-3)), f"step {step} {name}")
+            close(losses["loss" if name == "total" else name], value,
+                  *((1e-4, 1e-6) if step == 0 else (2e-3, 2e-3)), f"step {step} {name}")
         norm = case["grad_norm_before_clip"][step]
         close(losses["grad_norm"], norm, 0, 1e-3 if step == 0 else 2e-3)
         if step == 0:
@@ -416,20 +442,24 @@ def groups(case, arrays, _):
     for name, expected in case["cases"].items():
         names = {n for g in expected["groups"] for n in g["names"]} | set(expected["frozen"])
         rates = [g["lr"] for g in expected["groups"]]
-        layers = {side: 1 + max(int(re.match(rf"transformer\.{side}\.layers\.(\d+)", n)[1]) for n in names if f"transformer.{side}.layers" in n)
+        layers = {side: 1 + max(int(re.match(rf"transformer\.{side}\.layers\.(\d+)", n)[1])
+                                for n in names if f"transformer.{side}.layers" in n)
                   for side in ("encoder", "decoder")}
         vanilla = not any("sampling_offsets" in n for n in names)
         pretrain = any(n.startswith("feature_embed") for n in names)
-        argv = ["--detector", "detr" if vanilla else "deformable_detr", "--lr_backbone", rates[1], "--enc_layers", layers["encoder"],
+        argv = ["--detector", "detr" if vanilla else "deformable_detr",
+                "--lr_backbone", rates[1], "--enc_layers", layers["encoder"],
                 "--dec_layers", layers["decoder"], "--with_box_refine", any("decoder.bbox_embed" in n for n in names)]
         argv += ["--pre_norm", "transformer.encoder.norm.weight" in names] if vanilla else []
         script = detreg if pretrain else finetune
-        cfg = run.parse_config(script.Config, script.PRESETS, list(map(str, argv)), script="x", description="", by_data=script.recipe_of)
+        cfg = run.parse_config(script.Config, script.PRESETS, list(map(str, argv)), script="x", description="",
+                               by_data=script.recipe_of)
         assert cfg.lr == rates[0]
         model = common.build_detector(cfg, 21 if name.endswith("voc") else 91 + vanilla, focal=not vanilla)
         model = detreg.DETReg(model, embedding_dim=512) if pretrain else model
         mine = common.param_groups(model, rates[0], rates[1], rates[2] / rates[0] if rates[0] else 0.0)
-        for group, wanted, count, numel in zip(mine, expected["groups"], expected["counts"], expected["numel"], strict=True):
+        for group, wanted, count, numel in zip(mine, expected["groups"], expected["counts"],
+                                               expected["numel"], strict=True):
             assert sorted(map(bare, group["names"])) == sorted(wanted["names"]) and len(group["params"]) == count
             assert group["lr"] == pytest.approx(wanted["lr"]) and sum(p.numel() for p in group["params"]) == numel
         assert {bare(n) for n, p in model.named_parameters() if not p.requires_grad} == set(expected["frozen"])
@@ -466,7 +496,8 @@ def weights_of(table):
 
 
 def detr_entries(entries, c):
-    """The name list of a DETR or UP-DETR of another size: layers, widths, queries, classes and norms as the case's config has them."""
+    """The name list of a DETR or UP-DETR of another size: layers, widths, queries,
+    classes and norms as the case's config has them."""
     shapes = {name: list(shape) for name, shape, *_ in entries}
     hidden, ffn = shapes["input_proj.bias"][0], shapes["transformer.encoder.layers.0.linear1.bias"][0]
     width = {hidden: c["hidden"], 3 * hidden: 3 * c["hidden"], ffn: c["ffn"]}
@@ -504,10 +535,11 @@ def load_detr(case, seen, **overrides):
     path = released_file(seen.tmp, released_state(detr_entries(entries, c), case))
     model, state = load_released(path, num_groups=c.get("M", 1), nheads=c["nheads"], **overrides)
     found = convert.architecture(state, path)
-    expected = {"detector": "detr", "num_queries": c.get("num_queries") or c["N"], "hidden_dim": c["hidden"], "enc_layers": c["enc"],
-                "dec_layers": c["dec"], "dim_feedforward": c["ffn"], "pre_norm": c["pre_norm"]}
+    expected = {"detector": "detr", "num_queries": c.get("num_queries") or c["N"], "hidden_dim": c["hidden"],
+                "enc_layers": c["enc"], "dec_layers": c["dec"], "dim_feedforward": c["ffn"], "pre_norm": c["pre_norm"]}
     assert {k: found[k] for k in expected} == expected
-    inputs = {name.removeprefix("input:"): tensor(name.removeprefix("input:"), shape, case["seed"]) for name, shape in case["inputs"]}
+    inputs = {name.removeprefix("input:"): tensor(name.removeprefix("input:"), shape, case["seed"])
+              for name, shape in case["inputs"]}
     images = [inputs[name] for name in sorted((n for n in inputs if n.startswith("image")), key=lambda n: int(n[5:]))]
     return model, to_batch(images), inputs.get("patches")
 
@@ -542,21 +574,25 @@ def detr_sine_position(case, arrays, _):
             encoded = common.PositionEmbeddingSine(int(width[1]) // 2, offset=0.0)(mask)
             assert encoded.shape[1] == int(width[1])
             close(encoded[:, arrays.tensor(f"channels{width[1]}")], arrays[name], case["tolerance"], what=name)
-    detector = common.DETR(common.Backbone("resnet18", (4,)), common.DETRTransformer(32, 2, 1, 1, 16, 0.0), rows=2, focal=False)
+    detector = common.DETR(common.Backbone("resnet18", (4,)),
+                           common.DETRTransformer(32, 2, 1, 1, 16, 0.0), rows=2, focal=False)
     assert detector.position.offset == 0.0                              # what a DETR is built with
 
 
 @kind("updetr/transformer")
 def detr_transformer(case, arrays, _):
     c = case["config"]
-    model = common.DETRTransformer(c["d_model"], c["nhead"], c["enc"], c["dec"], c["ffn"], 0.0, c["normalize_before"]).eval()
+    model = common.DETRTransformer(c["d_model"], c["nhead"], c["enc"], c["dec"], c["ffn"], 0.0,
+                                   c["normalize_before"]).eval()
     model.load_state_dict(released_state(case["keys"], case))
     inputs = {name: tensor(name.removeprefix("input:"), shape, case["seed"]) for name, shape in case["inputs"]}
-    source, position, queries = inputs["input:src"], inputs["input:pos"], inputs["input:query_embed"].transpose(0, 1)        # [B, N, C]
+    # [B, N, C]
+    source, position, queries = inputs["input:src"], inputs["input:pos"], inputs["input:query_embed"].transpose(0, 1)
     mask, blocked = arrays.tensor("mask", torch.bool), arrays.tensor("decoder_mask") == -torch.inf
     layers = slice(None) if c["return_intermediate"] else slice(-1, None)
     atol = case["tolerance"]
-    for name, query, self_mask in (("hs", queries, None), ("hs_masked", queries, blocked), ("hs_shared", queries[0], None)):
+    for name, query, self_mask in (("hs", queries, None), ("hs_masked", queries, blocked),
+                                   ("hs_shared", queries[0], None)):
         hs, reference, memory = model(source, mask, position, query, self_mask)
         close(hs[layers], arrays[name], atol, what=name)
         close(memory, arrays["memory"], atol)
@@ -568,8 +604,10 @@ def matcher(case, arrays, _):
     costs = case["config"]
     matcher = common.HungarianMatcher(costs["cost_class"], costs["cost_bbox"], costs["cost_giou"], focal=False)
     for i, c in enumerate(case["cases"]):
-        outputs = {"pred_logits": tensor(f"logits{i}", (c["B"], c["N"], c["K"]), case["seed"]), "pred_boxes": arrays.tensor(f"c{i}_pred_boxes")}
-        targets = [{"labels": arrays.tensor(f"c{i}_labels{b}"), "boxes": arrays.tensor(f"c{i}_boxes{b}")} for b in range(c["B"])]
+        outputs = {"pred_logits": tensor(f"logits{i}", (c["B"], c["N"], c["K"]), case["seed"]),
+                   "pred_boxes": arrays.tensor(f"c{i}_pred_boxes")}
+        targets = [{"labels": arrays.tensor(f"c{i}_labels{b}"), "boxes": arrays.tensor(f"c{i}_boxes{b}")}
+                   for b in range(c["B"])]
         assert [len(t["labels"]) for t in targets] == c["targets"]
         for b, (query, target) in enumerate(matcher([outputs], targets)[0]):
             close(query, arrays[f"c{i}_i{b}"], 0)
@@ -588,11 +626,13 @@ def close_losses(losses, total, arrays, case, atol, rtol, total_name="total"):
 def criterion_detr(case, arrays, _):
     c, weights, atol = case["config"], weights_of(case["config"]["weights"]), case["tolerance"]
     matcher = common.HungarianMatcher(c["cost"]["cls"], c["cost"]["bbox"], c["cost"]["giou"], focal=False)
-    criterion = common.SetCriterion(matcher, weights["loss_ce"], weights["loss_bbox"], weights["loss_giou"], eos_coef=c["eos_coef"])
+    criterion = common.SetCriterion(matcher, weights["loss_ce"], weights["loss_bbox"],
+                                    weights["loss_giou"], eos_coef=c["eos_coef"])
     (_, shape), = case["inputs"]
     logits, boxes = tensor("logits", shape, case["seed"]).requires_grad_(), arrays.tensor("pred_boxes").requires_grad_()
     layers = [{"pred_logits": l, "pred_boxes": b} for l, b in zip(logits, boxes)]
-    targets = [{"labels": arrays.tensor(f"tgt_labels{b}"), "boxes": arrays.tensor(f"tgt_boxes{b}")} for b in range(shape[1])]
+    targets = [{"labels": arrays.tensor(f"tgt_labels{b}"), "boxes": arrays.tensor(f"tgt_boxes{b}")}
+               for b in range(shape[1])]
     counts = [len(t["labels"]) for t in targets]
     num_boxes = common.normalizer(sum(counts), torch.device("cpu"))
     # one process, one batch: the mean over all processes and the released mean of each process are the same
@@ -609,19 +649,23 @@ def criterion_detr(case, arrays, _):
 @kind("updetr/criterion_updetr")
 def criterion_updetr(case, arrays, _):
     c, weights, atol, seed = case["config"], weights_of(case["config"]["weights"]), case["tolerance"], case["seed"]
-    cfg = updetr.Config(num_queries=c["N"], num_patches=c["M"], eos_coef=c["eos_coef"], lambda_cls=weights["loss_ce"], lambda_l1=weights["loss_bbox"],
-                        lambda_giou=weights["loss_giou"], lambda_rec=weights.get("loss_feature", 0.0), reconstruction="loss_feature" in weights)
+    cfg = updetr.Config(num_queries=c["N"], num_patches=c["M"], eos_coef=c["eos_coef"], lambda_cls=weights["loss_ce"],
+                        lambda_l1=weights["loss_bbox"], lambda_giou=weights["loss_giou"],
+                        lambda_rec=weights.get("loss_feature", 0.0), reconstruction="loss_feature" in weights)
     criterion = updetr.build_criterion(cfg)
     costs = c["cost"]
-    assert (criterion.matcher.cost_class, criterion.matcher.cost_bbox, criterion.matcher.cost_giou) == (costs["cls"], costs["bbox"], costs["giou"])
+    assert ((criterion.matcher.cost_class, criterion.matcher.cost_bbox, criterion.matcher.cost_giou)
+            == (costs["cls"], costs["bbox"], costs["giou"]))
     assert c["ce_class_weight"] == [1] * c["num_classes"] + [c["eos_coef"]]
     shapes = dict(case["inputs"])
-    logits, features = (tensor(name, shapes[f"input:{name}"], seed).requires_grad_() for name in ("logits", "pred_feature"))
+    logits, features = (tensor(name, shapes[f"input:{name}"], seed).requires_grad_()
+                        for name in ("logits", "pred_feature"))
     boxes = arrays.tensor("pred_boxes").requires_grad_()
     layers = [{"pred_logits": l, "pred_boxes": b, "pred_features": f} for l, b, f in zip(logits, boxes, features)]
     assert len(layers) == c["layers"] and logits.shape[-1] == c["num_classes"] + 1
     outputs = {**layers[-1], "aux_outputs": layers[:-1],
-               "patch_features": tensor("gt_feature", shapes["input:gt_feature"], seed).abs().view(c["B"], c["M"], c["C_feature"])}
+               "patch_features": tensor("gt_feature", shapes["input:gt_feature"],
+                                        seed).abs().view(c["B"], c["M"], c["C_feature"])}
     targets = [{"labels": torch.ones(c["M"], dtype=torch.int64), "boxes": b} for b in arrays.tensor("tgt_boxes")]
     counts = [c["M"]] * c["B"]
     num_boxes = common.normalizer(sum(counts), torch.device("cpu"))
@@ -636,12 +680,14 @@ def criterion_updetr(case, arrays, _):
 
 @kind("updetr/resize_sizes")
 def resize_sizes(case, arrays, _):
-    max_size, atol = int(re.search(r"max_size=(\d+)", case["what"])[1]), float(re.search(r"boxes (\S+)", case["tolerance"])[1])
+    max_size, atol = (int(re.search(r"max_size=(\d+)", case["what"])[1]),
+                      float(re.search(r"boxes (\S+)", case["tolerance"])[1]))
     images = {}
     for (w, h, scale, new_w, new_h), expected in zip(arrays["rows"].tolist(), arrays["boxes"], strict=True):
         hw = data.resized_hw((h, w), scale, max_size)
         assert hw == (new_h, new_w)
-        geometry = data.draw_geometry(np.random.default_rng(0), (h, w), scales=(scale,), max_size=max_size, crop_scales=None, flip=0)
+        geometry = data.draw_geometry(np.random.default_rng(0), (h, w), scales=(scale,), max_size=max_size,
+                                      crop_scales=None, flip=0)
         image = images.setdefault((w, h), data.Image.new("RGB", (w, h)))
         view, boxes, _ = data.apply_geometry(image, torch.tensor([[w // 4, h // 5, w // 2, h - 3]]).float(), geometry)
         assert view.size == (new_w, new_h)
@@ -651,16 +697,19 @@ def resize_sizes(case, arrays, _):
 def sampler_values(boxes, width, height):
     """The quantities of the sampler statistics, of boxes [n, 4] xyxy px."""
     x, y, w, h = boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    return {"w_rel": w / width, "h_rel": h / height, "x_rel": x / width, "y_rel": y / height, "cx": (x + w / 2) / width, "cy": (y + h / 2) / height,
-            "area": w * h / (width * height), "aspect_log": np.log(w / h), "x_free": x / (width - w), "y_free": y / (height - h)}
+    return {"w_rel": w / width, "h_rel": h / height, "x_rel": x / width, "y_rel": y / height, "cx": (x + w / 2) / width,
+            "cy": (y + h / 2) / height, "area": w * h / (width * height), "aspect_log": np.log(w / h),
+            "x_free": x / (width - w), "y_free": y / (height - h)}
 
 
 @kind("updetr/patch_sampler_stats")
 def patch_sampler_stats(case, arrays, _):
-    """The function training draws patches with, against the released sampler's statistics: means within 4 standard errors of both samples,
-    distribution functions within the case's limit, at the quantiles and at the histogram's edges."""
+    """The function training draws patches with, against the released sampler's statistics: means within 4 standard
+    errors of both samples, distribution functions within the case's limit,
+    at the quantiles and at the histogram's edges."""
     width, height = case["image_wh"]
-    least, limit = int(re.search(r"min_pixel=(\d+)", case["official"])[1]), float(re.search(r"KS statistic < ([\d.]+)", case["tolerance"])[1])
+    least, limit = (int(re.search(r"min_pixel=(\d+)", case["official"])[1]),
+                    float(re.search(r"KS statistic < ([\d.]+)", case["tolerance"])[1]))
     official = int(arrays[sorted(case["arrays"])[0]].sum())
     boxes = updetr.draw_patches(np.random.default_rng(case["seed"]), (height, width), 10 * official)
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -682,7 +731,8 @@ def patch_sampler_stats(case, arrays, _):
             assert np.abs(np.cumsum(np.histogram(mine, edges)[0]) / len(mine) - histogram).max() < limit, name
     assert abs(np.corrcoef(values["w_rel"], values["h_rel"])[0, 1] - case["corr_w_h"]) < 4 * error
     assert abs(np.corrcoef(values["cx"], values["w_rel"])[0, 1] - case["corr_cx_w"]) < 4 * error
-    assert values["w_rel"].mean() == pytest.approx(case["analytic"]["w_rel_mean"], abs=4 * error * case["analytic"]["w_rel_std"])
+    assert values["w_rel"].mean() == pytest.approx(case["analytic"]["w_rel_mean"],
+                                                   abs=4 * error * case["analytic"]["w_rel_std"])
 
 
 @kind("updetr/detr_full")
@@ -696,7 +746,8 @@ def detr_full(case, arrays, seen):
     close(batch["mask"], arrays["mask"], 0)
     close(outputs["pred_logits"], arrays["pred_logits"], atol["pred_logits"], what="pred_logits")
     close(outputs["pred_boxes"], arrays["pred_boxes"], atol["pred_boxes"], what="pred_boxes")
-    logits, boxes = (torch.stack([aux[name] for aux in outputs["aux_outputs"]]) for name in ("pred_logits", "pred_boxes"))
+    logits, boxes = (torch.stack([aux[name] for aux in outputs["aux_outputs"]])
+                     for name in ("pred_logits", "pred_boxes"))
     close(logits[..., arrays.tensor("aux_logit_cols")], arrays["aux_logits"], atol["pred_logits"], what="aux_logits")
     close(boxes, arrays["aux_boxes"], atol["pred_boxes"], what="aux_boxes")
     close(features[-1][:, arrays.tensor("c5_channels")], arrays["c5"], atol["c5"], what="c5")
@@ -716,22 +767,29 @@ def close_updetr(outputs, arrays, atol, groups):
     layers = [*outputs["aux_outputs"], outputs]
     close(outputs["pred_logits"], arrays["pred_logits"], atol["pred_logits"], what="pred_logits")
     close(outputs["pred_boxes"], arrays["pred_boxes"], atol["pred_boxes"], what="pred_boxes")
-    close(torch.stack([l["pred_logits"] for l in layers[:-1]]), arrays["aux_logits"], atol["pred_logits"], what="aux_logits")
-    close(torch.stack([l["pred_boxes"] for l in layers[:-1]]), arrays["aux_boxes"], atol["pred_boxes"], what="aux_boxes")
+    close(torch.stack([l["pred_logits"] for l in layers[:-1]]), arrays["aux_logits"],
+          atol["pred_logits"], what="aux_logits")
+    close(torch.stack([l["pred_boxes"] for l in layers[:-1]]), arrays["aux_boxes"],
+          atol["pred_boxes"], what="aux_boxes")
     if "pred_feature" in arrays:
         channels = arrays.tensor("pred_feature_channels")
-        close(outputs["pred_features"][..., channels], arrays["pred_feature"], atol["pred_feature"], what="pred_feature")
-        close(outputs["pred_features"].norm(dim=-1), arrays["pred_feature_norm"], atol["pred_feature"], what="pred_feature_norm")
+        close(outputs["pred_features"][..., channels], arrays["pred_feature"],
+              atol["pred_feature"], what="pred_feature")
+        close(outputs["pred_features"].norm(dim=-1), arrays["pred_feature_norm"], atol["pred_feature"],
+              what="pred_feature_norm")
         some = channels[:arrays["aux_feature"].shape[-1]]
-        close(torch.stack([l["pred_features"][..., some] for l in layers[:-1]]), arrays["aux_feature"], atol["pred_feature"], what="aux_feature")
+        close(torch.stack([l["pred_features"][..., some] for l in layers[:-1]]), arrays["aux_feature"],
+              atol["pred_feature"], what="aux_feature")
     truth = outputs["patch_features"].flatten(0, 1)
     close(truth[:, arrays.tensor("gt_feature_channels")], arrays["gt_feature"], atol["gt_feature"], what="gt_feature")
     close(truth.norm(dim=-1), arrays["gt_feature_norm"], atol["gt_feature"], what="gt_feature_norm")
     if "fig5_keep" in arrays:
         scores, boxes, index = evaluation.most_confident(outputs["pred_logits"], outputs["pred_boxes"], groups)
         close(index, arrays["fig5_keep"], 0)
-        close(scores, np.take_along_axis(arrays["fig5_score"], arrays["fig5_keep"], 1), atol["pred_logits"], what="fig5_score")
-        close(outputs["pred_logits"].softmax(-1)[..., :-1].amax(-1), arrays["fig5_score"], atol["pred_logits"], what="fig5_score of all")
+        close(scores, np.take_along_axis(arrays["fig5_score"], arrays["fig5_keep"], 1),
+              atol["pred_logits"], what="fig5_score")
+        close(outputs["pred_logits"].softmax(-1)[..., :-1].amax(-1), arrays["fig5_score"], atol["pred_logits"],
+              what="fig5_score of all")
         close(boxes, np.take_along_axis(arrays["pred_boxes"], arrays["fig5_keep"][..., None], 1), atol["pred_boxes"])
 
 
@@ -752,13 +810,16 @@ def updetr_full(case, arrays, seen):
 
 @kind("updetr/train_mode")
 def updetr_train_mode(case, arrays, seen):
-    """The training path with the released draws: which queries keep their patch, and the order of the object queries."""
+    """The training path with the released draws: which queries keep their patch,
+    and the order of the object queries."""
     c, atol = case["config"], case["tolerance"]
     weights, eos = weights_of(case["weight_dict"]), float(re.search(r"\beos (\d*\.?\d+)", case["train"])[1])
-    cfg = updetr.Config(num_queries=c["N"], num_patches=c["M"], eos_coef=eos, mask_ratio=c["mask_ratio"], reconstruction="loss_feature" in weights,
+    cfg = updetr.Config(num_queries=c["N"], num_patches=c["M"], eos_coef=eos,
+                        mask_ratio=c["mask_ratio"], reconstruction="loss_feature" in weights,
                         lambda_cls=weights["loss_ce"], lambda_l1=weights["loss_bbox"], lambda_giou=weights["loss_giou"],
                         lambda_rec=weights.get("loss_feature", 0.0))
-    model, batch, patches = load_detr(case, seen, lr_backbone=0.0 if case["no_grad_backbone"] else cfg.lr, dropout=float(c["dropout"]))
+    model, batch, patches = load_detr(case, seen, lr_backbone=0.0 if case["no_grad_backbone"] else cfg.lr,
+                                      dropout=float(c["dropout"]))
     model.train()
     keep = (arrays.tensor("drop_u") > cfg.mask_ratio).transpose(0, 1) if "drop_u" in arrays else None
     order = arrays.tensor("shuffle_idx") if "shuffle_idx" in arrays else None
@@ -767,11 +828,12 @@ def updetr_train_mode(case, arrays, seen):
     targets = [{"labels": torch.ones(len(b), dtype=torch.int64), "boxes": b} for b in arrays.tensor("tgt_boxes")]
     criterion, counts = updetr.build_criterion(cfg), [len(t["labels"]) for t in targets]
     class_weight = common.normalizer(criterion.class_weight_sum(counts, cfg.num_queries), torch.device("cpu"))
-    total, losses = updetr.updetr_loss(criterion, outputs, targets, common.normalizer(sum(counts), torch.device("cpu")), class_weight)
+    total, losses = updetr.updetr_loss(criterion, outputs, targets,
+                                       common.normalizer(sum(counts), torch.device("cpu")), class_weight)
     close_losses(losses, total, arrays, case, 0.0, relative(atol["losses"]), "total_loss")
     total.backward()
     gradients = {bare(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
-    listed = [name for name in case["params_with_grad"] if name != "..."]                     # the case may give the first ones only
+    listed = [name for name in case["params_with_grad"] if name != "..."]  # the case may give the first ones only
     assert len(gradients) == case["n_with_grad"] and sorted(gradients)[:len(listed)] == listed
     assert len(listed) == len(gradients) or "..." in case["params_with_grad"]
     assert case["no_grad_backbone"] == (not any(n.startswith("backbone.") for n in gradients))
@@ -789,8 +851,8 @@ def updetr_train_mode(case, arrays, seen):
 @kind("siamese/conditional_transformer")
 def conditional_transformer(case, arrays, _):
     c, tolerance = case["config"], case["tolerance"]
-    model = common.ConditionalTransformer(c["d_model"], c["nhead"], c["num_encoder_layers"], c["num_decoder_layers"], c["dim_feedforward"], 0.0,
-                                          c["normalize_before"]).eval()
+    model = common.ConditionalTransformer(c["d_model"], c["nhead"], c["num_encoder_layers"], c["num_decoder_layers"],
+                                          c["dim_feedforward"], 0.0, c["normalize_before"]).eval()
     model.load_state_dict(released_state(case["state_dict"], case))
     source, position, queries = (tensor(*recipe_shape(case["inputs"][name])) for name in ("src", "pos", "query_embed"))
     hs, reference, _ = model(source, arrays.tensor("mask", torch.bool), position, queries)
@@ -813,14 +875,17 @@ def conditional_full_model(case, arrays, seen):
     arch = convert.architecture(state, path)
     assert arch["detector"] == "conditional_detr"
     assert all(arch[k] == c[k] for k in ("num_queries", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim"))
-    batch = to_batch([repeated_image(text) for _, text in sorted(case["inputs"].items(), key=lambda item: int(item[0].removeprefix("img")))])
+    batch = to_batch([repeated_image(text)
+                      for _, text in sorted(case["inputs"].items(), key=lambda item: int(item[0].removeprefix("img")))])
     with torch.no_grad():
         outputs = model.eval()(**batch)
     assert outputs["pred_logits"].shape[-1] == c["num_classes"]
     close(outputs["pred_logits"], arrays["pred_logits"], tolerance["logits_atol"], what="pred_logits")
     close(outputs["pred_boxes"], arrays["pred_boxes"], tolerance["boxes_atol"], what="pred_boxes")
-    logits, boxes = (torch.stack([aux[name] for aux in outputs["aux_outputs"]]) for name in ("pred_logits", "pred_boxes"))
-    close(logits[..., :arrays["aux_logits"].shape[-1]], arrays["aux_logits"], tolerance["logits_atol"], what="aux_logits")
+    logits, boxes = (torch.stack([aux[name] for aux in outputs["aux_outputs"]])
+                     for name in ("pred_logits", "pred_boxes"))
+    close(logits[..., :arrays["aux_logits"].shape[-1]], arrays["aux_logits"],
+          tolerance["logits_atol"], what="aux_logits")
     close(boxes, arrays["aux_boxes"], tolerance["boxes_atol"], what="aux_boxes")
 
 
@@ -830,10 +895,12 @@ def conditional_criterion(case, arrays, _):
     assert (c["focal_alpha"], c["gamma"]) == (0.25, 2)                  # the project knows no others
     logits = tensor(*recipe_shape(case["inputs"]["pred_logits"]))
     outputs = {"pred_logits": logits, "pred_boxes": arrays.tensor("pred_boxes")}
-    targets = [{"labels": arrays.tensor(f"labels{b}"), "boxes": arrays.tensor(f"target_boxes{b}")} for b in range(len(logits))]
+    targets = [{"labels": arrays.tensor(f"labels{b}"), "boxes": arrays.tensor(f"target_boxes{b}")}
+               for b in range(len(logits))]
     assert logits.shape[-1] == c["num_classes"]
     criterion = common.SetCriterion(common.HungarianMatcher(c["cost"]["cls"], c["cost"]["l1"], c["cost"]["giou"]))
-    losses, pairs = criterion(outputs, targets, common.normalizer(sum(len(t["labels"]) for t in targets), torch.device("cpu")))
+    losses, pairs = criterion(outputs, targets,
+                              common.normalizer(sum(len(t["labels"]) for t in targets), torch.device("cpu")))
     for b, (query, target) in enumerate(pairs):
         close(query, arrays[f"match_src{b}"], 0)
         close(target, arrays[f"match_tgt{b}"], 0)
@@ -845,15 +912,17 @@ def conditional_criterion(case, arrays, _):
 # ==== Names and shapes of released checkpoints =====================================================================
 
 def expected_tensors(state):
-    """Where the tensors of a released file must end up: {our name: tensor}, spelled out here once more, independently of convert.py."""
-    deformable, layers = "transformer.level_embed" in state, {n.split(".")[3] for n in state if n.startswith("transformer.decoder.layers.")}
+    """Where the tensors of a released file must end up: {our name: tensor}, spelled out here once more,
+    independently of convert.py."""
+    deformable, layers = ("transformer.level_embed" in state,
+                          {n.split(".")[3] for n in state if n.startswith("transformer.decoder.layers.")})
     wanted = {}
     for name, value in state.items():
         head = re.match(r"(?:pred_head\.)?(bbox_embed|class_embed)\.((?:layers|weight|bias).*)", name)
         if name == "pred_head.criterion.empty_weight" or name == "transformer.tgt_embed.weight":
             continue
         if name == "query_embed.weight" and "transformer.tgt_embed.weight" in state:
-            wanted[name] = torch.cat([value, state["transformer.tgt_embed.weight"]], 1)      # position half, then content
+            wanted[name] = torch.cat([value, state["transformer.tgt_embed.weight"]], 1)  # position half, then content
         elif head and deformable:
             wanted |= {f"{head[1]}.{layer}.{head[2]}": value for layer in layers}
         elif name.startswith("backbone.") and not name.startswith("backbone.0."):
@@ -864,7 +933,8 @@ def expected_tensors(state):
 
 
 def converted_file(case, path, wanted):
-    """What the released converter of Siamese DETR leaves, loaded as fine-tuning does: everything but the class head and patch2query."""
+    """What the released converter of Siamese DETR leaves, loaded as fine-tuning does:
+    everything but the class head and patch2query."""
     categories = [{"id": 10 * i + 1, "name": f"class {i}"} for i in range(5)]
     found, arch = finetune.read_init(str(path))
     cfg = finetune.adopt_architecture(finetune.Config(init_from=str(path)), arch, set())
@@ -883,7 +953,8 @@ def converted_file(case, path, wanted):
 
 @kind("statedict")
 def statedict(case, arrays, seen):
-    """A file with a released checkpoint's names and shapes loads with nothing left over, and our model has the same names."""
+    """A file with a released checkpoint's names and shapes loads with nothing left over,
+    and our model has the same names."""
     names = [name for name, *_ in case["entries"]]
     if any(name.removeprefix("module.") == "encoder_q.conv1.weight" for name in names):
         return moco_statedict(case, seen)
@@ -891,14 +962,17 @@ def statedict(case, arrays, seen):
         return soco_statedict(case, seen)
     # one head for all decoder layers appears under several names; with box refinement each layer has its own
     shared = not any(name.startswith("transformer.decoder.bbox_embed.") for name in names)
-    entries = [entry if len(entry) > 2 or not shared else (*entry, re.sub(r"^(bbox_embed|class_embed)\.\d+\.", r"\1.0.", entry[0]))
+    entries = [entry if len(entry) > 2 or not shared
+               else (*entry, re.sub(r"^(bbox_embed|class_embed)\.\d+\.", r"\1.0.", entry[0]))
                for entry in case["entries"]]
     state = released_state(entries, case)
     wanted = expected_tensors(state)
     path = released_file(seen.tmp, state, case["wrapping"])
-    back = convert.official(convert.open_checkpoint(path))             # the released wrapper and names again, each tensor unchanged
+    # the released wrapper and names again, each tensor unchanged
+    back = convert.official(convert.open_checkpoint(path))
     again = back.get("model", back.get("state_dict"))
-    assert set(back) == ({"meta", "state_dict"} if "state_dict" in case["wrapping"] else {"model"}) and again.keys() == state.keys()
+    assert (set(back) == ({"meta", "state_dict"} if "state_dict" in case["wrapping"] else {"model"})
+            and again.keys() == state.keys())
     for name, value in state.items():
         constant = torch.tensor([1, 1, 0.1]) if name == "pred_head.criterion.empty_weight" else value
         assert torch.equal(again[name], constant), name
@@ -934,7 +1008,8 @@ def siamese_outputs(arrays, name, value, tolerance):
 
 
 def siamese_model(case, seen, **overrides):
-    """Our Siamese DETR with a case's weights, through the loader of released files; the backbone's own where the case has none."""
+    """Our Siamese DETR with a case's weights, through the loader of released files;
+    the backbone's own where the case has none."""
     c, state = case["config"], {}
     for name, shape in case["state_dict"]:
         state[name] = torch.from_numpy(fill(name, tuple(shape), case["seed"])) * case["scale"].get(name, 1.0)
@@ -943,12 +1018,15 @@ def siamese_model(case, seen, **overrides):
     path = seen.tmp / "iter_1.pth"
     torch.save({"meta": {"iter": 1}, "state_dict": {f"module.{k}": v for k, v in state.items()}, "optimizer": {}}, path)
     state = convert.open_checkpoint(path).state
-    variant = {"vanilla": "detr", "conditional": "conditional_detr", "deform_ss": "deformable_detr_ss", "deform_ms": "deformable_detr"}[c["variant"]]
+    variant = {"vanilla": "detr", "conditional": "conditional_detr", "deform_ss": "deformable_detr_ss",
+               "deform_ms": "deformable_detr"}[c["variant"]]
     w = c["weights"]
-    cfg = siamese_detr.Config(detector=variant, dropout=0.0, num_queries=c["num_queries"], hidden_dim=c["hidden_dim"], nheads=c["nhead"],
-                              enc_layers=c["enc_layers"], dec_layers=c["dec_layers"], dim_feedforward=c["dim_feedforward"],
-                              num_feature_levels=c["feature_levels"], num_regions=c["num_patches"], eos_coef=c.get("eos_coef", 0.1),
-                              lambda_region=w["loss_feature"], lambda_global=w["loss_enc_global_contra"], lambda_cls=w["loss_ce"],
+    cfg = siamese_detr.Config(detector=variant, dropout=0.0, num_queries=c["num_queries"],
+                              hidden_dim=c["hidden_dim"], nheads=c["nhead"], enc_layers=c["enc_layers"],
+                              dec_layers=c["dec_layers"], dim_feedforward=c["dim_feedforward"],
+                              num_feature_levels=c["feature_levels"], num_regions=c["num_patches"],
+                              eos_coef=c.get("eos_coef", 0.1), lambda_region=w["loss_feature"],
+                              lambda_global=w["loss_enc_global_contra"], lambda_cls=w["loss_ce"],
                               lambda_l1=w["loss_bbox"], lambda_giou=w["loss_giou"], **overrides)
     with torch.no_grad():
         detector = common.build_detector(cfg, 3, focal=False, position_offset=0.0)
@@ -968,30 +1046,34 @@ def rebuilt(cfg, backbone):
     shared = (cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout)
     if cfg.detector.startswith("deformable"):
         levels = 1 if cfg.detector == "deformable_detr_ss" else cfg.num_feature_levels
-        return common.DeformableDETR(backbone, common.DeformableTransformer(*shared, levels), rows=3, focal=False, num_queries=cfg.num_queries,
-                                     position_offset=0.0)
+        return common.DeformableDETR(backbone, common.DeformableTransformer(*shared, levels), rows=3, focal=False,
+                                     num_queries=cfg.num_queries, position_offset=0.0)
     kind = common.ConditionalTransformer if cfg.detector == "conditional_detr" else common.DETRTransformer
     return common.DETR(backbone, kind(*shared), rows=3, focal=False, num_queries=cfg.num_queries)
 
 
 def decoder_rounding(model, features, mask, rois):
-    """How far float32 rounding of the BACKBONE alone moves the decoder's outputs: the largest change over five draws of noise of that size
-    (7e-7 of a feature's spread, measured against float64 on ResNet-50). 1e-6 in a well-conditioned network; the six deformable decoder layers of
-    siam_r50_deform_ms_bs1 make 1e-3 of it, which is twice that case's tolerance: there even the float64 result is 1.2e-3 from the stored one."""
+    """How far float32 rounding of the BACKBONE alone moves the decoder's outputs: the largest change over five draws of
+    noise of that size (7e-7 of a feature's spread, measured against float64 on ResNet-50). 1e-6 in a well-conditioned
+    network; the six deformable decoder layers of siam_r50_deform_ms_bs1 make 1e-3 of it, which is twice that case's
+    tolerance: there even the float64 result is 1.2e-3 from the stored one."""
     generator, moved = torch.Generator().manual_seed(0), {}
     with torch.no_grad():
         exact = model.from_features(features, mask, rois)
         for _ in range(5):
             noisy = [f + 7e-7 * f.std() * torch.randn(f.shape, generator=generator) for f in features]
             other = model.from_features(noisy, mask, rois)
-            for ours, name in (("hs", "hs"), ("pred_logits", "pred_logits"), ("pred_boxes", "pred_boxes"), ("pred_features", "pred_feature")):
-                change = max((a[ours] - b[ours]).abs().max().item() for a, b in zip([exact, *exact["aux_outputs"]], [other, *other["aux_outputs"]]))
+            for ours, name in (("hs", "hs"), ("pred_logits", "pred_logits"), ("pred_boxes", "pred_boxes"),
+                               ("pred_features", "pred_feature")):
+                change = max((a[ours] - b[ours]).abs().max().item()
+                             for a, b in zip([exact, *exact["aux_outputs"]], [other, *other["aux_outputs"]]))
                 moved[name] = max(moved.get(name, 0.0), change)
     return moved
 
 
 def compare_siamese(case, arrays, cfg, model, features, mask, crop_features, tolerance, rounding):
-    """One pass over both directions against what is stored of each: d1 looks into view 2, the second half of our batch; d2 into view 1."""
+    """One pass over both directions against what is stored of each: d1 looks into view 2,
+    the second half of our batch; d2 into view 1."""
     boxes, sizes = arrays.tensor("box"), arrays.tensor("img_size").long()
     both = torch.cat([boxes[:, 0], boxes[:, 1]])
     seen = {}
@@ -1018,18 +1100,21 @@ def compare_siamese(case, arrays, cfg, model, features, mask, crop_features, tol
         check("query_input", seen["queries"][half, :, :d].transpose(0, 1))
         check("roi", outputs["region_features"][source])
         check("hs", torch.stack([layer["hs"][half] for layer in layers]))
-        for ours, theirs in (("pred_logits", "pred_logits"), ("pred_boxes", "pred_boxes"), ("pred_features", "pred_feature")):
+        for ours, theirs in (("pred_logits", "pred_logits"), ("pred_boxes", "pred_boxes"),
+                             ("pred_features", "pred_feature")):
             check(theirs, torch.stack([layer[ours][half] for layer in layers]))
         if output[1] is not None:
             check("ref", output[1][half])
         for level, memory in enumerate(outputs["memory"]):
             check(f"mem{level}", memory[half])
         for side, stored in ((0, "match_src"), (1, "match_tgt")):
-            close(torch.stack([torch.stack([pair[side] for pair in match[half]]) for match in matches]), arrays[f"{direction}_{stored}"], 0)
+            close(torch.stack([torch.stack([pair[side] for pair in match[half]]) for match in matches]),
+                  arrays[f"{direction}_{stored}"], 0)
     rule = case["tolerance"]["losses"]
-    expected = {{"loss_enc_global_contra": "loss_global"}.get(name, name): value for name, value in case["losses"].items()}
+    expected = {{"loss_enc_global_contra": "loss_global"}.get(name, name): value
+                for name, value in case["losses"].items()}
     assert set(losses) == set(expected)
-    for name, value in expected.items():                                # a cross-entropy moves by at most twice what its logits move by
+    for name, value in expected.items():  # a cross-entropy moves by at most twice what its logits move by
         moved = 2 * rounding.get("pred_logits", 0.0) if name.startswith("loss_ce") else 0.0
         close(losses[name], value, rule.get("atol", 1e-5) + moved, rule["rtol"], name)
     close(total, case["total"], rule.get("atol", 1e-5), rule["rtol"])
@@ -1047,18 +1132,22 @@ def padded_mask(sizes, hw):
 @kind("siamese/from_features")
 def siamese_from_features(case, arrays, seen):
     c, B = case["config"], len(arrays["box"])
-    overrides = {"shared_queries": True} if c["variant"].startswith("deform") and B > 1 and not case["repaired_batch_bug"] else {}
+    overrides = ({"shared_queries": True} if c["variant"].startswith("deform") and B > 1
+                 and not case["repaired_batch_bug"] else {})
     cfg, model = siamese_model(case, seen, **overrides)
 
     def made(text, view):                                               # '2*fill("input:feat_v1_l0",[2, 40, 3, 4],12)'
         factor, name, shape = re.match(r'(?:([\d.]+)\*)?fill\("input:(\w+)",\[([\d, ]+)\]', text).groups()
-        return float(factor or 1) * tensor(name.replace("_v1", f"_v{view}"), [int(v) for v in shape.split(",")], case["seed"])
+        return float(factor or 1) * tensor(name.replace("_v1", f"_v{view}"),
+                                           [int(v) for v in shape.split(",")], case["seed"])
 
     features = [torch.cat([made(text, view) for view in (1, 2)]) for text in case["inputs"]["feat_v1"]]
-    crops = torch.cat([torch.cat([made(text, view).mean((2, 3)) for text in case["inputs"]["crop"]], 1) for view in (1, 2)])
+    crops = torch.cat([torch.cat([made(text, view).mean((2, 3)) for text in case["inputs"]["crop"]], 1)
+                       for view in (1, 2)])
     hw = [int(v) for v in re.search(r"(\d+)x(\d+)", case["inputs"]["img_size"]).groups()]
     mask = padded_mask(arrays.tensor("img_size").long(), hw)
-    compare_siamese(case, arrays, cfg, model, features, mask, crops.unflatten(0, (2 * B, -1)), case["tolerance"]["outputs"], {})
+    compare_siamese(case, arrays, cfg, model, features, mask, crops.unflatten(0, (2 * B, -1)),
+                    case["tolerance"]["outputs"], {})
 
 
 def coarse_image(name, shape, cell, seed):
@@ -1077,7 +1166,8 @@ def siamese_end_to_end(case, arrays, seen):
                for v in (1, 2) for b, hw in enumerate(sizes)]
     batch = data.collate(samples)
     small, cell = (int(v) for v in re.search(r"\[3,(\d+),\d+\].*repeated (\d+)x", case["inputs"]["crop"]).groups())
-    crops = torch.stack([torch.stack([coarse_image(f"crop{b}_v{v}_{i}", (3, small * cell, small * cell), cell, case["seed"])
+    crops = torch.stack([torch.stack([coarse_image(f"crop{b}_v{v}_{i}",
+                                                   (3, small * cell, small * cell), cell, case["seed"])
                                       for i in range(c["num_patches"])]) for v in (1, 2) for b in range(len(sizes))])
     with torch.no_grad():
         features = model.detector.backbone[0](batch["images"])
@@ -1090,13 +1180,15 @@ def siamese_end_to_end(case, arrays, seen):
 @kind("siamese/criterion")
 def siamese_criterion(case, arrays, _):
     c = case["config"]
-    fills = {k: re.search(r'fill\("input:(\w+)",\[([\d, ]+)\]', v) for k, v in case["inputs"].items() if v.startswith("fill")}
+    fills = {k: re.search(r'fill\("input:(\w+)",\[([\d, ]+)\]', v)
+             for k, v in case["inputs"].items() if v.startswith("fill")}
     logits, features, gt = (tensor(m[1], [int(v) for v in m[2].split(",")], case["seed"])
                             for m in (fills["pred_logits"], fills["pred_feature"], fills["gt_feature"]))
     boxes = arrays.tensor("target_boxes")
     matcher = common.HungarianMatcher(c["matcher"]["cls"], c["matcher"]["l1"], c["matcher"]["giou"], focal=False)
     criterion = common.SetCriterion(matcher, weight_feature=1.0, eos_coef=c["eos_coef"])
-    targets = [{"labels": torch.ones(len(b), dtype=torch.int64), "boxes": b, "features": f} for b, f in zip(boxes, gt.unflatten(0, (len(boxes), -1)))]
+    targets = [{"labels": torch.ones(len(b), dtype=torch.int64), "boxes": b, "features": f}
+               for b, f in zip(boxes, gt.unflatten(0, (len(boxes), -1)))]
     outputs = {"pred_logits": logits, "pred_boxes": arrays.tensor("pred_boxes"), "pred_features": features}
     num_boxes = boxes.shape[0] * boxes.shape[1]
     pairs = matcher([outputs], targets)[0]
@@ -1118,17 +1210,19 @@ def siamese_global_loss(case, arrays, _):
     detector = torch.nn.Module()
     detector.transformer, detector.backbone = transformer, [SimpleNamespace(num_channels=[8], layers=("layer4",))]
     model = siamese_detr.SiameseDETR(detector, 1, region_target="none", global_width=d)
-    state = {f"enc_head.0.{n}": torch.from_numpy(fill(n, tuple(shape), case["seed"])) for n, shape in case["state_dict"]}
+    state = {f"enc_head.0.{n}": torch.from_numpy(fill(n, tuple(shape), case["seed"]))
+             for n, shape in case["state_dict"]}
     model.load_state_dict({**model.state_dict(), **state})
     model.train(c["mode"].startswith("train"))
     made = {k: re.search(r"\[([\d, ]+)\]", v)[1] for k, v in case["inputs"].items()}
-    maps = {k: tensor(k, [int(v) for v in shape.split(",")], case["seed"]).requires_grad_() for k, shape in made.items()}
+    maps = {k: tensor(k, [int(v) for v in shape.split(",")], case["seed"]).requires_grad_()
+            for k, shape in made.items()}
     out = model.describe([torch.cat([maps[f"mem_v1_l{i}"], maps[f"mem_v2_l{i}"]]) for i in range(c["levels"])])
     loss = siamese_detr.global_loss(out["projection"], out["prediction"])
     loss.backward()
     close(loss, arrays["loss"], case["tolerance"]["loss"])
     rule = case["tolerance"]["grad"]
-    for name, value in maps.items():                                    # the same at every position of a pooled map: one is stored
+    for name, value in maps.items():  # the same at every position of a pooled map: one is stored
         gradient = torch.zeros_like(value) if value.grad is None else value.grad
         close(gradient.mean((2, 3)), arrays[f"grad_{name}"], rule["atol"], rule["rtol"], name)
     norms = {n: p.grad.norm() for n, p in model.enc_head[0].named_parameters()}
@@ -1140,7 +1234,8 @@ def siamese_global_loss(case, arrays, _):
 @kind("siamese/view_geometry")
 def view_geometry(case, arrays, _):
     for row, expected in zip(arrays["cases"].astype(np.float64), arrays["out"]):
-        first, second, inter = siamese_detr.view_boxes(tuple(row[:4]), float(row[4]), float(row[5]), float(row[6]), bool(row[7]))
+        first, second, inter = siamese_detr.view_boxes(tuple(row[:4]), float(row[4]), float(row[5]),
+                                                       float(row[6]), bool(row[7]))
         iou = torchvision.ops.box_iou(first[None], second[None])[0]
         close(torch.cat([first, second, inter, iou]), expected, case["tolerance"]["atol"])
 
@@ -1153,17 +1248,21 @@ def view_stats(case, arrays, _):
     for _ in range(n):
         outer = data.draw_crop(rng, tuple(c["image_hw"]), tuple(c["scale"]), tuple(c["ratio"]))
         u1, u2 = rng.uniform(size=2) if c["stochastic"] else (0.0, 0.0)
-        rows.append(torch.cat([torch.tensor(outer), *siamese_detr.view_boxes(outer, c["iou"], u1, u2, bool(rng.random() < 0.5))]).numpy())
+        rows.append(torch.cat([torch.tensor(outer),
+                               *siamese_detr.view_boxes(outer, c["iou"], u1, u2, bool(rng.random() < 0.5))]).numpy())
 
     def describe(rows):
         outer, first, second, inter = (rows[:, i:i + 4] for i in (0, 4, 8, 12))
         def area(b):
             return (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
         image = np.prod(c["image_hw"])
-        return {"iou_views": area(inter) / (area(first) + area(second) - area(inter)), "outer_over_image": area(outer) / image,
-                "outer_aspect_w_over_h": (outer[:, 2] - outer[:, 0]) / (outer[:, 3] - outer[:, 1]), "view1_over_outer": area(first) / area(outer),
-                "view2_over_outer": area(second) / area(outer), "inter_over_outer": area(inter) / area(outer),
-                "inter_over_view1": area(inter) / area(first), "view1_over_image": area(first) / image}, (first[:, 0] <= second[:, 0]).mean()
+        return ({"iou_views": area(inter) / (area(first) + area(second) - area(inter)),
+                 "outer_over_image": area(outer) / image,
+                 "outer_aspect_w_over_h": (outer[:, 2] - outer[:, 0]) / (outer[:, 3] - outer[:, 1]),
+                 "view1_over_outer": area(first) / area(outer),
+                 "view2_over_outer": area(second) / area(outer), "inter_over_outer": area(inter) / area(outer),
+                 "inter_over_view1": area(inter) / area(first), "view1_over_image": area(first) / image},
+                (first[:, 0] <= second[:, 0]).mean())
 
     (mine, top_left), (theirs, _) = describe(np.stack(rows)), describe(arrays["rows_first_500"].astype(np.float64))
     assert set(mine) == {k for k, v in case["stats"].items() if isinstance(v, dict)}
@@ -1173,7 +1272,8 @@ def view_stats(case, arrays, _):
             close(theirs[name].mean(), stats["mean"], 4 * stats["std"] * (1 / 500 + 1 / n) ** 0.5 + 1e-6, what=name)
     assert mine["iou_views"].min() >= c["iou"] - 1e-6 and mine["iou_views"].max() <= 1 + 1e-6
     stored = np.sort(arrays["iou"])
-    distance = np.abs(np.searchsorted(np.sort(mine["iou_views"]), stored) / n - np.arange(len(stored)) / len(stored)).max()
+    distance = np.abs(np.searchsorted(np.sort(mine["iou_views"]), stored) / n
+                      - np.arange(len(stored)) / len(stored)).max()
     assert distance < 0.05
     assert abs(top_left - case["stats"]["frac_view1_is_top_left"]) < 4 * (0.25 * 2 / n) ** 0.5
     assert abs(np.corrcoef(mine["view1_over_outer"], mine["view2_over_outer"])[0, 1]) < 4 / n ** 0.5
@@ -1205,8 +1305,10 @@ def region_choice(case, arrays, _):
 def box_jitter(case, arrays, _):
     h, w = arrays["img_size"].tolist()
     for view in ("v1", "v2"):
-        moved = siamese_detr.jitter_boxes(arrays.tensor("boxes"), arrays.tensor(f"randn_{view}"), case["config"]["ratio"])
-        close(siamese_detr.clip_boxes(moved, torch.tensor([0.0, 0.0, w, h])), arrays[f"out_{view}"], case["tolerance"]["atol"])
+        moved = siamese_detr.jitter_boxes(arrays.tensor("boxes"),
+                                          arrays.tensor(f"randn_{view}"), case["config"]["ratio"])
+        close(siamese_detr.clip_boxes(moved, torch.tensor([0.0, 0.0, w, h])), arrays[f"out_{view}"],
+              case["tolerance"]["atol"])
 
 
 # ==== SoCo =========================================================================================================
@@ -1222,9 +1324,11 @@ def allowed(case, what=""):
 
 
 def soco_fill(names, seed):
-    """[(released name, shape)] -> its tensors under our names, which are the released ones but for `module.` and a queue left over from MoCo."""
+    """[(released name, shape)] -> its tensors under our names, which are the released ones but for `module.` and a
+    queue left over from MoCo."""
     names = [(name.removeprefix("module."), tuple(shape)) for name, shape in names]
-    return {name: torch.from_numpy(fill(name, shape, seed)) for name, shape in names if name not in ("queue", "queue_ptr")}
+    return {name: torch.from_numpy(fill(name, shape, seed))
+            for name, shape in names if name not in ("queue", "queue_ptr")}
 
 
 def soco_model(shapes, roi_size=None):
@@ -1232,8 +1336,8 @@ def soco_model(shapes, roi_size=None):
     body = convert.resnet_name(shapes, "encoder.", "the case") if "encoder.conv1.weight" in shapes else "resnet18"
     channels, (head_dim, flat) = shapes.get("head.conv1.weight", [0])[0], shapes.get("head.fc1.weight", (0, 0))
     embedding_dim, mlp_dim = shapes["projector.linear2.weight"]
-    return soco.SoCo(common.Backbone(body, (1, 2, 3, 4), "bn", trainable=5), arch="fpn" if channels else "c4", fpn_channels=channels,
-                     head_dim=head_dim, mlp_dim=mlp_dim, embedding_dim=embedding_dim,
+    return soco.SoCo(common.Backbone(body, (1, 2, 3, 4), "bn", trainable=5), arch="fpn" if channels else "c4",
+                     fpn_channels=channels, head_dim=head_dim, mlp_dim=mlp_dim, embedding_dim=embedding_dim,
                      roi_size=roi_size or (round((flat / channels) ** 0.5) if channels else 14))
 
 
@@ -1258,7 +1362,8 @@ def soco_jitter(case, arrays, _):
 
 @kind("soco/proposal_filter")
 def soco_filter(case, arrays, _):
-    """Which rules a column stands for is in its name, as in the released file names: ratio3size0308 = aspect 3, size 0.3..0.8."""
+    """Which rules a column stands for is in its name, as in the released file names:
+    ratio3size0308 = aspect 3, size 0.3..0.8."""
     rects, wh, side = arrays["rects_xywh"], tuple(arrays["image_wh"].tolist()), int(numbers(case["config"])[-1])
     for name in sorted(case["arrays"]):
         if name.startswith("keep_"):
@@ -1283,8 +1388,8 @@ def soco_box_pipeline(case, arrays, _):
             top, left, height, width, *size = given(f"params{j}").tolist()
             assert size == [scene["H"], scene["W"]]
             crop = (left, top, left + width, top + height)
-            draw = soco.PairDraw(given(f"sel1{j}"), given(f"jit1{j}_apply_f64") < probability, given(f"jit1{j}_r_f64"), given(f"pad_1_1{j}"),
-                                 given(f"pad_{j}"))
+            draw = soco.PairDraw(given(f"sel1{j}"), given(f"jit1{j}_apply_f64") < probability, given(f"jit1{j}_r_f64"),
+                                 given(f"pad_1_1{j}"), given(f"pad_{j}"))
             chosen = soco.overlapping(boxes, crop)
             close(chosen[:, 4], given(f"out_overlap_ids_1{j}"), 0)
             chosen = chosen[draw.select] if len(chosen) >= K else chosen
@@ -1296,7 +1401,8 @@ def soco_box_pipeline(case, arrays, _):
             close(second, given(f"out_clipped_{j}"), 0)
             levels, flips = [], given("flips")
             for text, ours, view, side, flip, empty in ((f"1_1{j}", first, whole, scene["view"], flips[0], -1),
-                                                        (f"{j}", second, crop, scene["view" if j == 2 else f"view{j}"], flips[j - 1], -j)):
+                                                        (f"{j}", second, crop,
+                                                         scene["view" if j == 2 else f"view{j}"], flips[j - 1], -j)):
                 resized = soco.resize_boxes(ours, view, side)
                 close(np.concatenate([resized, ours[:, 4:]], 1), given(f"out_resized_int_{text}"), 0)
                 levels.append(soco.assign_levels(resized, ranges))
@@ -1313,16 +1419,19 @@ def soco_box_pipeline(case, arrays, _):
 
 def soco_inputs(case):
     """{name: tensor} of inputs that say fill('input:C2', [2, 256, 14, 14], 0)."""
-    made = {k: re.search(r"fill\('input:(\w+)', \[([\d, ]+)\], (\d+)\)", v) for k, v in case["inputs"].items() if "fill(" in v}
+    made = {k: re.search(r"fill\('input:(\w+)', \[([\d, ]+)\], (\d+)\)", v)
+            for k, v in case["inputs"].items() if "fill(" in v}
     return {k: tensor(m[1], [int(v) for v in m[2].split(",")], int(m[3])) for k, m in made.items()}
 
 
 @kind("soco/fpn")
 def soco_fpn(case, arrays, _):
     shapes, inputs = dict(case["state_dict"]), soco_inputs(case)
-    channels = [shape[1] for name, shape in shapes.items() if re.fullmatch(r"neck\.lateral_convs\.\d\.conv\.weight", name)]
+    channels = [shape[1]
+                for name, shape in shapes.items() if re.fullmatch(r"neck\.lateral_convs\.\d\.conv\.weight", name)]
     for mode in ("eval", "train"):
-        model = torch.nn.ModuleDict({"neck": soco.FPN(channels, shapes["neck.fpn_convs.0.conv.weight"][0])}).train(mode == "train")
+        model = (torch.nn.ModuleDict({"neck": soco.FPN(channels, shapes["neck.fpn_convs.0.conv.weight"][0])})
+                 .train(mode == "train"))
         convert.load_matching(model, soco_fill(case["state_dict"], case["seed"]), drop={}, source="the case")
         with torch.no_grad():
             outputs = model["neck"](list(inputs.values()))
@@ -1340,7 +1449,8 @@ def soco_roi_head(case, arrays, _):
     convert.load_matching(model, soco_fill(case["state_dict"], case["seed"]), drop=drop, source="the case")
     seen = {}
     for name in ("head", "projector", "predictor"):
-        getattr(model, name).register_forward_hook(lambda module, args, output, name=name: seen.setdefault(name, []).append((args[0], output)))
+        getattr(model, name).register_forward_hook(
+            lambda module, args, output, name=name: seen.setdefault(name, []).append((args[0], output)))
     model.maps = lambda images, target: list(levels.values())
     for mode in ("eval", "train"):
         model.train(mode == "train")
@@ -1350,8 +1460,8 @@ def soco_roi_head(case, arrays, _):
         for i, level in enumerate(levels):
             (rois, h), (_, g), (_, v) = (seen[name][i] for name in ("head", "projector", "predictor"))
             rows = embedding.unflatten(1, (len(levels), -1))[:, i].flatten(0, 1)
-            for name, value in {f"roi_{level}": rois, f"{mode}_head_{level}": h, f"{mode}_proj_{level}": g, f"{mode}_pred_{level}": v,
-                                f"{mode}_predn_{level}": rows}.items():
+            for name, value in {f"roi_{level}": rois, f"{mode}_head_{level}": h, f"{mode}_proj_{level}": g,
+                                f"{mode}_pred_{level}": v, f"{mode}_predn_{level}": rows}.items():
                 if f"{name}_idx" in case["arrays"]:
                     value = value.flatten()[arrays.tensor(f"{name}_idx")]
                 if name in case["arrays"]:
@@ -1370,11 +1480,13 @@ def soco_losses(case, arrays, _):
 
     def embeddings(prefix, names, rows, joined=False):
         shape = (n * rows, width) if joined else (n, rows, width)
-        return [torch.nn.functional.normalize(tensor(prefix + name, shape, case["seed"]), dim=-1).view(n, rows, width) for name in names]
+        return [torch.nn.functional.normalize(tensor(prefix + name, shape, case["seed"]), dim=-1).view(n, rows, width)
+                for name in names]
 
     def pairs(matrix, *levels):
         """A case's correspondence; ours is the same, but for images whose pairs were taken out."""
-        ours = np.stack([soco.correspondence(*image, levels=matrix.shape[1] // K) for image in zip(arrays["ids1"], arrays["ids2"], *levels)])
+        ours = np.stack([soco.correspondence(*image, levels=matrix.shape[1] // K)
+                         for image in zip(arrays["ids1"], arrays["ids2"], *levels)])
         kept = matrix.any((1, 2))
         close(ours[kept], matrix[kept], 0)
         return torch.from_numpy(matrix)
@@ -1408,7 +1520,8 @@ def soco_lars(case, arrays, _):
             if part not in model:
                 model[part] = torch.nn.ParameterDict()
             model[part][leaf] = torch.nn.Parameter(torch.zeros_like(value) if part == "zero" else value)
-        optimizer = soco.LARS([{**group, "base_lr": rates[0]} for group in soco.lars_groups(model, weight_decay)], rates[0], momentum, trust=trust)
+        optimizer = soco.LARS([{**group, "base_lr": rates[0]} for group in soco.lars_groups(model, weight_decay)],
+                              rates[0], momentum, trust=trust)
         for step, rate in enumerate(rates):
             for name, p in model.named_parameters():
                 gradient = 0.1 * tensor(f"lars_grad{step}:{name}", p.shape, case["seed"])
@@ -1418,7 +1531,8 @@ def soco_lars(case, arrays, _):
             for name, p in model.named_parameters():
                 expected = arrays[f"c{c}_step{step + 1}_{name}"]
                 close(p, expected, rtol * np.abs(expected).max(), what=f"c{c} {name} after step {step + 1}")
-        buffers = {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters() if p in optimizer.state}
+        buffers = {name: optimizer.state[p]["momentum_buffer"]
+                   for name, p in model.named_parameters() if p in optimizer.state}
         assert buffers.keys() == {name.split("_buf_")[1] for name in case["arrays"] if name.startswith(f"c{c}_buf_")}
         for name, value in buffers.items():
             expected = arrays[f"c{c}_buf_{name}"]
@@ -1433,7 +1547,8 @@ def soco_schedules(case, arrays, _):
         for step, expected in zip(arrays[f"lr{i}_steps"].tolist(), arrays[f"lr{i}_f64"], strict=True):
             plan = (spec["n_iter"], spec["epochs"], spec["warmup"])
             close(soco.lr_at(step, spec["lr"], *plan, c["eta_min"]), expected, 0, rtol)
-            close(spec["lr"] * soco.lr_at(step, 1.0, *plan, c["eta_min"] / spec["lr"]), expected, 0, rtol)        # as in main()
+            # as in main()
+            close(spec["lr"] * soco.lr_at(step, 1.0, *plan, c["eta_min"] / spec["lr"]), expected, 0, rtol)
     for i, spec in enumerate(c["ema"]):
         for k, expected in zip(arrays[f"ema{i}_k"].tolist(), arrays[f"ema{i}_momentum_f64"], strict=True):
             close(soco.momentum_at(k, spec["base"], spec["K"]), expected, 0, rtol)
@@ -1449,10 +1564,12 @@ def soco_entries(file, seed, path):
 
 @kind("soco/full_step")
 def soco_full_step(case, arrays, seen):
-    """One soco.train_step (rate 0): on small views in float64, which the float64 numbers pin closely, else in float32."""
+    """One soco.train_step (rate 0): on small views in float64, which the float64 numbers pin
+    closely, else in float32."""
     c = case["config"]
     dtype = torch.float64 if max(c["view_sizes"]) <= 128 else torch.float32
-    state = soco_entries(f"statedict_soco_{'c4' if c['variant'] == 'c4' else 'fpn'}_pretrain.json", case["seed"], seen.path)
+    state = soco_entries(f"statedict_soco_{'c4' if c['variant'] == 'c4' else 'fpn'}_pretrain.json", case["seed"],
+                         seen.path)
     model = soco_model({name: value.shape for name, value in state.items()}, c["output_size"])
     convert.load_matching(model, state, drop={}, source="the case")
     model.to(dtype).train()
@@ -1465,7 +1582,8 @@ def soco_full_step(case, arrays, seen):
 
     batch = {"views": views, "boxes1": torch.stack([boxes(f"bboxs1_1{j}", "bboxs1_12") for j in others], 1),
              "boxes": torch.stack([boxes(f"bboxs{j}", "bboxs2") for j in others], 1),
-             "corres": torch.stack([arrays.tensor("plain_12" if c["variant"] == "c4" else f"corres_1{j}", dtype) for j in others], 1)}
+             "corres": torch.stack([arrays.tensor("plain_12" if c["variant"] == "c4" else f"corres_1{j}", dtype)
+                                    for j in others], 1)}
     assert batch["boxes1"].shape == (c["N"], len(others), c["K"], 4)
     momentum = soco.momentum_at(c["k"], c["contrast_momentum"], c["K_total"])
     assert momentum == pytest.approx(c["momentum_used"], rel=1e-9)
@@ -1476,13 +1594,14 @@ def soco_full_step(case, arrays, seen):
         model.neck.register_forward_hook(lambda module, args, output: found.update({"P3_view1": output[1]} | found))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0)
     single, threads = torch.Tensor.float, torch.get_num_threads()
-    torch.set_num_threads(1)                                            # where other work shares the cores a second thread makes it slower
-    with pytest.MonkeyPatch.context() as patch:                         # .float() undoes bf16 in training; here it must not undo float64
+    torch.set_num_threads(1)  # where other work shares the cores a second thread makes it slower
+    with pytest.MonkeyPatch.context() as patch:  # .float() undoes bf16 in training; here it must not undo float64
         patch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else single(self))
         terms = soco.train_step(SimpleNamespace(amp="off"), model, optimizer, batch, momentum, torch.device("cpu"))
     torch.set_num_threads(threads)
 
-    loss_atol, atol, rtol, tight = (allowed(case, what) for what in ("loss atol", "embeddings atol", "grad norms rel", "tight"))
+    loss_atol, atol, rtol, tight = (allowed(case, what)
+                                    for what in ("loss atol", "embeddings atol", "grad norms rel", "tight"))
     floor = float(m[1]) if (m := re.search(r"gradient norms with atol ([\d.e-]+)", case.get("note", ""))) else 1e-6
     parameters, double = dict(model.named_parameters()), dtype == torch.float64
     losses = torch.stack([value for name, value in terms.items() if re.fullmatch(r"loss_\d\d", name)])
@@ -1500,54 +1619,64 @@ def soco_full_step(case, arrays, seen):
         close(value.flatten()[arrays.tensor(f"{name}_idx")], arrays[name], atol, what=name)
     after = model.state_dict()
     for name in (name for name in case["arrays"] if name.startswith("after_")):
-        close(after[name.removeprefix("after_")].flatten()[:arrays[name].size], arrays[name], tight if double else atol / 10, 1e-4, name)
+        close(after[name.removeprefix("after_")].flatten()[:arrays[name].size], arrays[name],
+              tight if double else atol / 10, 1e-4, name)
     for i, name in enumerate(arrays["ema_names"].tolist()):
         close(after[name].flatten()[arrays.tensor(f"ema{i}_idx")], arrays[f"ema{i}"], tight, what=name)
     assert {name: int(after[name]) for name in case["num_batches_tracked"]} == case["num_batches_tracked"]
 
 
 def soco_statedict(case, seen):
-    """A released SoCo file: our model has its names, its online encoder is a backbone, and what detectron2 and MMDetection get from it is named."""
+    """A released SoCo file: our model has its names, its online encoder is a backbone, and what detectron2 and
+    MMDetection get from it is named."""
     arch, use = "c4" if "_c4_" in case["model"] else "fpn", case["model"].split("_")[-1]
     if use != "pretrain":
         return soco_converted(case, seen, arch, use)
-    state = {name: torch.from_numpy(fill(name.removeprefix("module."), tuple(shape), case.get("seed", 0))) for name, shape in case["entries"]}
+    state = {name: torch.from_numpy(fill(name.removeprefix("module."), tuple(shape), case.get("seed", 0)))
+             for name, shape in case["entries"]}
     path = soco_file(seen.tmp, state)
     found = convert.open_checkpoint(path)
     released = found.state
     assert found.what.startswith("SoCo (C4), ResNet-" if arch == "c4" else "SoCo, ResNet-")
-    again = convert.official(found)["model"]                            # the released names again; a queue that nothing reads is not kept
-    assert again.keys() == state.keys() - {"module.queue", "module.queue_ptr"} and all(torch.equal(v, state[k]) for k, v in again.items())
+    again = convert.official(found)["model"]  # the released names again; a queue that nothing reads is not kept
+    assert (again.keys() == state.keys() - {"module.queue", "module.queue_ptr"}
+            and all(torch.equal(v, state[k]) for k, v in again.items()))
     model = soco_model({name: value.shape for name, value in released.items()})
     convert.load_matching(model, released, drop={}, source=str(path))
     own = model.state_dict()
-    assert {f"module.{name}" for name in own} | {"module.queue", "module.queue_ptr"} >= state.keys() >= {f"module.{name}" for name in own}
+    assert ({f"module.{name}" for name in own} | {"module.queue", "module.queue_ptr"} >= state.keys()
+            >= {f"module.{name}" for name in own})
     assert all(torch.equal(value, state[f"module.{name}"]) for name, value in own.items())
     backbone = common.Backbone(convert.resnet_name(released, "encoder.", path), (1, 2, 3, 4), "bn", trainable=5)
     convert.load_backbone(backbone.body, path)
     for name, value in backbone.body.state_dict().items():
         online = state[f"module.encoder.{name}"]
-        assert torch.equal(value, online) and (value.numel() < 2 or not torch.equal(value, state[f"module.encoder_k.{name}"])), name
+        assert torch.equal(value, online) and (value.numel() < 2
+                                               or not torch.equal(value, state[f"module.encoder_k.{name}"])), name
 
 
 def soco_file(folder, state):
     """As main_pretrain.py saves it."""
     path = folder / "current.pth"
-    torch.save({"opt": argparse.Namespace(arch="resnet50", alternative=None), "model": state, "optimizer": {"state": {}, "param_groups": []},
+    torch.save({"opt": argparse.Namespace(arch="resnet50", alternative=None),
+                "model": state, "optimizer": {"state": {}, "param_groups": []},
                 "scheduler": {"last_epoch": 0, "after_scheduler": {"last_epoch": 0}}, "epoch": 100}, path)
     return path
 
 
 def soco_converted(case, seen, arch, use):
-    """What the released converters write: we write the same names, read them, and fill a detector from them as from the file they were made of."""
+    """What the released converters write: we write the same names, read them, and fill a detector from them as from
+    the file they were made of."""
     entries = manifest(f"statedict_soco_{arch}_pretrain.json", seen.path)["entries"]
     source = {name: torch.from_numpy(fill(name.removeprefix("module."), tuple(shape), 0)) for name, shape in entries
               if not name.startswith(("module.encoder_k.", "module.neck_k.", "module.head_k."))}
     found = convert.open_checkpoint(soco_file(seen.tmp, source))
-    content = {"model": convert.detectron2_arrays(found)} if use == "detectron2" else {"state_dict": convert.mmdetection_state(found)}
+    content = ({"model": convert.detectron2_arrays(found)} if use == "detectron2"
+               else {"state_dict": convert.mmdetection_state(found)})
     ours, = content.values()
     wanted = {new: source[old] for old, new in case["mapping"]}
-    assert [[name, list(value.shape)] for name, value in ours.items()] == case["entries"] and ours.keys() == wanted.keys()
+    assert ([[name, list(value.shape)] for name, value in ours.items()] == case["entries"]
+            and ours.keys() == wanted.keys())
     assert all(np.array_equal(ours[name], value) for name, value in wanted.items())
     path = seen.tmp / "converted.pkl"
     if use == "detectron2":
@@ -1558,9 +1687,11 @@ def soco_converted(case, seen, arch, use):
     read = convert.open_checkpoint(path)
     tensors, left = convert.rcnn_state(read, detector)
     expected = convert.rcnn_state(found, detector)[0]
-    assert not left and tensors.keys() == expected.keys() and all(torch.equal(v, expected[k]) for k, v in tensors.items())
+    assert not left and tensors.keys() == expected.keys() and all(torch.equal(v, expected[k])
+                                                                  for k, v in tensors.items())
     with torch.device("meta"):
-        own = rcnn.build_rcnn(finetune.Config(detector=detector, box_head="4conv1fc", backbone_norm="bn"), 80).state_dict()
+        own = rcnn.build_rcnn(finetune.Config(detector=detector, box_head="4conv1fc",
+                                              backbone_norm="bn"), 80).state_dict()
     assert all(own[k].shape == v.shape for k, v in tensors.items())
     assert [k for k in own if k.startswith("backbone.body.") and k not in tensors] == []
 
@@ -1568,15 +1699,19 @@ def soco_converted(case, seen, arch, use):
 # ==== MoCo and DUPR ================================================================================================
 
 def within(case, actual, expected, what=""):
-    """Compare under a tolerance in words: atol and rtol as named, a bare number is atol; atol "relative to max abs" grows with the array.
+    """Compare under a tolerance in words: atol and rtol as named, a bare number is atol;
+    atol "relative to max abs" grows with the array.
 
-    "rtol 1e-4 (float32)" names no atol: entries of a unit vector that are nearly 0 keep the rounding of the others, 2e-6 in the fact sheet.
+    "rtol 1e-4 (float32)" names no atol: entries of a unit vector that are nearly 0 keep the rounding of the
+    others, 2e-6 in the fact sheet.
     """
     text, expected = str(case["tolerance"]), np.asarray(expected)
-    limit = {k: float(v) for k, v in re.findall(r"(atol|rtol) ([\d.e-]+)", text)} or {"atol": float(re.match(r"[\d.e-]+", text)[0])}
+    limit = ({k: float(v) for k, v in re.findall(r"(atol|rtol) ([\d.e-]+)", text)}
+             or {"atol": float(re.match(r"[\d.e-]+", text)[0])})
     limit = {"atol": 2e-6 if "(float32)" in text else 0.0, **limit}
     scale = np.abs(expected).max(initial=0) if "relative to max abs" in text else 1.0
-    close(torch.as_tensor(actual).reshape(expected.shape), expected, limit["atol"] * scale, limit.get("rtol", 0.0), what)
+    close(torch.as_tensor(actual).reshape(expected.shape), expected, limit["atol"] * scale,
+          limit.get("rtol", 0.0), what)
 
 
 def unit_queue(shape, seed, name="queue"):
@@ -1586,11 +1721,13 @@ def unit_queue(shape, seed, name="queue"):
 def moco_config(case, **values):
     """MoCo v2 as a setting of DUPR: an image head on conv5 and no more."""
     c = case["config"]
-    return dupr.Config(alpha=(0, 0, 0, 1), beta=(0, 0, 0, 0), embedding_dim=c["dim"], queue_size=c["K"], temperature=c["T"], **values)
+    return dupr.Config(alpha=(0, 0, 0, 1), beta=(0, 0, 0, 0), embedding_dim=c["dim"], queue_size=c["K"],
+                       temperature=c["T"], **values)
 
 
 def moco_encoder(case, shapes):
-    """The encoder of a case: a ResNet, or "Tiny": conv1 (stride 2, padding 1), bn1, relu. One head on the last stage, of two layers or (v1) one."""
+    """The encoder of a case: a ResNet, or "Tiny": conv1 (stride 2, padding 1), bn1, relu. One head on the last stage,
+    of two layers or (v1) one."""
     c, nn = case["config"], torch.nn
     cfg = moco_config(case)
     if "arch" in c:
@@ -1599,18 +1736,20 @@ def moco_encoder(case, shapes):
         body, levels = nn.Sequential(OrderedDict((name, getattr(made, name)) for name in made.stages)), made.levels
     else:
         width, _, *kernel = shapes["encoder_q.conv1.weight"]
-        body = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, width, kernel, stride=2, padding=1, bias=False), bn1=nn.BatchNorm2d(width),
-                                         layer4=nn.ReLU()))
+        body = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, width, kernel, stride=2, padding=1, bias=False),
+                                         bn1=nn.BatchNorm2d(width), layer4=nn.ReLU()))
         levels = {"layer4": ("conv5", width, 2)}
     per_level = (dict(zip(dupr.LEVELS, values)) for values in (cfg.alpha, cfg.beta, cfg.roi_sizes))
     return dupr.Encoder(body, levels, *per_level, c["dim"], mlp=c["mlp"])
 
 
 def moco_model(case, folder):
-    """A released MoCo checkpoint with a case's weights -> our model, through the loader of released checkpoints; nothing may be left over."""
+    """A released MoCo checkpoint with a case's weights -> our model, through the loader of released checkpoints;
+    nothing may be left over."""
     shapes = {name.removeprefix("module."): shape for name, shape in case["keys"]}
     state = {name: torch.from_numpy(fill(name, tuple(shape), case["seed"])) for name, shape in shapes.items()}
-    state |= {"queue": unit_queue(shapes["queue"], case["seed"]), "queue_ptr": torch.zeros(shapes["queue_ptr"], dtype=torch.long)}
+    state |= {"queue": unit_queue(shapes["queue"], case["seed"]),
+              "queue_ptr": torch.zeros(shapes["queue_ptr"], dtype=torch.long)}
     model = dupr.DUPR(moco_encoder(case, shapes), case["config"]["K"], case["config"]["dim"])
     path = moco_file(folder, state)
     convert.load_matching(model, convert.open_checkpoint(path).state, drop={}, source=str(path))
@@ -1620,13 +1759,15 @@ def moco_model(case, folder):
 def moco_file(folder, state):
     """As main_moco.py saves it."""
     path = folder / "checkpoint_0199.pth.tar"
-    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": {f"module.{name}": value for name, value in state.items()},
+    torch.save({"epoch": 200, "arch": "resnet50",
+                "state_dict": {f"module.{name}": value for name, value in state.items()},
                 "optimizer": {"state": {}, "param_groups": []}}, path)
     return path
 
 
 def moco_stepper(cfg, model, optimizer, permutation=None):
-    """step(query images, key images): dupr.train_step -> (its terms, logits [N, 1 + K] of its queries and keys with the queue they met)."""
+    """step(query images, key images): dupr.train_step -> (its terms, logits [N, 1 + K] of its queries and keys
+    with the queue they met)."""
     seen = {}
     model.register_forward_hook(lambda module, args, output: seen.update(output=output))
     wrapped = common.wrap_model(model.train(), torch.device("cpu"), sync_bn=False)
@@ -1636,7 +1777,8 @@ def moco_stepper(cfg, model, optimizer, permutation=None):
     def step(query_images, key_images):
         n, _, h, w = query_images.shape
         queue = model.queues["image_conv5"].keys.clone()
-        batch = {"views": torch.stack([query_images, key_images], 1), "boxes": torch.tensor([0.0, 0.0, w, h]).repeat(n, 2, 1),
+        batch = {"views": torch.stack([query_images, key_images], 1),
+                 "boxes": torch.tensor([0.0, 0.0, w, h]).repeat(n, 2, 1),
                  "flips": torch.zeros(n, 2, dtype=torch.bool), "valid": torch.ones(n, dtype=torch.bool)}
         terms = dupr.train_step(cfg, wrapped, optimizer, batch, 0, torch.device("cpu"))
         query, key = (e["image_conv5"].detach() for e in seen["output"])
@@ -1667,7 +1809,8 @@ def moco_encoders(case, arrays, seen):
 @kind("dupr/infonce")
 def infonce(case, arrays, _):
     c, seed = case["config"], case["seed"]
-    raw_q, raw_k = (tensor(name, (c["N"], c["dim"]), seed).requires_grad_(name == "raw_q") for name in ("raw_q", "raw_k"))
+    raw_q, raw_k = (tensor(name, (c["N"], c["dim"]), seed).requires_grad_(name == "raw_q")
+                    for name in ("raw_q", "raw_k"))
     query, key = torch.nn.functional.normalize(raw_q, dim=1), torch.nn.functional.normalize(raw_k, dim=1)
     queue = dupr.Queue(c["dim"], c["K"])
     queue.keys.copy_(unit_queue((c["dim"], c["K"]), seed))
@@ -1677,7 +1820,8 @@ def infonce(case, arrays, _):
     for rows in (c["N"], 3, 1):
         raw_q.grad = None
         losses = dupr.info_nce(query, key, queue.keys, c["T"], rows)
-        close(losses, torch.nn.functional.cross_entropy(logits, arrays.tensor("labels"), reduction="none").detach(), 1e-5)
+        close(losses,
+              torch.nn.functional.cross_entropy(logits, arrays.tensor("labels"), reduction="none").detach(), 1e-5)
         within(case, losses.detach(), arrays["per_sample"], "per_sample")
         within(case, losses.mean().detach(), arrays["loss"], "loss")
         losses.mean().backward(retain_graph=True)
@@ -1693,7 +1837,8 @@ def moco_train_steps(case, arrays, seen):
     model = moco_model(case, seen.tmp)
     cfg = moco_config(case, ema_momentum=c["m"], lr=c["lr"], sgd_momentum=c["momentum"], weight_decay=c["weight_decay"])
     groups = [{"params": list(model.encoder_q.parameters()), "base_lr": cfg.lr}]
-    step = moco_stepper(cfg, model, torch.optim.SGD(groups, cfg.lr, momentum=cfg.sgd_momentum, weight_decay=cfg.weight_decay))      # as dupr.main
+    step = moco_stepper(cfg, model, torch.optim.SGD(groups, cfg.lr, momentum=cfg.sgd_momentum,
+                                                    weight_decay=cfg.weight_decay))  # as dupr.main
     last = f"image_heads.conv5.{2 if c['mlp'] else 0}.weight"
     for t in range(c["steps"]):
         terms, logits = step(*(tensor(f"im_{side}{t}", (c["N"], 3, c["hw"], c["hw"]), case["seed"]) for side in "qk"))
@@ -1709,25 +1854,29 @@ def moco_train_steps(case, arrays, seen):
 
 
 def two_process_worker(path, out):
-    """One process of a dupr/two_process_step case: dupr.train_step (rate 0) under DistributedDataParallel with the stored permutation."""
+    """One process of a dupr/two_process_step case: dupr.train_step (rate 0) under DistributedDataParallel
+    with the stored permutation."""
     case, r = json.loads(Path(path).read_text()), common.rank()
     c, arrays = case["config"], np.load(Path(path).with_suffix(".npz"))
     folder = Path(out) / f"rank{r}"
     folder.mkdir()
     model = moco_model(case, folder)
-    step = moco_stepper(moco_config(case, ema_momentum=c["m"]), model, torch.optim.SGD(model.encoder_q.parameters(), 0.0),
-                        torch.from_numpy(arrays["idx_shuffle"]))
-    terms, logits = step(*(tensor(f"im_{side}_rank{r}", (c["N_per_rank"], 3, c["hw"], c["hw"]), case["seed"]) for side in "qk"))
+    step = moco_stepper(moco_config(case, ema_momentum=c["m"]), model,
+                        torch.optim.SGD(model.encoder_q.parameters(), 0.0), torch.from_numpy(arrays["idx_shuffle"]))
+    terms, logits = step(*(tensor(f"im_{side}_rank{r}", (c["N_per_rank"], 3, c["hw"], c["hw"]), case["seed"])
+                           for side in "qk"))
     queue = model.queues["image_conv5"]
-    torch.save({"logits": logits, "loss": terms["loss"], "queue": queue.keys, "ptr": queue.ptr, "q_bn_mean": model.encoder_q.bn1.running_mean,
+    torch.save({"logits": logits, "loss": terms["loss"], "queue": queue.keys,
+                "ptr": queue.ptr, "q_bn_mean": model.encoder_q.bn1.running_mean,
                 "k_bn_mean": model.encoder_k.bn1.running_mean}, folder / "result.pt")
 
 
 @kind("dupr/two_process_step")
 def two_process_step(case, arrays, seen):
-    run_processes(f"import test_parity\ntest_parity.two_process_worker({str(seen.path.resolve())!r}, {str(seen.tmp)!r})", seen.tmp,
-                  case["config"]["world_size"])
-    assert sorted(arrays["idx_shuffle"].tolist()) == list(range(case["config"]["world_size"] * case["config"]["N_per_rank"]))
+    run_processes(f"import test_parity\ntest_parity.two_process_worker({str(seen.path.resolve())!r}, "
+                  f"{str(seen.tmp)!r})", seen.tmp, case["config"]["world_size"])
+    assert (sorted(arrays["idx_shuffle"].tolist())
+            == list(range(case["config"]["world_size"] * case["config"]["N_per_rank"])))
     for r in range(case["config"]["world_size"]):
         for name, value in torch.load(seen.tmp / f"rank{r}" / "result.pt").items():
             within(case, value, arrays[f"{name}_rank{r}"], f"{name}_rank{r}")
@@ -1736,30 +1885,36 @@ def two_process_step(case, arrays, seen):
 @kind("dupr/lr_schedule")
 def moco_schedule(case, arrays, _):
     for item in case["items"]:
-        cfg = dupr.Config(lr=item["lr"], epochs=item["epochs"], schedule="cosine" if item["cos"] else "step", lr_drops=tuple(item["schedule"]))
+        cfg = dupr.Config(lr=item["lr"], epochs=item["epochs"], schedule="cosine" if item["cos"] else "step",
+                          lr_drops=tuple(item["schedule"]))
         assert len(item["epoch"]) == len(item["value"])
         for epoch, value in zip(item["epoch"], item["value"]):
             for steps_per_epoch in (1, 7):
-                for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):               # the same within an epoch
+                for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):  # the same within an epoch
                     assert cfg.lr * dupr.lr_factor(cfg, step, steps_per_epoch) == pytest.approx(value, rel=1e-9)
 
 
 @kind("dupr/augmentation")
 def moco_augmentation(case, arrays, _):
-    """The list of the released transforms, in order, against what a sample of dupr.py goes through; and the distributions of the draws."""
-    order = [(re.search(r"(\w+)\(", text.removeprefix("RandomApply("))[1] if "(" in text else text, text) for text in case["order"]]
-    assert [name for name, _ in order] == ["RandomResizedCrop", "ColorJitter", "RandomGrayscale", "GaussianBlur", "RandomHorizontalFlip", "ToTensor",
-                                           "Normalize"]
-    crop, jitter, gray, blur, flip, _, normalise = ([float(v) for v in re.findall(r"(?<![\w/])\d*\.?\d+(?![\w/])", text)] for _, text in order)
+    """The list of the released transforms, in order, against what a sample of dupr.py goes through;
+    and the distributions of the draws."""
+    order = [(re.search(r"(\w+)\(", text.removeprefix("RandomApply("))[1] if "(" in text else text, text)
+             for text in case["order"]]
+    assert [name for name, _ in order] == ["RandomResizedCrop", "ColorJitter", "RandomGrayscale", "GaussianBlur",
+                                           "RandomHorizontalFlip", "ToTensor", "Normalize"]
+    crop, jitter, gray, blur, flip, _, normalise = (
+        [float(v) for v in re.findall(r"(?<![\w/])\d*\.?\d+(?![\w/])", text)] for _, text in order)
     cfg = dupr.Config()
     source = [data.Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))]
     dataset = dupr.TwoCropsDataset(cfg, SimpleNamespace(load=lambda i: source[i]), np.arange(1))
     assert [cfg.image_size, *cfg.crop_area] == crop[:3]
-    assert dataset.photometric == data.Photometric(*jitter[:4], p_jitter=jitter[4], p_gray=gray[0], p_blur=blur[2], blur_radius=tuple(blur[:2]))
+    assert dataset.photometric == data.Photometric(*jitter[:4], p_jitter=jitter[4], p_gray=gray[0], p_blur=blur[2],
+                                                   blur_radius=tuple(blur[:2]))
     assert [*data.IMAGENET_MEAN, *data.IMAGENET_STD] == pytest.approx(normalise)
     rng, hw, n = np.random.default_rng(0), (375, 500), 4000
     draws = [dupr.draw_view(rng, hw, cfg.crop_area, dataset.photometric) for _ in range(n)]
-    for share, p in ((np.mean([d["flip"] for d in draws]), flip[0]), (np.mean([bool(d["colours"]["order"]) for d in draws]), jitter[4]),
+    for share, p in ((np.mean([d["flip"] for d in draws]), flip[0]),
+                     (np.mean([bool(d["colours"]["order"]) for d in draws]), jitter[4]),
                      (np.mean([d["colours"]["gray"] for d in draws]), gray[0]),
                      (np.mean([d["colours"]["blur"] is not None for d in draws]), blur[2])):
         assert share == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
@@ -1767,24 +1922,27 @@ def moco_augmentation(case, arrays, _):
     ratio = re.search(r"ratio (\d)/(\d)\.\.(\d)/(\d)", case["order"][0])
     ratio = (int(ratio[1]) / int(ratio[2]), int(ratio[3]) / int(ratio[4]))
     params = torchvision.transforms.RandomResizedCrop.get_params
-    theirs = np.array([params(torch.empty(3, *hw), list(crop[1:3]), list(ratio)) for _ in range(n)], dtype=np.float64)           # top, left, h, w
+    # top, left, h, w
+    theirs = np.array([params(torch.empty(3, *hw), list(crop[1:3]), list(ratio)) for _ in range(n)], dtype=np.float64)
     ours = np.array([(y1, x1, y2 - y1, x2 - x1) for x1, y1, x2, y2 in (d["crop"] for d in draws)], dtype=np.float64)
     for column in range(4):
         spread = theirs[:, column].std() * (2 / n) ** 0.5
         assert abs(ours[:, column].mean() - theirs[:, column].mean()) < 4 * spread
         assert ours[:, column].std() == pytest.approx(theirs[:, column].std(), rel=0.06)
     functional = torchvision.transforms.functional
-    for draw in draws[:20]:                                             # the released order of operations, with these draws
+    for draw in draws[:20]:  # the released order of operations, with these draws
         draw = draw | {"crop": data.draw_crop(rng, (30, 40), cfg.crop_area)}
         x1, y1, x2, y2 = draw["crop"]
-        view = functional.resized_crop(source[0], y1, x1, y2 - y1, x2 - x1, [32, 32], functional.InterpolationMode.BILINEAR)
+        view = functional.resized_crop(source[0], y1, x1, y2 - y1, x2 - x1, [32, 32],
+                                       functional.InterpolationMode.BILINEAR)
         colours = draw["colours"]
         for name in colours["order"]:
             view = getattr(functional, f"adjust_{name}")(view, colours[name])
         view = functional.rgb_to_grayscale(view, 3) if colours["gray"] else view
         view = view.filter(data.ImageFilter.GaussianBlur(colours["blur"])) if colours["blur"] is not None else view
         view = functional.hflip(view) if draw["flip"] else view
-        close(dupr.apply_view(source[0], draw, 32), functional.normalize(functional.to_tensor(view), normalise[:3], normalise[3:]), 1e-5)
+        close(dupr.apply_view(source[0], draw, 32),
+              functional.normalize(functional.to_tensor(view), normalise[:3], normalise[3:]), 1e-5)
     if "[q,k]" in case["views"]:                                        # drawn twice, independently
         sample = dataset[0, 0]
         assert len(sample["views"]) == 2 and not torch.equal(*sample["views"])
@@ -1812,7 +1970,8 @@ def patch_loss(case, arrays, _):
     c, seed = case["config"], case["seed"]
     side, level = -(-c["view_size"] // c["stride"]), "conv5"
     weights = ({level: 0.0}, {level: 1.0}, {level: c["S"]})
-    encoder = dupr.Encoder(torch.nn.Sequential(OrderedDict(layer4=torch.nn.Identity())), {"layer4": (level, c["C"], c["stride"])}, *weights, c["C"])
+    encoder = dupr.Encoder(torch.nn.Sequential(OrderedDict(layer4=torch.nn.Identity())),
+                           {"layer4": (level, c["C"], c["stride"])}, *weights, c["C"])
     encoder.patch_heads[level] = torch.nn.Identity()
     model = dupr.DUPR(encoder, c["K"], c["C"])
     model.queues[f"patch_{level}"].keys.copy_(unit_queue((c["C"], c["K"]), seed, "input:patch_queue"))
@@ -1825,7 +1984,8 @@ def patch_loss(case, arrays, _):
     valid = arrays.tensor("valid")
     for reduction in ("sum", "mean"):
         cfg = dupr.Config(alpha=(0, 0, 0, 0), beta=(0, 0, 0, 1), temperature=c["tau"], patch_reduction=reduction)
-        total, terms = dupr.dupr_loss(cfg, queries, keys, model.queues, valid, common.normalizer(int(valid.sum()), torch.device("cpu")))
+        total, terms = dupr.dupr_loss(cfg, queries, keys, model.queues, valid,
+                                      common.normalizer(int(valid.sum()), torch.device("cpu")))
         assert total == terms[f"patch_{level}"]
         within(case, total, arrays[f"loss_{reduction}"], reduction)
 
@@ -1833,20 +1993,24 @@ def patch_loss(case, arrays, _):
 @kind("dupr/analysis")
 def dupr_analysis(case, arrays, _):
     """Eq. (8), Eq. (9) and the matching of two views, on features [C, P]."""
-    c, (own, noise) = case["config"], map(float, re.search(r"b=([\d.]+)\*a_raw\+([\d.]+)\*fill", case["inputs"]).groups())
+    c, (own, noise) = case["config"], map(float,
+                                          re.search(r"b=([\d.]+)\*a_raw\+([\d.]+)\*fill", case["inputs"]).groups())
     raw, other = (tensor(name, (c["C"], c["P"]), case["seed"]) for name in "ab")
     a, b = (torch.nn.functional.normalize(x, dim=0) for x in (raw, own * raw + noise * other))
     within(case, figures.cosines(a, b), arrays["sim"], "sim")
     within(case, figures.affinity(a, b, c["tau"]), arrays["affinity"], "affinity")
     within(case, figures.iou_similarity(a, b), arrays["iou_similarity"], "iou_similarity")
-    assert np.array_equal(figures.match(a, b), arrays["match_1_to_2"]) and np.array_equal(figures.match(b, a), arrays["match_2_to_1"])
+    assert (np.array_equal(figures.match(a, b), arrays["match_1_to_2"])
+            and np.array_equal(figures.match(b, a), arrays["match_2_to_1"]))
 
 
 def moco_statedict(case, seen):
     """A released MoCo file: our model has its names, and its query encoder is a backbone."""
-    case = {**case, "keys": [(name.removeprefix("module."), shape) for name, shape in case["entries"]], "seed": case.get("seed", 0)}
+    case = {**case, "keys": [(name.removeprefix("module."), shape) for name, shape in case["entries"]],
+            "seed": case.get("seed", 0)}
     shapes = dict(case["keys"])
-    blocks = tuple(len({name.split(".")[2] for name in shapes if name.startswith(f"encoder_q.layer{i}.")}) for i in (1, 2, 3, 4))
+    blocks = tuple(len({name.split(".")[2] for name in shapes if name.startswith(f"encoder_q.layer{i}.")})
+                   for i in (1, 2, 3, 4))
     arch = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 4, 23, 3): "resnet101"}[blocks]
     if "encoder_q.layer1.0.conv3.weight" in shapes:
         arch = {"resnet34": "resnet50"}.get(arch, arch)
@@ -1860,8 +2024,10 @@ def moco_statedict(case, seen):
     assert again["arch"] == arch and again["state_dict"].keys() == {f"module.{name}" for name in shapes}
     for name in shapes:
         if name not in ("queue", "queue_ptr"):
-            assert torch.equal(again["state_dict"][f"module.{name}"], torch.from_numpy(fill(name, tuple(shapes[name]), case["seed"]))), name
-            assert torch.equal(own[convert.rename(name, convert.MOCO["v2" if mlp else "v1"])], again["state_dict"][f"module.{name}"]), name
+            assert torch.equal(again["state_dict"][f"module.{name}"],
+                               torch.from_numpy(fill(name, tuple(shapes[name]), case["seed"]))), name
+            assert torch.equal(own[convert.rename(name, convert.MOCO["v2" if mlp else "v1"])],
+                               again["state_dict"][f"module.{name}"]), name
     assert model.queues["image_conv5"].ptr.dtype == torch.int64
     backbone = common.Backbone(arch, (1, 2, 3, 4), "bn", trainable=5)
     convert.load_backbone_weights(backbone.body, str(seen.tmp / "checkpoint_0199.pth.tar"), arch)

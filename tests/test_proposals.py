@@ -1,4 +1,5 @@
-"""Proposals: values by hand, seeded order, edge boxes on a known picture, and the store under kills, truncation and wrong data."""
+"""Proposals: values by hand, seeded order, edge boxes on a known picture, and the store under kills,
+truncation and wrong data."""
 from __future__ import annotations
 
 import errno
@@ -32,7 +33,8 @@ from data import UnreadableImage  # noqa: E402
 class Pictures:
     """n noisy pictures with two patches each; `bad` indices cannot be read, `slow` seconds per load."""
 
-    def __init__(self, n: int = 12, name: str = "pictures", bad: tuple[int, ...] = (), prefix: str = "a", slow: float = 0.0):
+    def __init__(self, n: int = 12, name: str = "pictures", bad: tuple[int, ...] = (),
+                 prefix: str = "a", slow: float = 0.0):
         self.n, self.name, self.bad, self.prefix, self.slow = n, name, bad, prefix, slow
 
     def __len__(self) -> int:
@@ -101,7 +103,8 @@ def test_select():
         drawn = [P.select(boxes, policy, 20, rng)[:, 0].astype(int) for _ in range(2000)]
         assert all((np.diff(d) > 0).all() for d in drawn if len(d) > 1)
         p = P.importance_probability(100, 20, released=policy.endswith("released"))
-        assert np.abs(np.bincount(np.concatenate(drawn), minlength=100) / 2000 - p).max() < 0.06  # 5 standard deviations
+        # 5 standard deviations
+        assert np.abs(np.bincount(np.concatenate(drawn), minlength=100) / 2000 - p).max() < 0.06
     with pytest.raises(ValueError):
         P.select(boxes, "best", 3, rng)
 
@@ -124,7 +127,8 @@ def test_rank_nms():
 def test_random_boxes():
     rng = np.random.default_rng(0)
     boxes = P.random_boxes(rng, (60, 200), 500)
-    assert boxes.dtype == np.float32 and boxes.shape == (500, 4) and (boxes >= 0).all() and (boxes <= [200, 60, 200, 60]).all()
+    assert (boxes.dtype == np.float32 and boxes.shape == (500, 4) and (boxes >= 0).all()
+            and (boxes <= [200, 60, 200, 60]).all())
     assert (boxes[:, 2:] > boxes[:, :2]).all()
     pool = np.array([[0.5, 0.25], [0.1, 1.0]])
     boxes = P.random_boxes(rng, (60, 200), 500, pool)
@@ -142,21 +146,25 @@ def test_selective_search_order_is_seeded_and_set_is_not():
 
 
 def test_quick_mode(tmp_path):
-    """D6, on one scene: its order is seeded and its set is not, all objects are found, with other boxes than fast; the header names it."""
+    """D6, on one scene: its order is seeded and its set is not, all objects are found,
+    with other boxes than fast; the header names it."""
     image, truth, _ = D.SyntheticScenes(1, offset=4).scene(0)
     first, again, other = (P.selective_search(np.asarray(image), mode="quick", seed=s) for s in (7, 7, 8))
-    assert np.array_equal(first, again) and not np.array_equal(first, other) and sorted(first.tolist()) == sorted(other.tolist())
+    assert (np.array_equal(first, again) and not np.array_equal(first, other)
+            and sorted(first.tolist()) == sorted(other.tolist()))
     assert 75 < len(first) < 95 and (first >= 0).all() and (first[:, 2:] > first[:, :2]).all() and (first <= 160).all()
     assert len(truth) == 4 and all(iou(box, first).max() > 0.6 for box in truth)
     fast = P.selective_search(np.asarray(image), seed=7).tolist()
     assert 0 < sum(box in fast for box in first.tolist()) < 45  # both have the whole image and some regions
     store = P.main(["--data", "synthetic", "--limit", "2", "--mode", "quick", "--out", str(tmp_path / "s")])
-    assert store.header["mode"] == "quick" and store.header["grid"] == 128 and "--mode quick" in P._command(store.header, store.path)
+    assert (store.header["mode"] == "quick" and store.header["grid"] == 128
+            and "--mode quick" in P._command(store.header, store.path))
 
 
 def test_store_of_the_synthetic_pool_of_a_script(tmp_path):
     """The same --seed and --synthetic_images as in a script's command name the same scenes."""
-    store = P.main(["--data", "synthetic", "--synthetic_images", "2", "--seed", "3", "--mode", "quick", "--out", str(tmp_path / "s")])
+    store = P.main(["--data", "synthetic", "--synthetic_images", "2", "--seed", "3", "--mode", "quick",
+                    "--out", str(tmp_path / "s")])
     pool = D.open_images("synthetic", None, synthetic_images=2, seed=3)
     assert len(P.ProposalStore.open(store.path, pool)) == 2
     with pytest.raises(P.UserError, match="another list of files"):
@@ -168,7 +176,8 @@ def test_selective_search_without_a_seedable_c_library(monkeypatch):
     ordinary = P.selective_search(image, seed=7)
     monkeypatch.setattr(P, "_c_srand", lambda: None)
     first, again, other = (P.selective_search(image, seed=s) for s in (7, 7, 8))
-    assert np.array_equal(first, again) and not np.array_equal(first, other) and sorted(first.tolist()) == sorted(ordinary.tolist())
+    assert (np.array_equal(first, again) and not np.array_equal(first, other)
+            and sorted(first.tolist()) == sorted(ordinary.tolist()))
     assert "shuffle" in P.Generator().header()["order"]
 
 
@@ -192,7 +201,8 @@ def test_edge_boxes_find_a_rectangle(short_side):
     image[40:120, 60:150] = (250, 240, 200)
     boxes = P.edge_boxes(image, short_side=short_side)
     assert iou(np.array([60, 40, 150, 120]), boxes[:10]).max() > 0.5
-    assert np.array_equal(boxes, boxes.round()) and (boxes >= 0).all() and (boxes <= [220, 160, 220, 160]).all() and len(boxes) <= 300
+    assert (np.array_equal(boxes, boxes.round()) and (boxes >= 0).all()
+            and (boxes <= [220, 160, 220, 160]).all() and len(boxes) <= 300)
     assert np.array_equal(boxes, P.edge_boxes(image, short_side=short_side, seed=5))
 
 
@@ -211,8 +221,9 @@ def test_edge_model_errors_say_where_the_file_is(tmp_path):
 
 
 # ---- store ----
-@pytest.mark.parametrize("method,grid,dtype", [("selective_search", 128, "uint8"), ("random", 300, "uint16"), ("selective_search", None, "uint16"),
-                                               ("edge_boxes", None, "uint16"), ("random", None, "uint16"), ("random", 255, "uint8")])
+@pytest.mark.parametrize("method,grid,dtype", [("selective_search", 128, "uint8"), ("random", 300, "uint16"),
+                                               ("selective_search", None, "uint16"), ("edge_boxes", None, "uint16"),
+                                               ("random", None, "uint16"), ("random", 255, "uint8")])
 @pytest.mark.parametrize("rank", ["opencv", "nms"])
 def test_store_returns_what_the_generator_gives(tmp_path, method, grid, dtype, rank):
     source, generator = Pictures(3), P.Generator(method=method, grid=grid, rank=rank)
@@ -222,7 +233,8 @@ def test_store_returns_what_the_generator_gives(tmp_path, method, grid, dtype, r
         image = source.load(i)
         boxes = generator(image, P.image_seed(42, source.key(i)))
         assert np.array_equal(store.boxes(i, image.size[::-1]), boxes) and boxes.dtype == np.float32  # bit for bit
-        assert (boxes >= 0).all() and (boxes[:, 2:] > boxes[:, :2]).all() and (boxes <= np.array([70, 50 + i] * 2) + 1e-4).all()
+        assert ((boxes >= 0).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+                and (boxes <= np.array([70, 50 + i] * 2) + 1e-4).all())
     with pytest.raises(IndexError):
         store.boxes(3, (50, 70))
 
@@ -232,7 +244,8 @@ def test_header_and_reopening(tmp_path, capsys):
     store = P.build_store(tmp_path / "s", source, CHEAP, progress=False)
     assert "4 images" in capsys.readouterr().out
     meta = json.loads((tmp_path / "s/meta.json").read_text())
-    assert meta == store.header and meta["opencv"] == cv2.__version__ and meta["seed"] == 42 and meta["fingerprint"] == source.fingerprint()
+    assert (meta == store.header and meta["opencv"] == cv2.__version__ and meta["seed"] == 42
+            and meta["fingerprint"] == source.fingerprint())
     assert {f.name for f in (tmp_path / "s").iterdir()} == {"meta.json", "boxes.bin", "offsets.npy"}
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "s").iterdir()}
     P.build_store(tmp_path / "s", source, CHEAP, progress=False)
@@ -257,12 +270,15 @@ def test_opening_maps_and_does_not_read(tmp_path):
 
 def test_unreadable_images_have_no_boxes_and_are_limited(tmp_path, capsys):
     store = P.build_store(tmp_path / "s", Pictures(200, bad=(7,)), CHEAP, progress=False)
-    assert store.boxes(7, (57, 70)).shape == (0, 4) and len(store.boxes(8, (58, 70))) == 300 and store.header["unreadable"] == 1
+    assert (store.boxes(7, (57, 70)).shape == (0, 4) and len(store.boxes(8, (58, 70))) == 300
+            and store.header["unreadable"] == 1)
     assert "a/00007.png" in capsys.readouterr().err
     with pytest.raises(UserError, match="a/0000"):
         P.build_store(tmp_path / "t", Pictures(200, bad=(3, 4, 5)), CHEAP, progress=False)
-    whole = P.build_store(tmp_path / "t", Pictures(200), CHEAP, progress=False)  # repaired: the tail of failures is tried again
-    assert same_store(whole, P.build_store(tmp_path / "u", Pictures(200), CHEAP, progress=False)) and whole.header["unreadable"] == 0
+    # repaired: the tail of failures is tried again
+    whole = P.build_store(tmp_path / "t", Pictures(200), CHEAP, progress=False)
+    assert (same_store(whole, P.build_store(tmp_path / "u", Pictures(200), CHEAP, progress=False))
+            and whole.header["unreadable"] == 0)
 
 
 def test_store_of_nothing_but_empty_images(tmp_path, monkeypatch):
@@ -285,7 +301,8 @@ def interrupted(path: Path, source: Pictures, at: int) -> None:
     source.load = load
 
 
-@pytest.mark.parametrize("cut_boxes,cut_counts", [(0, 0), (1, 0), (1199, 0), (1200, 0), (0, 1), (0, 5), (3001, 9), (10**6, 0), (0, 10**6)])
+@pytest.mark.parametrize("cut_boxes,cut_counts",
+                         [(0, 0), (1, 0), (1199, 0), (1200, 0), (0, 1), (0, 5), (3001, 9), (10**6, 0), (0, 10**6)])
 def test_resume_after_truncation_anywhere(tmp_path, cut_boxes, cut_counts):
     whole = P.build_store(tmp_path / "whole", Pictures(10), CHEAP, progress=False)
     interrupted(tmp_path / "s", Pictures(10), 8)
@@ -308,7 +325,8 @@ def test_resume_between_the_last_steps(tmp_path, monkeypatch):
     whole = P.build_store(tmp_path / "whole", Pictures(5), CHEAP, progress=False)
     write = P._write_json
     with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(P, "_write_json", lambda path, v: (_ for _ in ()).throw(Killed()) if path.name == "meta.json" else write(path, v))
+        patch.setattr(P, "_write_json",
+                      lambda path, v: (_ for _ in ()).throw(Killed()) if path.name == "meta.json" else write(path, v))
         P.build_store(tmp_path / "s", Pictures(5), CHEAP, progress=False)
     assert (tmp_path / "s/boxes.bin").exists()
     source = Pictures(5, bad=tuple(range(5)))  # nothing is left to load
@@ -356,12 +374,14 @@ def test_sigkill_again_and_again(tmp_path, workers):
     P.build_store(tmp_path / "whole", Pictures(150, bad=(77,)), CHEAP, progress=False)
     slow = Pictures(150, bad=(77,), slow=0.004)
     for images in (3, 17, 18, 60, 101):
-        process = in_another_process(lambda: P.build_store(tmp_path / "s", slow, CHEAP, workers=workers, progress=False))
+        process = in_another_process(lambda: P.build_store(tmp_path / "s", slow, CHEAP,
+                                                           workers=workers, progress=False))
         wait_for(tmp_path / "s/counts.partial", images)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    P.build_store(tmp_path / "s", Pictures(150, bad=(77,)), CHEAP, workers=workers, progress=False)  # at once: the dead one's lock is gone
+    # at once: the dead one's lock is gone
+    P.build_store(tmp_path / "s", Pictures(150, bad=(77,)), CHEAP, workers=workers, progress=False)
     assert content(tmp_path / "s") == content(tmp_path / "whole")
 
 
@@ -373,7 +393,8 @@ def test_sigkill_before_every_system_call_that_writes(tmp_path):
         left = [k]
 
         def count(frame, event, function):
-            if event == "c_call" and function.__name__ in ("write", "flush", "fsync", "truncate", "replace", "unlink", "mkdir"):
+            if event == "c_call" and function.__name__ in ("write", "flush", "fsync", "truncate",
+                                                           "replace", "unlink", "mkdir"):
                 left[0] -= 1
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -396,7 +417,8 @@ def test_sigkill_before_every_system_call_that_writes(tmp_path):
 
 def test_two_writers(tmp_path, capsys):
     P.build_store(tmp_path / "whole", Pictures(60), CHEAP, progress=False)
-    first = in_another_process(lambda: P.build_store(tmp_path / "s", Pictures(60, slow=0.02), CHEAP, workers=1, progress=False))
+    first = in_another_process(lambda: P.build_store(tmp_path / "s", Pictures(60, slow=0.02), CHEAP,
+                                                     workers=1, progress=False))
     wait_for(tmp_path / "s/counts.partial", 1)
     for _ in range(2):  # being refused takes nothing from the first
         with pytest.raises(UserError, match="is being filled by another process"):
@@ -476,11 +498,14 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):
     "objects instead of numbers": ("meta.json", lambda b: b.replace(b'"uint8"', b'"O"')),
     "no format version": ("meta.json", lambda b: b'{"version": 1}'),
     "a later version": ("meta.json", lambda b: b.replace(b'"format_version": 1', b'"format_version": 9')),
-    "a list": ("meta.json", lambda b: b"[]"), "cut": ("meta.json", lambda b: b[:99]), "no text": ("meta.json", lambda b: b"\xff"),
+    "a list": ("meta.json", lambda b: b"[]"), "cut": ("meta.json", lambda b: b[:99]),
+    "no text": ("meta.json", lambda b: b"\xff"),
     "no offsets": ("offsets.npy", lambda b: b""), "cut offsets": ("offsets.npy", lambda b: b[:-8]),
     "an odd bracket": ("offsets.npy", lambda b: b.replace(b"}", b"[")),
-    "a pickle": ("offsets.npy", lambda b: pickle.dumps([0] * 6)), "offsets with objects": ("offsets.npy", lambda b: npy(np.array([0] * 6, object))),
-    "offsets with fractions": ("offsets.npy", lambda b: npy(np.zeros(6))), "one offset": ("offsets.npy", lambda b: npy(np.int64(0))),
+    "a pickle": ("offsets.npy", lambda b: pickle.dumps([0] * 6)),
+    "offsets with objects": ("offsets.npy", lambda b: npy(np.array([0] * 6, object))),
+    "offsets with fractions": ("offsets.npy", lambda b: npy(np.zeros(6))),
+    "one offset": ("offsets.npy", lambda b: npy(np.int64(0))),
     "negative offsets": ("offsets.npy", lambda b: npy(np.arange(-5, 1))), "boxes cut": ("boxes.bin", lambda b: b[:-1]),
     "more boxes": ("boxes.bin", lambda b: b + b[:4])}.items(), ids=lambda v: v if isinstance(v, str) else "")
 def test_a_damaged_store_is_refused(name, change, tmp_path, fails):
@@ -525,7 +550,8 @@ def test_foreign_folders_stay_as_they_are(tmp_path):
     for file in ("boxes.bin", "meta.json"):
         (tmp_path / file).mkdir()
         (tmp_path / file / file).write_text("mine")
-        with pytest.raises(UserError, match="no header: nothing to continue, and maybe not ours|cannot be read as the header"):
+        with pytest.raises(UserError,
+                           match="no header: nothing to continue, and maybe not ours|cannot be read as the header"):
             P.build_store(tmp_path / file, Pictures(2), CHEAP, progress=False)
         assert (tmp_path / file / file).read_text() == "mine"
     (tmp_path / "file").write_text("mine")
@@ -539,7 +565,8 @@ def test_refusals_say_why(tmp_path):
     with pytest.raises(UserError, match="does not exist.*python proposals.py"):
         P.ProposalStore.open(tmp_path / "s")
     P.build_store(tmp_path / "s", Pictures(5), CHEAP, progress=False)
-    assert len(P.ProposalStore.open(tmp_path / "s", Pictures(5, name="elsewhere"))) == 5  # the files count, not the name
+    # the files count, not the name
+    assert len(P.ProposalStore.open(tmp_path / "s", Pictures(5, name="elsewhere"))) == 5
     with pytest.raises(UserError, match="made from 5 images of pictures, this has 6"):
         P.ProposalStore.open(tmp_path / "s", Pictures(6))
     with pytest.raises(UserError, match="same number of images.*another list of files"):
@@ -561,10 +588,12 @@ def test_two_workers_equal_none(tmp_path):
     source, generator = Pictures(9), P.Generator(grid=64)
     alone = P.build_store(tmp_path / "a", source, generator, workers=0, progress=False)
     threads = cv2.getNumThreads()
-    assert same_store(alone, P.build_store(tmp_path / "b", source, generator, workers=2, progress=False)) and cv2.getNumThreads() == threads
+    assert (same_store(alone, P.build_store(tmp_path / "b", source, generator, workers=2, progress=False))
+            and cv2.getNumThreads() == threads)
     assert (tmp_path / "a/boxes.bin").read_bytes() == (tmp_path / "b/boxes.bin").read_bytes()
     with pytest.raises(UserError, match="opencv_extra"):  # before any worker starts
-        P.build_store(tmp_path / "c", source, P.Generator(method="edge_boxes", grid=None, edge_model="none.yml"), workers=2)
+        P.build_store(tmp_path / "c", source,
+                      P.Generator(method="edge_boxes", grid=None, edge_model="none.yml"), workers=2)
 
 
 class Dying(Pictures):
@@ -586,7 +615,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         store = P.main(["--data=some-pictures", "--method", "selective-search", "--limit", "3"])
     assert len(store) == 3 and store.path == Path("proposals/some-pictures-selective_search-128")
     assert "already complete, 3 images" in capsys.readouterr().out
-    store = P.main(["--data", "some-pictures", "--data-root=x-y", "--method", "edge_boxes", "--rank", "nms", "--out", "my-store"])
+    store = P.main(["--data", "some-pictures", "--data-root=x-y", "--method", "edge_boxes", "--rank",
+                    "nms", "--out", "my-store"])
     assert store.header["units"] == "pixels" and store.path == Path("my-store")
     with pytest.raises(UserError, match="grid"):
         P.main(["--data", "some-pictures", "--grid", "-1"])

@@ -1,5 +1,6 @@
-"""Runs that are killed, stopped, damaged, moved or poisoned, and go on. Every run is a process of its own that may really be killed; all come from
-one server process that has imported everything already (multiprocessing's forkserver), so that a run takes a second."""
+"""Runs that are killed, stopped, damaged, moved or poisoned, and go on. Every run is a process of its own that may
+really be killed; all come from one server process that has imported everything already (multiprocessing's forkserver),
+so that a run takes a second."""
 import importlib
 import json
 import multiprocessing
@@ -29,22 +30,27 @@ import run
 import test_detreg
 
 SCRIPTS = ("detreg", "updetr", "siamese_detr", "soco", "dupr", "finetune")
-SHARED = {"synthetic_images": 10, "synthetic_size": 64, "batch_size": 4, "max_steps": 5, "save_every": 2, "log_every": 1, "num_workers": 0, "seed": 3,
-          "device": "cpu", "backbone_weights": "random"}                  # two steps an epoch, checkpoints after 2, 4 and 5
-DETR = {**SHARED, **SMALL, "preset": "demo", "probe_images": 0, "epochs": 9, "scales": (48, 64), "max_size": 96, "dropout": 0.1}
-TUNE = {**SHARED, "data": "synthetic", "synthetic_test_images": 2, "eval_size": 48, "scales": (48, 64), "max_size": 96, "epochs": 9}
+SHARED = {"synthetic_images": 10, "synthetic_size": 64, "batch_size": 4,
+          "max_steps": 5, "save_every": 2, "log_every": 1, "num_workers": 0, "seed": 3,
+          "device": "cpu", "backbone_weights": "random"}  # two steps an epoch, checkpoints after 2, 4 and 5
+DETR = {**SHARED, **SMALL, "preset": "demo", "probe_images": 0, "epochs": 9, "scales": (48, 64),
+        "max_size": 96, "dropout": 0.1}
+TUNE = {**SHARED, "data": "synthetic", "synthetic_test_images": 2, "eval_size": 48, "scales": (48, 64),
+        "max_size": 96, "epochs": 9}
 RUNS = {
-    "detreg": {**DETR, "accumulate": 2, "num_feature_levels": 3, "crop_scales": (64, 72), "crop_range": (40, 60), "patch_size": 16, "max_prop": 6,
-               "proposal_grid": 64},
+    "detreg": {**DETR, "accumulate": 2, "num_feature_levels": 3, "crop_scales": (64, 72), "crop_range": (40, 60),
+               "patch_size": 16, "max_prop": 6, "proposal_grid": 64},
     "updetr": {**DETR, "patch_size": 32, "num_patches": 4, "mask_ratio": 0.1},
     "siamese_detr": {**DETR, "patch_size": 16, "num_regions": 4, "lambda_global": 2.0},
-    "soco": {**SHARED, "preset": "demo", "probe_images": 0, "epochs": 9, "proposal_method": "random", "fpn_channels": 16, "head_dim": 24,
-             "mlp_dim": 32, "embedding_dim": 16, "image_size": 64, "small_size": 32, "backbone": "resnet18", "min_side": 8,
-             "level_sizes": (14, 28, 55, 64)},
-    "dupr": {**SHARED, "preset": "demo", "probe_images": 0, "epochs": 9, "arch": "resnet18", "image_size": 64, "roi_sizes": (16, 8, 4, 2),
-             "embedding_dim": 16, "queue_size": 40, "queued_patches": 2},
-    "finetune": {**TUNE, **SMALL, "detector": "deformable_detr", "dropout": 0.1, "crop_scales": (48,), "crop_range": (30, 44)},
-    "rcnn": {**TUNE, "detector": "faster_rcnn_fpn", "arch": "resnet18", "backbone_norm": "bn", "fpn_channels": 32, "head_dim": 16, "anchor_size": 8,
+    "soco": {**SHARED, "preset": "demo", "probe_images": 0, "epochs": 9, "proposal_method": "random",
+             "fpn_channels": 16, "head_dim": 24, "mlp_dim": 32, "embedding_dim": 16, "image_size": 64, "small_size": 32,
+             "backbone": "resnet18", "min_side": 8, "level_sizes": (14, 28, 55, 64)},
+    "dupr": {**SHARED, "preset": "demo", "probe_images": 0, "epochs": 9, "arch": "resnet18", "image_size": 64,
+             "roi_sizes": (16, 8, 4, 2), "embedding_dim": 16, "queue_size": 40, "queued_patches": 2},
+    "finetune": {**TUNE, **SMALL, "detector": "deformable_detr", "dropout": 0.1,
+                 "crop_scales": (48,), "crop_range": (30, 44)},
+    "rcnn": {**TUNE, "detector": "faster_rcnn_fpn", "arch": "resnet18",
+             "backbone_norm": "bn", "fpn_channels": 32, "head_dim": 16, "anchor_size": 8,
              "proposals_per_image": 12, "rois_per_image": 8, "precise_bn": 0, "warmup_iters": 2},
 }
 
@@ -62,8 +68,10 @@ class Narrow(ResNet):
         return super()._make_layer(block, planes // 8, blocks, **kwargs)
 
 
-def child(method: str, argv: list[str], faults: list[tuple], output: Path | None = None, env: dict[str, str] = {}) -> None:
-    """One process of a run, as its command. faults: (what happens, at which step or checkpoint, counted from 1, to which process)."""
+def child(method: str, argv: list[str], faults: list[tuple], output: Path | None = None,
+          env: dict[str, str] = {}) -> None:
+    """One process of a run, as its command. faults: (what happens, at which step or checkpoint,
+    counted from 1, to which process)."""
     os.environ.update(env)
     if output:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -86,16 +94,17 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
     def faulty_step(cfg, model, *args):
         calls["step"] += 1
         for kind in now("step"):
-            if isinstance(kind, signal.Signals):                          # as a cluster sends it: to the loader processes too
+            if isinstance(kind, signal.Signals):  # as a cluster sends it: to the loader processes too
                 pids = [p.pid for p in (*multiprocessing.active_children(), multiprocessing.current_process())]
-                if (sender := os.fork()) == 0:                            # not from their parent: PyTorch's loader processes look at that
+                if (sender := os.fork()) == 0:  # not from their parent: PyTorch's loader processes look at that
                     for pid in pids:
                         os.kill(pid, kind)
                     os._exit(0)
                 os.waitpid(sender, 0)
-                time.sleep(0.2)                                           # a loader process that dies of it would be noticed now
+                time.sleep(0.2)  # a loader process that dies of it would be noticed now
             elif kind in ("nan first", "nan last"):
-                [p for p in model.parameters() if p.requires_grad][0 if kind == "nan first" else -1].data.fill_(torch.nan)
+                [p for p in model.parameters()
+                 if p.requires_grad][0 if kind == "nan first" else -1].data.fill_(torch.nan)
             elif kind in actions:
                 actions[kind]()
         return step(cfg, model, *args)
@@ -103,8 +112,8 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
     def fail(error):
         raise error
 
-    actions = {"kill": die, "fault": lambda: fail(ValueError("a fault of ours")), "bad input": lambda: fail(common.UserError("x.png: broken")),
-               "wait": lambda: time.sleep(5)}
+    actions = {"kill": die, "fault": lambda: fail(ValueError("a fault of ours")),
+               "bad input": lambda: fail(common.UserError("x.png: broken")), "wait": lambda: time.sleep(5)}
 
     def faulty_save(state, file):
         calls["save"] += 1
@@ -129,7 +138,7 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(SCRIPTS))
     path, before = f"{ROOT}{os.pathsep}{ROOT / 'tests'}", os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = path                                       # of the server, which starts with the first process
+    os.environ["PYTHONPATH"] = path  # of the server, which starts with the first process
 
     def run_script(method, out, *faults, world=1, patience=30, timeout=90, target=child, **values):
         with socket.socket() as s:
@@ -137,9 +146,10 @@ def start():
             port = s.getsockname()[1]
         argv, processes = flags({**RUNS[method], "out": out, **values}), []
         for r in range(world):
-            env = {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "PROCESS_TIMEOUT": str(patience)} if world > 1 else {}
-            processes.append(context.Process(target=target, args=(method, argv, faults, out.with_name(f"{out.name}-{r}.txt"), env)))
+            env = {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "PROCESS_TIMEOUT": str(patience)} if world > 1 else {}
+            processes.append(context.Process(target=target,
+                                             args=(method, argv, faults, out.with_name(f"{out.name}-{r}.txt"), env)))
         for process in processes:
             process.start()
         deadline = time.monotonic() + timeout
@@ -185,7 +195,8 @@ def logged(out: Path) -> list[dict]:
 
 
 def same_run(one: Path, two: Path) -> None:
-    """Weights, EMA networks, queues, optimizer, logged values and metrics, bit by bit; only --out, --num_workers and the processes may differ."""
+    """Weights, EMA networks, queues, optimizer, logged values and metrics, bit by bit; only --out,
+    --num_workers and the processes may differ."""
     states = [load(out) for out in (one, two)]
     for state in states:
         for name in ("out", "num_workers", "allow_config_change"):
@@ -216,7 +227,8 @@ def unbroken(start, tmp_path_factory):
 
 @pytest.mark.parametrize("method", RUNS)
 def test_killed_run_ends_as_the_unbroken_one(start, unbroken, tmp_path, method):
-    """Killed within an epoch, while a checkpoint is written, between the two renames; continued with other loader processes."""
+    """Killed within an epoch, while a checkpoint is written, between the two renames;
+    continued with other loader processes."""
     out = tmp_path / "run"
     assert start(method, out, ("kill", 4, 0))[0] == [-signal.SIGKILL]
     assert load(out)["step"] == 2 and [line["step"] for line in logged(out)] == [0, 1, 2]
@@ -245,9 +257,12 @@ def test_torchrun_restarts_by_itself(unbroken, tmp_path):
     out, worker = tmp_path / "run", tmp_path / "worker.py"
     argv = flags({**RUNS["updetr"], "out": out})
     worker.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport test_survive\n"
-                      f"first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\ntest_survive.child('updetr', {argv}, [('kill', 4, 1)] * first)\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", str(worker)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                      f"first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\ntest_survive.child('updetr', {argv}, "
+                      "[('kill', 4, 1)] * first)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max-restarts=1", str(worker)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and f"continuing the run in {out} at step 2" in done.stdout, done.stderr
     same_run(out, unbroken("updetr", 2))
 
@@ -256,7 +271,8 @@ def test_torchrun_restarts_by_itself(unbroken, tmp_path):
 def test_stopped_by_a_signal(start, unbroken, tmp_path, number):
     out = tmp_path / "run"
     codes, (printed,) = start("detreg", out, (number, 3, 0), num_workers=1)
-    assert codes == [75] and f"stopped by {number.name} after step 3, which is saved" in printed and "Traceback" not in printed
+    assert (codes == [75] and f"stopped by {number.name} after step 3, which is saved" in printed
+            and "Traceback" not in printed)
     assert load(out)["step"] == 3 and load(out, "previous.pt")["step"] == 2
     assert start("detreg", out)[0] == [0]
     same_run(out, unbroken("detreg"))
@@ -265,7 +281,8 @@ def test_stopped_by_a_signal(start, unbroken, tmp_path, number):
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_processes_hear_a_signal_at_different_steps(start, unbroken, tmp_path, first):
     out = tmp_path / "run"
-    codes, printed = start("dupr", out, (signal.SIGTERM, 3, first), (signal.SIGTERM, 4, 1 - first), world=2, num_workers=1)
+    codes, printed = start("dupr", out, (signal.SIGTERM, 3, first),
+                           (signal.SIGTERM, 4, 1 - first), world=2, num_workers=1)
     assert codes == [75, 75] and not any("Traceback" in text for text in printed), printed
     assert load(out)["step"] == (3 if first == 0 else 4)
     assert start("dupr", out, world=2)[0] == [0, 0]
@@ -286,7 +303,8 @@ def test_damaged_checkpoint(start, unbroken, tmp_path):
     flip(out / "last.pt")
     assert load(out)["step"] == 4                                         # torch.load notices nothing
     codes, (printed,) = start("soco", out)
-    assert codes == [0] and f"warning: {out}/last.pt: damaged" in printed and "at step 2" in printed and (out / "damaged.pt").exists()
+    assert (codes == [0] and f"warning: {out}/last.pt: damaged" in printed and "at step 2" in printed
+            and (out / "damaged.pt").exists())
     same_run(out, unbroken("soco"))
     flip(out / "last.pt")
     (out / "previous.pt").write_bytes(b"")
@@ -316,7 +334,8 @@ def test_frozen_target_is_that_of_the_start(start, tmp_path, method):
     file, one, two = tmp_path / "resnet.pt", tmp_path / "one", tmp_path / "two"
     values = {"backbone_weights": file, "max_steps": 3}
     torch.save(Narrow(norm_layer=torch.nn.BatchNorm2d).state_dict(), file)
-    assert start(method, one, **values)[0] == [0] and start(method, two, ("kill", 3, 0), **values)[0] == [-signal.SIGKILL]
+    assert (start(method, one, **values)[0] == [0]
+            and start(method, two, ("kill", 3, 0), **values)[0] == [-signal.SIGKILL])
     torch.save(Narrow(norm_layer=torch.nn.BatchNorm2d).state_dict(), file)
     assert start(method, two, **values)[0] == [0]
     same_run(one, two)
@@ -335,7 +354,7 @@ def test_everything_random_is_seeded(monkeypatch):
 
 # ==== Changed world ================================================================================================
 
-FROZEN = {"backbone_norm": "frozen", "dropout": 0}                        # nothing in it depends on how a batch is split
+FROZEN = {"backbone_norm": "frozen", "dropout": 0}  # nothing in it depends on how a batch is split
 
 
 def test_another_number_of_processes(start, tmp_path):
@@ -344,7 +363,8 @@ def test_another_number_of_processes(start, tmp_path):
     assert start("updetr", one, **FROZEN, mask_ratio=0)[0] == [0]
     assert start("updetr", two, **FROZEN, mask_ratio=0, max_steps=2)[0] == [0]
     codes, printed = start("updetr", two, world=2, **FROZEN, mask_ratio=0)
-    assert codes == [0, 0] and "at step 2 with 2 processes rather than 1: the same batches in the same order" in printed[0]
+    assert (codes == [0, 0]
+            and "at step 2 with 2 processes rather than 1: the same batches in the same order" in printed[0])
     for a, b in zip(logged(one), logged(two), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["step"] == a["step"]
     assert load(two)["world"] == 2
@@ -353,7 +373,8 @@ def test_another_number_of_processes(start, tmp_path):
 def test_another_number_of_processes_is_refused_with_batchnorm(start, tmp_path):
     assert start("dupr", tmp_path / "run", max_steps=2)[0] == [0]
     codes, printed = start("dupr", tmp_path / "run", world=2)
-    assert codes == [2, 2] and "holds a run of 1 process(es), this one has 2: BatchNorm" in printed[0] and "--allow_config_change" in printed[0]
+    assert (codes == [2, 2] and "holds a run of 1 process(es), this one has 2: BatchNorm" in printed[0]
+            and "--allow_config_change" in printed[0])
     assert start("dupr", tmp_path / "run", world=2, allow_config_change="true")[0] == [0, 0]
 
 
@@ -371,7 +392,8 @@ def test_another_data_set_is_shown(start, tmp_path):
 
 
 def test_labels_are_part_of_the_data_set():
-    one, two = (annotations.open_detection("synthetic", None, "train", synthetic_images=4, synthetic_size=64, seed=3) for _ in range(2))
+    one, two = (annotations.open_detection("synthetic", None, "train", synthetic_images=4, synthetic_size=64, seed=3)
+                for _ in range(2))
     assert finetune.fingerprint(one) == finetune.fingerprint(two)
     two.records[2].boxes[0, 2] += 1
     assert finetune.fingerprint(one) != finetune.fingerprint(two)
@@ -379,14 +401,16 @@ def test_labels_are_part_of_the_data_set():
 
 # ==== Several processes ============================================================================================
 
-@pytest.mark.parametrize(("fault", "code", "text"), [("fault", 1, "ValueError: a fault of ours"), ("bad input", 2, "x.png: broken")])
+@pytest.mark.parametrize(("fault", "code", "text"),
+                         [("fault", 1, "ValueError: a fault of ours"), ("bad input", 2, "x.png: broken")])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_error_of_one_process_ends_all(start, tmp_path, fault, code, text, failing):
     began = time.monotonic()
     codes, printed = start("updetr", tmp_path / "run", (fault, 2, failing), world=2)
     assert codes == [code, code] and time.monotonic() - began < 30
     assert ("Traceback" in printed[failing]) == (code == 1)
-    assert f"ended because of process {failing}: {text}" in printed[1 - failing] and "Traceback" not in printed[1 - failing]
+    assert (f"ended because of process {failing}: {text}" in printed[1 - failing]
+            and "Traceback" not in printed[1 - failing])
 
 
 def test_process_that_hangs(start, tmp_path):
@@ -410,8 +434,10 @@ def one_step(method: str, argv: list[str], faults: list, output: Path, env: dict
     wrapped = common.wrap_model(model.train(), torch.device("cpu"))
     script, given = importlib.import_module(method), [torch.nn.Identity()] if method == "detreg" else []
     optimizer = common.build_optimizer(cfg, model)
-    terms = script.train_step(cfg, wrapped, *given, script.build_criterion(cfg), optimizer, [batch], torch.device("cpu"))
-    torch.save(({k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), f"{output}.pt")
+    terms = script.train_step(cfg, wrapped, *given, script.build_criterion(cfg), optimizer,
+                              [batch], torch.device("cpu"))
+    torch.save(({k: v.item() for k, v in terms.items()},
+                {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), f"{output}.pt")
 
 
 def test_process_without_a_box(start, tmp_path):
@@ -427,19 +453,23 @@ def test_process_without_a_box(start, tmp_path):
 # ==== Numbers that are not finite ==================================================================================
 
 @pytest.mark.parametrize(("method", "where", "named"), [
-    ("detreg", "nan first", "the matching cost is not finite"), ("detreg", "nan last", "loss nan, loss_object_embedding nan"),
+    ("detreg", "nan first", "the matching cost is not finite"),
+    ("detreg", "nan last", "loss nan, loss_object_embedding nan"),
     ("soco", "nan first", "loss nan, loss_12 nan, loss_21 nan, loss_13 nan, loss_31 nan, grad_norm nan")])
 def test_not_finite(start, tmp_path, method, where, named):
     out = tmp_path / "run"
     codes, (printed,) = start(method, out, (where, 4, 0))
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert codes == [3] and "Traceback" not in printed and len(errors) == 1
-    assert errors[0].startswith("error: step 3: ") and named in errors[0] and f"{out}/nonfinite-step3-rank0.pt" in errors[0]
+    assert (errors[0].startswith("error: step 3: ") and named in errors[0]
+            and f"{out}/nonfinite-step3-rank0.pt" in errors[0])
     kept = load(out, "nonfinite-step3-rank0.pt")
     index = [i for batch in kept["batches"] for i in batch["index"]]
-    assert kept["step"] == 3 and kept["files"] == [f"synthetic/64/3/{i:08d}" for i in index] and all(file in errors[0] for file in kept["files"])
+    assert (kept["step"] == 3 and kept["files"] == [f"synthetic/64/3/{i:08d}" for i in index]
+            and all(file in errors[0] for file in kept["files"]))
     images = [batch["images"] if method == "detreg" else batch["views"][0] for batch in kept["batches"]]
-    assert [x.shape[:2] for x in images] == ([(2, 3)] * 2 if method == "detreg" else [(4, 3)])       # detreg accumulates two micro-batches
+    # detreg accumulates two micro-batches
+    assert [x.shape[:2] for x in images] == ([(2, 3)] * 2 if method == "detreg" else [(4, 3)])
     assert load(out)["step"] == 2 and all(v.isfinite().all() for v in load(out)["model"].values())
 
 
@@ -447,7 +477,8 @@ def test_not_finite_on_one_of_two_processes(start, tmp_path):
     out = tmp_path / "run"
     codes, printed = start("updetr", out, ("nan last", 3, 1), world=2)
     assert codes == [3, 3] and "error (process 1): step 2: " in printed[1] and "loss_feature nan" in printed[1]
-    assert "error: step 2: not finite: grad_norm nan; images" in printed[0]      # its own loss is finite; the gradient is everyone's
+    # its own loss is finite; the gradient is everyone's
+    assert "error: step 2: not finite: grad_norm nan; images" in printed[0]
     files = [load(out, f"nonfinite-step2-rank{r}.pt")["files"] for r in (0, 1)]
     assert len(set(files[0] + files[1])) == 4 and load(out)["step"] == 2
 
@@ -455,7 +486,8 @@ def test_not_finite_on_one_of_two_processes(start, tmp_path):
 # ==== Loader =======================================================================================================
 
 def test_loader_may_open_many_files():
-    """At the usual limit of 1024 it hangs: UP-DETR's batch of 32 images on its way through 8 loader processes is some 3000 of them."""
+    """At the usual limit of 1024 it hangs: UP-DETR's batch of 32 images on its way through 8 loader
+    processes is some 3000 of them."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:

@@ -1,4 +1,5 @@
-"""updetr.py: its patches, groups and loss by hand, its step on one and two processes, and whole runs on drawn images."""
+"""updetr.py: its patches, groups and loss by hand, its step on one and two processes,
+and whole runs on drawn images."""
 import dataclasses
 import functools
 import json
@@ -20,8 +21,9 @@ from common import UserError
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 DETECTORS = ("detr", "conditional_detr", "deformable_detr_ss", "deformable_detr")
-M, N, D, C = 4, 8, 64, 512                                                # patches, queries, width, channels of resnet18's last stage
-TINY = {**SMALL, "num_patches": M, "scales": (48, 64), "max_size": 96, "patch_size": 32, "backbone_weights": "random", "num_workers": 0, "seed": 3}
+M, N, D, C = 4, 8, 64, 512  # patches, queries, width, channels of resnet18's last stage
+TINY = {**SMALL, "num_patches": M, "scales": (48, 64), "max_size": 96, "patch_size": 32, "backbone_weights": "random",
+        "num_workers": 0, "seed": 3}
 
 
 def tensor(name, *shape):
@@ -50,7 +52,8 @@ def test_patches_lie_anywhere_but_at_the_right_and_bottom_border():
         assert np.array_equal(boxes, updetr.draw_patches(np.random.default_rng(0), (height, width), 6000))
         for axis, side in enumerate((width, height)):
             sides = boxes[:, 2 + axis] - boxes[:, axis]
-            assert (sides.min(), sides.max()) == (8, side - 8) and (boxes[:, axis].min(), boxes[:, 2 + axis].max()) == (0, side - 1)
+            assert ((sides.min(), sides.max()) == (8, side - 8)
+                    and (boxes[:, axis].min(), boxes[:, 2 + axis].max()) == (0, side - 1))
             assert sides.mean() == pytest.approx(side / 2, rel=0.03)      # uniform in 8..side - 8
             place = boxes[:, axis] / np.maximum(side - sides - 1, 1)
             assert place.mean() == pytest.approx(0.5, abs=0.02)
@@ -81,7 +84,8 @@ def patches_of(folder, augment=True, **values):
 
 
 def equal(a, b):
-    return torch.equal(a["image"], b["image"]) and all(torch.equal(a["target"][k], b["target"][k]) for k in ("boxes", "patches", "index"))
+    return torch.equal(a["image"], b["image"]) and all(torch.equal(a["target"][k], b["target"][k])
+                                                       for k in ("boxes", "patches", "index"))
 
 
 def test_samples(folder):
@@ -94,14 +98,16 @@ def test_samples(folder):
         assert sample["skipped"] == [] and target["index"] == key[1] and target["labels"].tolist() == [1] * M
         assert target["patches"].shape == (M, 3, 32, 32) and min(sample["image"].shape[1:]) in (48, 64)
         width, height = Image.open(folder / f"{key[1]}.png").size
-        drawn = updetr.draw_patches(data.sample_rng(3, *key), (height, width), M)               # pixels of the original image
+        drawn = updetr.draw_patches(data.sample_rng(3, *key), (height, width), M)  # pixels of the original image
         x1, y1, x2, y2 = drawn.T / np.array([width, height, width, height])[:, None]
-        np.testing.assert_allclose(target["boxes"].numpy(), np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], 1), atol=1e-6)
+        np.testing.assert_allclose(target["boxes"].numpy(),
+                                   np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], 1), atol=1e-6)
 
 
 def test_loader_processes_do_not_change_the_samples(folder):
-    here, there = ([batch for batch in data.make_loader(patches_of(folder), data.StepSampler(4, 2, 2, seed=3), num_workers=workers,
-                                                        collate=data.collate)] for workers in (0, 2))
+    here, there = ([batch for batch in data.make_loader(patches_of(folder), data.StepSampler(4, 2, 2, seed=3),
+                                                        num_workers=workers, collate=data.collate)]
+                   for workers in (0, 2))
     for one, two in zip(here, there, strict=True):
         assert torch.equal(one["images"], two["images"]) and torch.equal(one["mask"], two["mask"])
         assert all(torch.equal(a[k], b[k]) for a, b in zip(one["targets"], two["targets"]) for k in a)
@@ -119,10 +125,13 @@ def test_patches_are_crops_of_the_original_image(folder, monkeypatch, augment):
         sample, image = dataset[key], picture(2, (76, 70))
         for patch, box in zip(sample["target"]["patches"], boxes.tolist(), strict=True):
             crop = np.asarray(image.crop(box).resize((32, 32), Image.Resampling.BILINEAR)) / 255
-            np.testing.assert_allclose(patch.numpy(), ((crop - data.IMAGENET_MEAN) / data.IMAGENET_STD).transpose(2, 0, 1), atol=1e-5)
+            np.testing.assert_allclose(patch.numpy(),
+                                       ((crop - data.IMAGENET_MEAN) / data.IMAGENET_STD).transpose(2, 0, 1), atol=1e-5)
         height, width = sample["image"].shape[1:]
         shown[height] = True
-        assert torch.equal(sample["image"], data.to_normalized_tensor(image.resize((width, height), Image.Resampling.BILINEAR)))     # not flipped
+        # not flipped
+        assert torch.equal(sample["image"],
+                           data.to_normalized_tensor(image.resize((width, height), Image.Resampling.BILINEAR)))
         x, y = (boxes[:, 0] + boxes[:, 2]) / 2 / 76, (boxes[:, 1] + boxes[:, 3]) / 2 / 70
         np.testing.assert_allclose(sample["target"]["boxes"][:, :2].numpy(), np.stack([x, y], 1), atol=1e-6)
     assert shown.keys() == {48} or augment and len(shown) > 1              # probe: the largest scale only
@@ -163,18 +172,21 @@ def test_images_of_16_pixels_are_replaced(folder, capsys):
 def test_group_mask_is_block_diagonal(queries, patches):
     size = queries // patches
     mask = updetr.group_mask(queries, patches)
-    assert mask.dtype == torch.bool and mask.tolist() == [[i // size != j // size for j in range(queries)] for i in range(queries)]
+    assert mask.dtype == torch.bool and mask.tolist() == [[i // size != j // size for j in range(queries)]
+                                                          for i in range(queries)]
     assert ((~mask).sum(1) == size).all()                                 # every query may look somewhere
 
 
-INPUTS = dict(images=tensor("images", 2, 3, 48, 64), mask=torch.zeros(2, 48, 64, dtype=torch.bool), patches=tensor("patches", 2, M, 3, 32, 32))
+INPUTS = dict(images=tensor("images", 2, 3, 48, 64), mask=torch.zeros(2, 48, 64, dtype=torch.bool),
+              patches=tensor("patches", 2, M, 3, 32, 32))
 
 
 def outputs_of(model, **values):
     with torch.no_grad():
         out = model(**{**INPUTS, **values})
     layers = [*out["aux_outputs"], out]
-    return {k: torch.stack([layer[k] for layer in layers]) for k in ("pred_logits", "pred_boxes", "hs", "pred_features") if k in out}
+    return {k: torch.stack([layer[k] for layer in layers])
+            for k in ("pred_logits", "pred_boxes", "hs", "pred_features") if k in out}
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -186,7 +198,7 @@ def test_groups_do_not_see_each_other(detector):
         before, after = outputs_of(model), outputs_of(model, **changed)
         for name in before:
             assert before[name].shape[:3] == (2, 2, N) and before[name].isfinite().all()
-            difference = (before[name] - after[name]).abs().flatten(3).amax(3)[-1]             # last layer: [image, query]
+            difference = (before[name] - after[name]).abs().flatten(3).amax(3)[-1]  # last layer: [image, query]
             assert difference[1, 4:6].min() > 1e-5 and not difference[0].any(), name
             others = difference[1, [0, 1, 2, 3, 6, 7]]
             assert others.max() < 1e-6 if model is with_mask else others.min() > 1e-7, name
@@ -197,7 +209,8 @@ def test_more_patches_than_queries_of_a_group(queries, patches):
     model = build(num_queries=queries, num_patches=patches)
     out = outputs_of(model, patches=tensor("patches", 2, patches, 3, 32, 32))
     assert all(v.isfinite().all() for v in out.values()) and out["pred_boxes"].shape == (2, 2, queries, 4)
-    alone = outputs_of(model, patches=tensor("patches", 2, patches, 3, 32, 32)[:, :1])        # one group alone, without any mask
+    # one group alone, without any mask
+    alone = outputs_of(model, patches=tensor("patches", 2, patches, 3, 32, 32)[:, :1])
     for name in out:
         torch.testing.assert_close(alone[name], out[name][:, :, :queries // patches], atol=1e-5, rtol=1e-4)
 
@@ -210,7 +223,7 @@ def test_share_of_masked_queries():
     assert 1 - keep.float().mean().item() == pytest.approx(0.1, abs=0.005)
     assert 1 - keep.float().mean(0).max().item() > 0.03 and keep.float().mean((1, 2)).min() > 0.75
     groups = keep.view(300, 10, 10).float().mean(2)
-    assert ((groups > 0) & (groups < 1)).any()                            # queries of one patch are dropped one by one (D4)
+    assert ((groups > 0) & (groups < 1)).any()  # queries of one patch are dropped one by one (D4)
     shuffling = dataclasses.replace(cfg, query_shuffle=True)
     one, two = (updetr.draw_masking(shuffling, 2, CPU)[1] for _ in range(2))
     assert sorted(one.tolist()) == list(range(100)) and not torch.equal(one, two)
@@ -232,12 +245,15 @@ def test_what_a_query_is_made_of(detector):
         weight, bias = (t.numpy().astype(np.float64) for t in (model.patch2query.weight, model.patch2query.bias))
     content = np.repeat(p @ weight.T + bias, N // M, axis=1)              # query i: patch i // (N / M)
     table = model.detector.query_embed.weight.detach()
-    for (images, mask, queries, blocked), rows, factor in ((seen[0], table, np.ones((2, N, 1))), (seen[1], table[order], keep.numpy())):
+    for (images, mask, queries, blocked), rows, factor in ((seen[0], table, np.ones((2, N, 1))),
+                                                           (seen[1], table[order], keep.numpy())):
         assert images is INPUTS["images"] and mask is INPUTS["mask"] and torch.equal(blocked, updetr.group_mask(N, M))
         np.testing.assert_allclose(queries[..., :D].numpy(), rows[:, :D].numpy() + factor * content, atol=1e-5)
-        assert torch.equal(queries[..., D:], rows[:, D:].expand(2, -1, -1))                    # Deformable DETR: what it starts from stays
+        # Deformable DETR: what it starts from stays
+        assert torch.equal(queries[..., D:], rows[:, D:].expand(2, -1, -1))
     dropped = ~keep[..., 0]
-    assert dropped.any() and torch.equal(seen[1][2][dropped], table[order].expand(2, -1, -1)[dropped])     # exactly the object query
+    # exactly the object query
+    assert dropped.any() and torch.equal(seen[1][2][dropped], table[order].expand(2, -1, -1)[dropped])
 
 
 def test_fewer_patches_are_the_first_groups():
@@ -267,14 +283,17 @@ class Prescribed(common.HungarianMatcher):
 def test_loss_by_hand():
     cfg = updetr.Config(num_patches=2, num_queries=4, lambda_cls=1.5, lambda_l1=4.0, lambda_giou=3.0, lambda_rec=0.7)
     criterion = updetr.build_criterion(cfg)
-    assert (criterion.matcher.cost_class, criterion.matcher.cost_bbox, criterion.matcher.cost_giou) == (1.5, 4.0, 3.0) and not criterion.matcher.focal
+    assert ((criterion.matcher.cost_class, criterion.matcher.cost_bbox, criterion.matcher.cost_giou) == (1.5, 4.0, 3.0)
+            and not criterion.matcher.focal)
     pairs = [([0, 3], [1, 0]), ([1, 2], [0, 1])]                          # image 0: the matching ignores the groups
     criterion.matcher = Prescribed(pairs)
     layers = [{"pred_logits": tensor(f"logits{i}", 2, 4, 3), "pred_boxes": tensor(f"boxes{i}", 2, 4, 4).sigmoid(),
                "pred_features": tensor(f"features{i}", 2, 4, 5)} for i in range(2)]
     p = tensor("p", 2, 2, 5)
-    targets = [{"labels": torch.ones(2, dtype=torch.int64), "boxes": tensor(f"true{i}", 2, 4).sigmoid()} for i in range(2)]
-    total, losses = updetr.updetr_loss(criterion, {**layers[1], "aux_outputs": layers[:1], "patch_features": p}, targets, 4.0)
+    targets = [{"labels": torch.ones(2, dtype=torch.int64), "boxes": tensor(f"true{i}", 2, 4).sigmoid()}
+               for i in range(2)]
+    total, losses = updetr.updetr_loss(criterion,
+                                       {**layers[1], "aux_outputs": layers[:1], "patch_features": p}, targets, 4.0)
     expected = 0.0
     for suffix, layer in (("", layers[1]), ("_0", layers[0])):
         s, cosines, l1 = layer["pred_logits"].double().numpy(), [], 0.0
@@ -286,43 +305,54 @@ def test_loss_by_hand():
                 cosines.append(a @ b / np.sqrt((a @ a) * (b @ b)))
                 l1 += (layer["pred_boxes"][i, q] - targets[i]["boxes"][t]).abs().sum().item()
                 matched[i, q] = True
-        ce = -np.where(matched, log_p[..., 1], 0.5 * log_p[..., 2]).sum() / (4 + 0.5 * 4)      # weight of "no object": M / N = 1/2
+        # weight of "no object": M / N = 1/2
+        ce = -np.where(matched, log_p[..., 1], 0.5 * log_p[..., 2]).sum() / (4 + 0.5 * 4)
         assert losses["loss_ce" + suffix].item() == pytest.approx(ce, rel=1e-5)
         assert losses["loss_feature" + suffix].item() == pytest.approx(np.mean([2 - 2 * c for c in cosines]), rel=1e-5)
         assert losses["loss_bbox" + suffix].item() == pytest.approx(l1 / 4, rel=1e-5)
-        expected += 1.5 * ce + 4 * l1 / 4 + 3 * losses["loss_giou" + suffix].item() + 0.7 * np.mean([2 - 2 * c for c in cosines])
+        expected += (1.5 * ce + 4 * l1 / 4 + 3 * losses["loss_giou" + suffix].item()
+                     + 0.7 * np.mean([2 - 2 * c for c in cosines]))
     assert total.item() == pytest.approx(expected, rel=1e-5)
-    other = [{**t, "features": torch.zeros(2, 5) + 1} for t in targets]   # given features count before those of the model (D10)
+    # given features count before those of the model (D10)
+    other = [{**t, "features": torch.zeros(2, 5) + 1} for t in targets]
     value = updetr.updetr_loss(criterion, {**layers[1], "patch_features": p}, other, 4.0)[1]["loss_feature"].item()
     unit = torch.ones(5) / 5 ** 0.5
-    drawn = [torch.nn.functional.normalize(layers[1]["pred_features"][i, q], dim=0) for i, (queries, _) in enumerate(pairs) for q in queries]
+    drawn = [torch.nn.functional.normalize(layers[1]["pred_features"][i, q], dim=0)
+             for i, (queries, _) in enumerate(pairs) for q in queries]
     assert value == pytest.approx(np.mean([(d - unit).square().sum().item() for d in drawn]), rel=1e-5)
 
 
 def test_reconstruction_off():
     model, target = updetr.build_models(config(reconstruction=False, feature_target="start"))
-    assert model.feature_align is None and target is None and not any(k.startswith("feature_align") for k in model.state_dict())
+    assert model.feature_align is None and target is None and not any(k.startswith("feature_align")
+                                                                      for k in model.state_dict())
     criterion = updetr.build_criterion(config(reconstruction=False))
     targets = [{"labels": torch.ones(M, dtype=torch.int64), "boxes": tensor(f"b{i}", M, 4).sigmoid()} for i in range(2)]
     out = model.eval()(**INPUTS)
     total, losses = updetr.updetr_loss(criterion, out, targets, 8.0)
     assert not any(k.startswith("loss_feature") for k in losses) and "pred_features" not in out
-    assert total.item() == pytest.approx(sum(w * losses[k + s].item() for k, w in (("loss_ce", 1), ("loss_bbox", 5), ("loss_giou", 2))
+    assert total.item() == pytest.approx(sum(w * losses[k + s].item()
+                                             for k, w in (("loss_ce", 1), ("loss_bbox", 5), ("loss_giou", 2))
                                              for s in ("", "_0")), rel=1e-5)
 
 
 def parse(*argv):
-    return run.parse_config(updetr.Config, updetr.PRESETS, list(argv), script="updetr", description="", by_data=updetr.recipe_of)
+    return run.parse_config(updetr.Config, updetr.PRESETS, list(argv), script="updetr", description="",
+                            by_data=updetr.recipe_of)
 
 
 def test_recipes():
     cfg = parse()
-    assert (cfg.num_patches, cfg.num_queries, cfg.mask_ratio, cfg.batch_size, cfg.epochs, cfg.lr_drop, cfg.lr, cfg.lr_backbone, cfg.out) == (
-        10, 100, 0.1, 256, 60, 40, 1e-4, 0.0, "out/updetr-imagenet")
-    assert (cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, cfg.lambda_rec, cfg.dim_feedforward, cfg.pre_norm) == (1, 5, 2, 1, 2048, True)
-    assert cfg.scales == tuple(s for s in range(320, 481, 16) if s != 384) and updetr.build_criterion(cfg).eos_coef == 0.1
+    assert (cfg.num_patches, cfg.num_queries, cfg.mask_ratio, cfg.batch_size, cfg.epochs, cfg.lr_drop, cfg.lr,
+            cfg.lr_backbone, cfg.out) == (
+                10, 100, 0.1, 256, 60, 40, 1e-4, 0.0, "out/updetr-imagenet")
+    assert ((cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, cfg.lambda_rec, cfg.dim_feedforward, cfg.pre_norm)
+            == (1, 5, 2, 1, 2048, True))
+    assert (cfg.scales == tuple(s for s in range(320, 481, 16) if s != 384)
+            and updetr.build_criterion(cfg).eos_coef == 0.1)
     single = parse("--preset", "single")
-    assert (single.num_patches, single.num_queries) == (1, 3) and updetr.build_criterion(single).eos_coef == pytest.approx(1 / 3)
+    assert ((single.num_patches, single.num_queries) == (1, 3)
+            and updetr.build_criterion(single).eos_coef == pytest.approx(1 / 3))
     assert updetr.build_criterion(parse("--num_patches", "20")).eos_coef == 0.2
     assert updetr.build_criterion(parse("--preset", "official", "--num_patches", "20")).eos_coef == 0.1
     assert parse("--preset", "paper").query_shuffle and not cfg.query_shuffle
@@ -330,7 +360,8 @@ def test_recipes():
     assert demo.data == "synthetic" and demo.num_queries % demo.num_patches == 0
     for detector in ("deformable_detr", "deformable_detr_ss"):
         wide = parse("--detector", detector)
-        assert (wide.num_queries, wide.dim_feedforward) == (300, 1024) and updetr.build_criterion(wide).eos_coef == pytest.approx(1 / 30)
+        assert ((wide.num_queries, wide.dim_feedforward) == (300, 1024)
+                and updetr.build_criterion(wide).eos_coef == pytest.approx(1 / 30))
     assert parse("--detector", "conditional_detr").num_queries == 100
 
 
@@ -352,8 +383,10 @@ def one_step(start=0, stop=4, accumulate=1, detector="detr"):
     """updetr.train_step on images start..stop -> (terms, gradients)."""
     cfg, model, batch = step_case(accumulate=accumulate, detector=detector)
     optimizer, wrapped = common.build_optimizer(cfg, model), common.wrap_model(model, CPU)
-    terms = updetr.train_step(cfg, wrapped, None, updetr.build_criterion(cfg), optimizer, pieces(batch, start, stop, accumulate), CPU)
-    return {k: v.item() for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    terms = updetr.train_step(cfg, wrapped, None, updetr.build_criterion(cfg), optimizer,
+                              pieces(batch, start, stop, accumulate), CPU)
+    return ({k: v.item() for k, v in terms.items()},
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
 def worker():
@@ -367,7 +400,8 @@ def test_accumulation_is_one_batch():
     assert terms["loss_feature"] > 0 and any(n.startswith("detector.backbone.0.body.layer2") for n in gradients)
     for accumulate in (2, 4):
         same_step([one_step(accumulate=accumulate)], one_step())
-    assert terms["loss"] == pytest.approx(sum(w * terms[k + s] for k, w in (("loss_ce", 1), ("loss_bbox", 5), ("loss_giou", 2), ("loss_feature", 1))
+    assert terms["loss"] == pytest.approx(sum(w * terms[k + s] for k, w in (("loss_ce", 1), ("loss_bbox", 5),
+                                                                            ("loss_giou", 2), ("loss_feature", 1))
                                               for s in ("", "_0")), rel=1e-5)
 
 
@@ -395,7 +429,8 @@ class Spy(common.SetCriterion):
 def test_targets_of_the_reconstruction():
     cfg, model, batch = step_case(feature_target="start")
     target = updetr.build_models(cfg)[1]
-    assert all(torch.equal(a, b) for a, b in zip(target.state_dict().values(), model.detector.backbone[0].state_dict().values()))
+    assert all(torch.equal(a, b)
+               for a, b in zip(target.state_dict().values(), model.detector.backbone[0].state_dict().values()))
     with torch.no_grad():
         wanted = [target(t["patches"])[-1].mean((2, 3)) for t in batch["targets"]]
         for parameter in model.detector.backbone.parameters():            # the training backbone has moved on
@@ -419,17 +454,20 @@ def test_a_frozen_backbone_stays():
     after = model.state_dict()
     assert all(p.grad is None and not p.requires_grad for p in model.detector.backbone.parameters())
     assert all(torch.equal(v, after[k]) for k, v in before.items() if k.startswith("backbone."))
-    assert not any(torch.equal(before[k], after[k]) for k in ("patch2query.weight", "query_embed.weight", "feature_align.layers.0.weight"))
+    assert not any(torch.equal(before[k], after[k])
+                   for k in ("patch2query.weight", "query_embed.weight", "feature_align.layers.0.weight"))
 
 
 @pytest.mark.parametrize("reconstruction", (True, False))
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_every_detector_learns_with_all_its_parameters(detector, reconstruction):
     cfg, model, batch = step_case(detector=detector, reconstruction=reconstruction, mask_ratio=0.1)
-    terms = updetr.train_step(cfg, model, None, updetr.build_criterion(cfg), common.build_optimizer(cfg, model), pieces(batch, 0, 2, 1), CPU)
+    terms = updetr.train_step(cfg, model, None, updetr.build_criterion(cfg), common.build_optimizer(cfg, model),
+                              pieces(batch, 0, 2, 1), CPU)
     assert ("loss_feature_0" in terms) == reconstruction and all(v.isfinite() for v in terms.values())
     learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert not [n for n, p in learning.items() if p.grad is None] and all(p.grad.isfinite().all() for p in learning.values())
+    assert (not [n for n, p in learning.items() if p.grad is None]
+            and all(p.grad.isfinite().all() for p in learning.values()))
     for name in ("patch2query.weight", "detector.query_embed.weight", "detector.backbone.0.body.layer2.0.conv1.weight",
                  *(["feature_align.layers.1.weight"] if reconstruction else [])):
         assert learning[name].grad.any(), name
@@ -439,7 +477,8 @@ def test_bf16_is_close_to_fp32():
     results = []
     for amp in ("off", "bf16"):
         cfg, model, batch = step_case(amp=amp)
-        terms = updetr.train_step(cfg, model, None, updetr.build_criterion(cfg), common.build_optimizer(cfg, model), pieces(batch, 0, 2, 1), CPU)
+        terms = updetr.train_step(cfg, model, None, updetr.build_criterion(cfg), common.build_optimizer(cfg, model),
+                                  pieces(batch, 0, 2, 1), CPU)
         results.append({k: v.item() for k, v in terms.items() if k.startswith("loss")})
     assert results[0] == pytest.approx(results[1], rel=0.05, abs=0.02) and results[0] != results[1]
 
@@ -465,7 +504,8 @@ def test_probe_asks_for_own_and_for_other_patches():
     def sample(i):
         boxes = torch.arange(2 * 4).view(2, 4) / 100 + i / 10
         patches = torch.stack([boxes[:, 0], boxes[:, 1], boxes[:, 2]], 1)[..., None, None].expand(2, 3, 4, 4)
-        return {"image": torch.zeros(3, 8, 8 + i), "target": {"boxes": boxes, "patches": patches, "index": torch.tensor(10 + i)}, "skipped": []}
+        return {"image": torch.zeros(3, 8, 8 + i),
+                "target": {"boxes": boxes, "patches": patches, "index": torch.tensor(10 + i)}, "skipped": []}
 
     class Set(dict):
         def __len__(self):
@@ -481,7 +521,8 @@ def test_probe_asks_for_own_and_for_other_patches():
         for i, row in enumerate(rows):
             j = (i + 1) % 3 if other else i
             asked = sample(j)["target"]["boxes"]
-            np.testing.assert_allclose(row["true"], sample(i)["target"]["boxes"], atol=1e-6)  # of the image that is looked into
+            # of the image that is looked into
+            np.testing.assert_allclose(row["true"], sample(i)["target"]["boxes"], atol=1e-6)
             np.testing.assert_allclose(row["asked"], asked, atol=1e-6)    # of the image the patches come from
             np.testing.assert_allclose(row["found"], asked[:, [0, 1, 2, 2]], atol=1e-6)
             np.testing.assert_allclose(row["score"], np.exp(2) / (np.exp(2) + 2), atol=1e-6)
@@ -493,20 +534,24 @@ def test_rows_of_the_probe(monkeypatch, tmp_path):
         assert probe_set.scales == (64,)                                  # no augmentation
         own, theirs, far = [[0.2, 0.2, 0.2, 0.2]], [[0.8, 0.8, 0.2, 0.2]], [[0.5, 0.5, 0.1, 0.1]]
         found = far if text == "untrained" else theirs if other else own
-        return [{"index": i, "true": own, "asked": theirs if other else own, "found": found, "score": [0.5]} for i in range(2)]
+        return [{"index": i, "true": own, "asked": theirs if other else own, "found": found, "score": [0.5]}
+                for i in range(2)]
 
     monkeypatch.setattr(updetr, "find_patches", find)
-    metrics = updetr.probe(config(out=str(tmp_path), num_patches=1), "trained", data.SyntheticScenes(2, 32), np.arange(2), CPU)
+    metrics = updetr.probe(config(out=str(tmp_path), num_patches=1), "trained",
+                           data.SyntheticScenes(2, 32), np.arange(2), CPU)
     assert metrics.keys() == ROWS | {"primary"} and (tmp_path / "predictions.png").exists()
-    one = {"IoU": pytest.approx(1), "recall50": 1}                        # wrong_image: the prediction of `shuffled` on the patches' own boxes
+    # wrong_image: the prediction of `shuffled` on the patches' own boxes
+    one = {"IoU": pytest.approx(1), "recall50": 1}
     assert (metrics["pretrained"], metrics["wrong_image"]) == (one, one)
-    assert metrics["shuffled"] == metrics["untrained"] == {"IoU": 0, "recall50": 0} and 0 <= metrics["random_boxes"]["IoU"] < 1
+    assert (metrics["shuffled"] == metrics["untrained"] == {"IoU": 0, "recall50": 0}
+            and 0 <= metrics["random_boxes"]["IoU"] < 1)
 
 
 # ==== Whole runs ===================================================================================================
 
-RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "batch_size": 4, "probe_images": 4, "log_every": 1, "save_every": 1,
-       "dropout": 0.1, "stride": 16, "epochs": 4, "mask_ratio": 0.1, "eos_coef": 0.2}
+RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "batch_size": 4, "probe_images": 4,
+       "log_every": 1, "save_every": 1, "dropout": 0.1, "stride": 16, "epochs": 4, "mask_ratio": 0.1, "eos_coef": 0.2}
 
 
 def run_script(out, **values):
@@ -525,18 +570,22 @@ def test_run_writes_its_files(straight):
     assert [line["step"] for line in lines] == [0, 1, 2]
     terms = ["loss_ce", "loss_bbox", "loss_giou", "loss_feature", "cardinality_error"]
     for line in lines:
-        assert line.keys() == {"step", "epoch", "lr", "loss", "class_error", *terms, *(f"{k}_0" for k in terms), "grad_norm", "images_per_s",
-                               "memory_gib", "seconds"}
-        assert line["loss"] == pytest.approx(sum(w * line[k + s] for k, w in zip(terms, (1, 5, 2, 1)) for s in ("", "_0")), rel=1e-4)
+        assert line.keys() == {"step", "epoch", "lr", "loss", "class_error", *terms, *(f"{k}_0" for k in terms),
+                               "grad_norm", "images_per_s", "memory_gib", "seconds"}
+        assert line["loss"] == pytest.approx(sum(w * line[k + s] for k, w in zip(terms, (1, 5, 2, 1))
+                                                 for s in ("", "_0")), rel=1e-4)
     assert metrics.keys() == ROWS | {"steps", "primary"} and metrics["steps"] == 3 and metrics["primary"] == "IoU"
-    assert all(metrics[row].keys() == {"IoU", "recall50"} and 0 <= metrics[row]["IoU"] <= 1 and 0 <= metrics[row]["recall50"] <= 1 for row in ROWS)
+    assert all(metrics[row].keys() == {"IoU", "recall50"} and 0 <= metrics[row]["IoU"] <= 1
+               and 0 <= metrics[row]["recall50"] <= 1 for row in ROWS)
     assert json.loads((out / "metrics.json").read_text()) == plain(metrics)
     assert Image.open(out / "predictions.png").height > 4 * 200
     state = torch.load(out / "last.pt", weights_only=True)
     assert state["step"] == 3 and state["script"] == "updetr" and state["config"]["num_patches"] == M
     names = state["model"].keys()
-    assert {"patch2query.weight", "feature_align.layers.1.bias", "query_embed.weight", "class_embed.weight", "backbone.0.body.conv1.weight"} <= names
-    assert not any(name.startswith("detector.") for name in names) and state["model"]["class_embed.weight"].shape == (3, D)
+    assert {"patch2query.weight", "feature_align.layers.1.bias", "query_embed.weight", "class_embed.weight",
+            "backbone.0.body.conv1.weight"} <= names
+    assert (not any(name.startswith("detector.") for name in names)
+            and state["model"]["class_embed.weight"].shape == (3, D))
     assert not list(out.rglob("*.tmp"))
 
 
@@ -553,7 +602,8 @@ def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
     metrics = run_script(tmp_path, max_steps=3)
     assert "at step 1" in capsys.readouterr().out
     one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
-    assert one["model"].keys() == two["model"].keys() and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
+    assert (one["model"].keys() == two["model"].keys()
+            and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"]))
     for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a)
     logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (straight[0], tmp_path)]
@@ -566,8 +616,8 @@ def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
 def test_own_images_with_held_out_ones(folder, tmp_path):
     for i in range(4, 9):
         picture(i).save(folder / f"{i}.png")
-    metrics = run_script(tmp_path / "out", data=folder, max_steps=1, probe_images=3, detector="conditional_detr", reconstruction="false", num_patches=1,
-                  num_queries=3)
+    metrics = run_script(tmp_path / "out", data=folder, max_steps=1, probe_images=3, detector="conditional_detr",
+                  reconstruction="false", num_patches=1, num_queries=3)
     assert metrics.keys() == ROWS | {"steps", "primary"} and (tmp_path / "out" / "predictions.png").exists()
     line = json.loads((tmp_path / "out" / "log.jsonl").read_text())
     assert line["epoch"] == 0 and "loss_feature" not in line
@@ -577,10 +627,12 @@ def test_own_images_with_held_out_ones(folder, tmp_path):
 
 def test_bad_input_ends_in_one_line(fails, folder, straight, tmp_path):
     def fail(**values):
-        return fails(updetr.main, flags({**RUN, "max_steps": 1, "probe_images": 0, "batch_size": 2, "out": tmp_path / "out", **values}))
+        return fails(updetr.main, flags({**RUN, "max_steps": 1, "probe_images": 0, "batch_size": 2,
+                                         "out": tmp_path / "out", **values}))
 
     line = fail(data=folder, num_patches=3)
-    assert "--num_queries 8 --num_patches 3: every patch needs the same number of queries; for example --num_queries 6" in line
+    assert ("--num_queries 8 --num_patches 3: every patch needs the same number of queries; for example "
+            "--num_queries 6" in line)
     assert "for example --num_queries 16" in fail(data=folder, num_patches=16)
     assert "--num_patches 0: must be at least 1" in fail(data=folder, num_patches=0)
     assert "--probe_images 1: the row `shuffled` needs at least 2 images" in fail(probe_images=1)
@@ -591,6 +643,7 @@ def test_bad_input_ends_in_one_line(fails, folder, straight, tmp_path):
     assert not (tmp_path / "out").exists()                                # nothing was written until here
     for i in range(4):
         picture(i, (16, 60)).save(folder / f"{i}.png")
-    assert "11 images in a row cannot be used" in (line := fail(data=folder)) and "16 x 60 pixels, at least 17 a side are needed" in line
+    assert ("11 images in a row cannot be used" in (line := fail(data=folder))
+            and "16 x 60 pixels, at least 17 a side are needed" in line)
     line = fails(updetr.main, flags({**RUN, "out": straight[0], "mask_ratio": 0.5, "max_steps": 3}))
     assert "mask_ratio: 0.1 -> 0.5" in line and "--allow_config_change" in line
