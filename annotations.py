@@ -1,14 +1,15 @@
-"""Labelled detection sets: COCO json, VOC xml, drawn scenes. Classes are taken from the files;
-what could not be used stands in `.notes`.
+"""Labelled detection sets: COCO json, VOC xml, drawn scenes. Classes are taken from the files; what could not be used
+stands in `.notes`.
 
 Boxes are `boxes_xyxy` in pixels of the image they come with, x2/y2 exclusive (width = x2 - x1).
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -20,13 +21,16 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from common import UserError
-from data import SYNTHETIC_OFFSET, SyntheticScenes, decode_image, named_root, voc_images, voc_years
+from data import (SYNTHETIC_OFFSET, ImageFiles, SyntheticScenes, UnreadableImage, decode_image, named_root, voc_images,
+                  voc_years)
+
+# ==== 1. A labelled set ====
+
 
 @dataclass
 class _Record:
-    """One labelled image: all that is known without opening it. `image` is a path,
-    or an index into the drawn scenes."""
-    image: Path | int
+    """One labelled image: all that is known without opening it."""
+    image: Path | int  # its file, or its index among the drawn scenes
     id: int
     hw: tuple[int, int]
     boxes: np.ndarray  # float32 [n, 4] xyxy px, clipped to the image
@@ -34,13 +38,13 @@ class _Record:
     crowd: np.ndarray  # bool [n] COCO iscrowd
     difficult: np.ndarray  # bool [n] VOC difficult
     areas: np.ndarray  # float64 [n] px^2: the file's own area (COCO: of the segment), else width * height
-    segments: list | None = None  # COCO segmentation of each object (polygons or RLE), where the set was opened with masks
+    segments: list | None = None  # of a set opened with masks: COCO segmentation of each object, polygons or RLE
 
 
 @dataclass
 class DetectionSet:
-    """Images with boxes. `categories`: [{"id": original id, "name": name}], a label is a position in it. `notes`:
-    what was odd, as sentences."""
+    """Images with boxes. `categories`: [{"id": original id, "name": name}], a label is a position in it. `notes`: what
+    was odd, as sentences."""
     name: str
     categories: list[dict]
     records: list[_Record]
@@ -56,10 +60,9 @@ class DetectionSet:
         return len(self.records)
 
     def load(self, i: int) -> tuple[Image.Image, dict]:
-        """-> (PIL RGB, target): boxes_xyxy float32 [n, 4] px, labels int64 [n], ignore and crowd bool [n],
-        image_id int, orig_size int64 [2] (h, w).
-        `ignore` = COCO crowd or VOC difficult, `crowd` = COCO crowd alone. Raises UnreadableImage,
-        or UserError where the size is another one."""
+        """-> (PIL RGB, target): boxes_xyxy float32 [n, 4] px, labels int64 [n], ignore (COCO crowd or VOC difficult)
+        and crowd (COCO crowd alone) bool [n], image_id int, orig_size int64 [2] (h, w). Raises UnreadableImage, or
+        UserError where the size is another one."""
         record = self.records[i]
         image = self.scenes.load(record.image) if isinstance(record.image, int) else decode_image(record.image)
         h, w = record.hw
@@ -69,11 +72,24 @@ class DetectionSet:
         if image.size != (w, h):
             raise UserError(f"{record.image} is {image.width}x{image.height} px, its annotation says {w}x{h}. "
                             "Correct the annotation or the image.")
-        target = {"boxes_xyxy": torch.from_numpy(record.boxes.copy()), "labels": torch.from_numpy(record.labels.copy()),
-                  "ignore": torch.from_numpy(record.crowd | record.difficult),
-                  "crowd": torch.from_numpy(record.crowd.copy()),
-                  "image_id": record.id, "orig_size": torch.tensor([h, w])}
-        return image, target
+        return image, {"boxes_xyxy": torch.from_numpy(record.boxes.copy()),
+                       "labels": torch.from_numpy(record.labels.copy()),
+                       "ignore": torch.from_numpy(record.crowd | record.difficult),
+                       "crowd": torch.from_numpy(record.crowd.copy()),
+                       "image_id": record.id, "orig_size": torch.tensor([h, w])}
+
+    def key(self, i: int) -> str:
+        """The name of an image, for messages."""
+        return str(self.records[i].image)
+
+    def fingerprint(self) -> str:
+        """sha256 over the names of the images and all their boxes and labels, in order."""
+        digest = hashlib.sha256()
+        for r in self.records:
+            digest.update(f"{Path(str(r.image)).name} {r.id} {r.hw}".encode("utf-8", "surrogateescape"))
+            for part in (r.boxes, r.labels, r.crowd):
+                digest.update(part.tobytes())
+        return digest.hexdigest()
 
     def masks(self, i: int) -> Tensor:
         """uint8 [n, h, w] in 0, 1: the objects of load(i), of a set that was opened with masks."""
@@ -82,38 +98,36 @@ class DetectionSet:
         return torch.from_numpy(np.stack(decoded)) if decoded else torch.zeros(0, *record.hw, dtype=torch.uint8)
 
     def with_objects(self) -> DetectionSet:
-        """Without the images that have no object to learn from, as detectron2 trains;
-        a note says how many they were."""
+        """Without the images that have no object to learn from, as detectron2 trains; a note says how many."""
         kept = [r for r in self.records if (~r.crowd).any()]
         if not kept:
             raise UserError(f"{self.name}: none of the {len(self)} training images has an object. "
                             "Give annotated images.")
-        notes = ([f"{len(self) - len(kept)} of {len(self)} training images have no object and are left out"]
-                 if len(kept) < len(self) else [])
-        return DetectionSet(self.name, self.categories, kept, self.notes + notes, self.scenes, self.voc)
+        notes = list(self.notes)
+        if len(kept) < len(self):
+            notes.append(f"{len(self) - len(kept)} of {len(self)} training images have no object and are left out")
+        return DetectionSet(self.name, self.categories, kept, notes, self.scenes, self.voc)
 
     def coco_ground_truth(self) -> dict:
         """COCO-format dict for pycocotools: original category ids, annotation ids from 1 (its matching reads 0 as
-        'unmatched'), the boxes of load(), RLE segmentations where there are masks.
-        Difficult objects carry "ignore": 1 and "difficult": 1; pycocotools overwrites "ignore" by iscrowd, so
-        an evaluation reads "difficult"."""
+        'unmatched'), the boxes of load(), RLE segmentations where there are masks. Difficult objects carry "ignore": 1
+        and "difficult": 1; pycocotools overwrites "ignore" by iscrowd, so an evaluation reads "difficult"."""
         images, annotations = [], []
         for r in self.records:
             file = Path(r.image).name if isinstance(r.image, Path) else f"{r.image:08d}"
             images.append({"id": r.id, "width": r.hw[1], "height": r.hw[0], "file_name": file})
-            segments = ([{}] * len(r.boxes) if r.segments is None
-                        else [{"segmentation": segment_rle(s, r.hw)} for s in r.segments])
-            for box, label, crowd, difficult, area, segment in zip(r.boxes.tolist(), r.labels, r.crowd,
-                                                                   r.difficult, r.areas, segments):
+            for k, (x1, y1, x2, y2) in enumerate(r.boxes.tolist()):
                 annotations.append({"id": len(annotations) + 1, "image_id": r.id,
-                                    "category_id": self.categories[label]["id"], "area": float(area),
-                                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "iscrowd": int(crowd)}
-                                   | ({"ignore": 1, "difficult": 1} if difficult else {}) | segment)
+                                    "category_id": self.categories[r.labels[k]]["id"], "area": float(r.areas[k]),
+                                    "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": int(r.crowd[k])})
+                if r.difficult[k]:
+                    annotations[-1] |= {"ignore": 1, "difficult": 1}
+                if r.segments is not None:
+                    annotations[-1]["segmentation"] = segment_rle(r.segments[k], r.hw)
         return {"images": images, "annotations": annotations, "categories": [dict(c) for c in self.categories]}
 
     def subset(self, percent: float, seed: int) -> DetectionSet:
-        """The labelled `percent` of low-data fine-tuning, order as drawn (label_subset over
-        positions). Same on every process."""
+        """The labelled `percent` of low-data fine-tuning, order as drawn by label_subset; the same on all processes."""
         drawn = label_subset(range(len(self)), percent / 100, seed)
         if not drawn:
             raise UserError(f"{percent} % of the {len(self)} images of {self.name} are no usable part; "
@@ -123,11 +137,15 @@ class DetectionSet:
 
 
 def label_subset(ids: Sequence[int], fraction: float, seed: int) -> list[int]:
-    """DETReg's rule (datasets/coco.py): default_rng(seed).choice(ids, round(n * fraction),
-    replace=False), order kept as drawn."""
+    """DETReg's rule (datasets/coco.py): default_rng(seed).choice(ids, round(n * fraction), replace=False), order kept
+    as drawn."""
     count = round(len(ids) * fraction)
-    return (np.random.default_rng(seed).choice(np.asarray(ids), count, replace=False).tolist()
-            if 0 < count <= len(ids) else [])
+    if not 0 < count <= len(ids):
+        return []
+    return np.random.default_rng(seed).choice(np.asarray(ids), count, replace=False).tolist()
+
+
+# ==== 2. Segmentations ====
 
 
 def segment_rle(segmentation: list | dict, hw: tuple[int, int]) -> dict:
@@ -139,15 +157,15 @@ def segment_rle(segmentation: list | dict, hw: tuple[int, int]) -> dict:
 
 def _usable_segment(segmentation: Any, hw: tuple[int, int]) -> list | dict | None:
     """Polygons of at least three points, or an RLE of the image's size; None when it is neither. Checked here, as
-    pycocotools does not: it fills what a short RLE leaves out with memory as found,
-    and takes memory by the length of a polygon."""
+    pycocotools does not: it fills what a short RLE leaves out with memory as found, and takes memory by the length of a
+    polygon."""
     try:
         if isinstance(segmentation, dict):
             size, counts = segmentation["size"], segmentation["counts"]
             counts = counts if isinstance(counts, list) else _rle_counts(counts)
             whole = sum(counts) == hw[0] * hw[1] and all(type(n) is int and n >= 0 for n in counts)
             return segmentation if whole and list(size) == list(hw) else None
-        # detectron2's rule
+        # as detectron2 does: the polygons that are none are left out
         polygons = [p for p in segmentation or [] if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
         far = 10 * max(hw)
         return polygons if polygons and all(-far < v < far for p in polygons for v in p) else None
@@ -156,8 +174,8 @@ def _usable_segment(segmentation: Any, hw: tuple[int, int]) -> list | dict | Non
 
 
 def _rle_counts(text: str) -> list[int]:
-    """The run lengths of a compressed RLE: 5 bits per character, the 6th = more to come, from the third on relative
-    to the one before the last."""
+    """The run lengths of a compressed RLE: 5 bits per character, the 6th = more to come, from the third on relative to
+    the one before the last."""
     counts, value, bits = [], 0, 0
     for code in (c - 48 for c in text.encode("ascii")):
         if not 0 <= code < 64 or bits > 30:
@@ -177,46 +195,113 @@ def _check_segments(records: list[_Record], source: str | Path) -> None:
                for k, segment in enumerate(r.segments or [None] * len(r.boxes)) if segment is None]
     if lacking:
         record, k = lacking[0]
-        raise UserError(f"{source}: {len(lacking)} of {sum(len(r.boxes) for r in records)} "
-                        "objects have no segmentation (polygons, or an RLE of the "
-                        f"image's size), the first: object {k + 1} of {record.image}. Masks need one for every object; "
+        raise UserError(f"{source}: {len(lacking)} of {sum(len(r.boxes) for r in records)} objects have no "
+                        "segmentation (polygons, or an RLE of the image's size), the first: object "
+                        f"{k + 1} of {record.image}. Masks need one for every object; "
                         "boxes alone are enough for --detector faster_rcnn_fpn or faster_rcnn_c4.")
 
 
-class _Boxes:
-    """Takes one set's boxes image by image: clips, drops and counts what is empty,
-    and refuses a set with more than 1 % of such."""
+# ==== 3. Records ====
+
+
+class _RecordBuilder:
+    """Builds the records of one set: clips boxes, drops and counts those that are empty, refuses a set with more than
+    1 % of such."""
 
     def __init__(self):
         self.total, self.bad = 0, []
 
     def record(self, image: Path | int, image_id: int, hw: tuple[int, int], rows: list[tuple], where: str | Path,
                segments: list | None = None) -> _Record:
-        """`rows`: (x1, y1, x2, y2, empty in the file's own terms, label, crowd, difficult,
-        area or NaN); `segments`: one per row."""
+        """`rows`: (x1, y1, x2, y2, empty in the file's own terms, label, crowd, difficult, area or NaN); `segments`:
+        one per row."""
         table = np.array(rows, np.float64).reshape(-1, 9)
         boxes = table[:, :4].clip(0, [hw[1], hw[0], hw[1], hw[0]]).astype(np.float32)
         bad = (table[:, 4] > 0) | ~np.isfinite(table[:, :4]).all(1) | (boxes[:, 2:] <= boxes[:, :2]).any(1)
         self.total += len(rows)
-        self.bad += ["{}, object {}: x {:g}..{:g}, y {:g}..{:g} in a {}x{} "
-                     "image".format(where, k + 1, *table[k, [0, 2, 1, 3]], hw[1], hw[0]) for k in np.flatnonzero(bad)]
-        boxes, (labels, crowd, difficult, areas) = boxes[~bad], table[~bad, 5:].T
+        for k in np.flatnonzero(bad):
+            x1, y1, x2, y2 = table[k, :4]
+            self.bad.append(f"{where}, object {k + 1}: x {x1:g}..{x2:g}, y {y1:g}..{y2:g} in a {hw[1]}x{hw[0]} image")
+        boxes = boxes[~bad]
+        labels, crowd, difficult, areas = table[~bad, 5:].T
         areas = np.where(np.isnan(areas), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64), areas)
-        segments = None if segments is None else [s for s, left_out in zip(segments, bad) if not left_out]
+        if segments is not None:
+            segments = [s for s, left_out in zip(segments, bad) if not left_out]
         return _Record(image, image_id, hw, boxes, labels.astype(np.int64), crowd > 0, difficult > 0, areas, segments)
 
     def notes(self, source: Path) -> list[str]:
+        """What was dropped, as a sentence if any was. UserError above 1 %."""
         if len(self.bad) > (0.01 * self.total if self.total >= 100 else 0):
             raise UserError(f"{source}: {len(self.bad)} of {self.total} boxes are empty or outside their image, "
                             f"the first: {self.bad[0]}. More than 1 % (below 100 boxes: any) points to a wrong format; "
                             "correct the annotations.")
+        if not self.bad:
+            return []
         return [f"{source}: {len(self.bad)} of {self.total} boxes left out as empty or outside: "
-                f"{'; '.join(self.bad[:3])}"] if self.bad else []
+                f"{'; '.join(self.bad[:3])}"]
 
 
-def _locate(names: list[str], folders: list[Path], source: Path) -> Path:
-    """The first of `folders` that holds all `names` (may contain subfolders); each directory is listed once.
-    UserError names what is missing."""
+def _label_of(name: str | None, key: int | str, labels: dict, source: Path) -> int:
+    """labels[(id, name)] where the pair is known, else labels[name]; a class outside is a UserError (the same name may
+    have another id)."""
+    label = labels.get((key, name), labels.get(name))
+    if label is None:
+        known = ", ".join(k for k in labels if isinstance(k, str))
+        raise UserError(f"{source}: category {key} ({name or 'not listed'}) is not one of the known: {known}. "
+                        "Relabel it or train with it.")
+    return label
+
+
+# ==== 4. COCO json ====
+
+
+def _integer(value: Any) -> int:
+    """An id or a size of a json: 7, "7" and 7.0 are 7; ValueError for all else, which int() would round or take."""
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
+def _read_coco(path: Path) -> tuple[dict, list[dict], list[tuple[int, int, int, str]]]:
+    """-> (the file's content, its categories sorted by id, its images (id, height, width, file name) sorted by id).
+    UserError for an id that occurs twice, ValueError for a size that no image can have."""
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    categories = sorted(({"id": _integer(c["id"]), "name": str(c["name"])} for c in content["categories"]),
+                        key=lambda c: c["id"])
+    images = sorted((_integer(i["id"]), _integer(i["height"]), _integer(i["width"]), str(i["file_name"]))
+                    for i in content["images"])
+    if len({i[0] for i in images}) < len(images) or len({c["id"] for c in categories}) < len(categories):
+        raise UserError(f"{path}: an image id or category id occurs twice. Give every image and category its own id.")
+    for _, height, width, file in images:
+        if not (0 < height < 2**31 and 0 < width < 2**31):
+            raise ValueError(f"image {file} is {width} x {height} px")
+    return content, categories, images
+
+
+def _coco_objects(path: Path, annotations: list[dict], images: list[tuple[int, int, int, str]], names: dict[int, str],
+                  categories: list[dict], masks: bool) -> tuple[dict[int, list[tuple]], dict[int, list]]:
+    """-> (rows for _RecordBuilder.record, segmentations) of the objects of each image id. names: of the file's own
+    category ids; categories: those that the set shall have."""
+    labels = {c["name"]: k for k, c in enumerate(categories)}
+    labels |= {(c["id"], c["name"]): k for k, c in enumerate(categories)}
+    sizes = {image_id: (height, width) for image_id, height, width, _ in images}
+    rows = {image_id: [] for image_id in sizes}
+    segments = {image_id: [] for image_id in sizes}
+    for a in annotations:
+        x, y, w, h = map(float, a["bbox"] if isinstance(a["bbox"], list) else ())
+        category_id = _integer(a["category_id"])
+        label = _label_of(names.get(category_id), category_id, labels, path)
+        area = float("nan") if a.get("area") is None else float(a["area"])
+        image_id = _integer(a["image_id"])
+        crowd = _integer(a.get("iscrowd") or 0) > 0
+        rows[image_id].append((x, y, x + w, y + h, w <= 0 or h <= 0, label, crowd, False, area))
+        segments[image_id].append(_usable_segment(a.get("segmentation"), sizes[image_id]) if masks else None)
+    return rows, segments
+
+
+def _images_folder(names: list[str], folders: list[Path], source: Path) -> Path:
+    """The first of `folders` that holds all `names` (may contain subfolders); each directory is listed once. UserError
+    names what is missing."""
     for n in names:
         if ".." in PureWindowsPath(n).parts or PureWindowsPath(n).root or Path(n).drive:  # both kinds of separators
             raise UserError(f"{source}: the file name {n!r} leads out of the image folder. Give names below it; "
@@ -234,49 +319,13 @@ def _locate(names: list[str], folders: list[Path], source: Path) -> Path:
                     "put the images there or give their folder as --data_root.")
 
 
-def _label(name: str | None, key: int | str, labels: dict, source: Path) -> int:
-    """labels[(id, name)] where the pair is known, else labels[name]; a class outside is a UserError (the same
-    name may have another id)."""
-    label = labels.get((key, name), labels.get(name))
-    if label is None:
-        known = ", ".join(k for k in labels if isinstance(k, str))
-        raise UserError(f"{source}: category {key} ({name or 'not listed'}) is not one of the known: {known}. "
-                        "Relabel it or train with it.")
-    return label
-
-
-def _whole(value: Any) -> int:
-    """An id or a size of a json: 7, "7" and 7.0 are 7; ValueError for all else, which int() would round or take."""
-    if isinstance(value, bool) or int(value) != float(value):
-        raise ValueError(f"{value!r} is no whole number")
-    return int(value)
-
-
 def _open_coco(path: Path, image_folders: list[Path], name: str, categories: list[dict] | None,
                masks: bool) -> DetectionSet:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        listed = sorted(({"id": _whole(c["id"]), "name": str(c["name"])} for c in content["categories"]),
-                        key=lambda c: c["id"])
-        images = sorted(((_whole(i["id"]), _whole(i["height"]), _whole(i["width"]), str(i["file_name"]))
-                         for i in content["images"]))
+        content, listed, images = _read_coco(path)
         categories = [dict(c) for c in categories or listed]
-        labels = {c["name"]: k for k, c in enumerate(categories)} | {(c["id"], c["name"]): k
-                                                                     for k, c in enumerate(categories)}
-        rows, names = {i[0]: [] for i in images}, {c["id"]: c["name"] for c in listed}
-        segments, sizes = {i: [] for i in rows}, {i[0]: i[1:3] for i in images}
-        if len(rows) < len(images) or len(names) < len(listed):
-            raise UserError(f"{path}: an image id or category id occurs twice. "
-                            "Give every image and category its own id.")
-        if bad := [i for i in images if not (0 < i[1] < 2**31 and 0 < i[2] < 2**31)]:
-            raise ValueError(f"image {bad[0][3]} is {bad[0][2]} x {bad[0][1]} px")
-        for a in content["annotations"]:
-            x, y, w, h = map(float, a["bbox"] if isinstance(a["bbox"], list) else ())
-            label = _label(names.get(_whole(a["category_id"])), _whole(a["category_id"]), labels, path)
-            area = float("nan") if a.get("area") is None else float(a["area"])
-            image_id, crowd = _whole(a["image_id"]), _whole(a.get("iscrowd") or 0) > 0
-            rows[image_id].append((x, y, x + w, y + h, w <= 0 or h <= 0, label, crowd, False, area))
-            segments[image_id].append(_usable_segment(a.get("segmentation"), sizes[image_id]) if masks else None)
+        names = {c["id"]: c["name"] for c in listed}
+        rows, segments = _coco_objects(path, content["annotations"], images, names, categories, masks)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}. Give an existing COCO json.") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
@@ -286,17 +335,22 @@ def _open_coco(path: Path, image_folders: list[Path], name: str, categories: lis
     if not images or not categories:
         raise UserError(f"{path} lists {len(images)} images and {len(categories)} categories. "
                         "At least one of each is needed.")
-    folder, boxes = _locate([i[3] for i in images], image_folders, path), _Boxes()
-    records = [boxes.record(folder / file, image_id, (h, w), rows[image_id],
-                            f"image {file}", segments[image_id] if masks else None)
-               for image_id, h, w, file in images]
+    folder = _images_folder([file for *_, file in images], image_folders, path)
+    builder = _RecordBuilder()
+    records = [builder.record(folder / file, image_id, (height, width), rows[image_id], f"image {file}",
+                            segments[image_id] if masks else None)
+               for image_id, height, width, file in images]
     if masks:
         _check_segments(records, path)
-    notes, files = boxes.notes(path), len({i[3] for i in images})
+    notes = builder.notes(path)
+    files = len({file for *_, file in images})
     if files < len(images):
         notes.append(f"{path}: {len(images) - files} of {len(images)} images name a file that another one names too; "
                      "each counts for itself.")
     return DetectionSet(name, categories, records, notes)
+
+
+# ==== 5. VOC xml ====
 
 
 def _read_voc(year: Path, file: str) -> tuple[Path, tuple[int, int], str, list[tuple]]:
@@ -325,26 +379,29 @@ def _read_voc(year: Path, file: str) -> tuple[Path, tuple[int, int], str, list[t
 
 
 def _open_voc(root: Path, split: str, name: str, categories: list[dict] | None, masks: bool) -> DetectionSet:
-    images, boxes, records, renamed = voc_images(root, split), _Boxes(), [], 0
+    images = voc_images(root, split)
     read = [_read_voc(*image) for image in images]
     if categories is None:  # the classes are those of the train split even where only the test split is asked for
         classes = read if split == "train" else [_read_voc(*image) for image in voc_images(root, "train")]
-        categories = [{"id": k + 1, "name": n}
-                      for k, n in enumerate(sorted({o[0] for *_, objects in classes for o in objects}))]
+        found = sorted({o[0] for *_, objects in classes for o in objects})
+        categories = [{"id": k + 1, "name": n} for k, n in enumerate(found)]
     labels = {c["name"]: k for k, c in enumerate(categories)}
+    builder = _RecordBuilder()
+    records, renamed = [], 0
     for (year, file), (path, hw, tag, objects) in zip(images, read):
         renamed += os.path.splitext(tag)[0] != path.stem  # the annotation file's name decides, not its filename tag
-        # Corners count from 1, both inclusive. x1 = x2 would be one pixel wide; no object is:
-        # it is a click without a drag, so it counts as empty.
-        rows = [(x1 - 1, y1 - 1, x2, y2, x2 <= x1 or y2 <= y1, _label(n, n, labels, path), False, difficult,
+        # Corners count from 1, both inclusive. x1 = x2 would be one pixel wide; no object is: it is a click without a
+        # drag, so it counts as empty.
+        rows = [(x1 - 1, y1 - 1, x2, y2, x2 <= x1 or y2 <= y1, _label_of(n, n, labels, path), False, difficult,
                  float("nan")) for n, difficult, x1, y1, x2, y2 in objects]
-        records.append(boxes.record(year / "JPEGImages" / file, len(records) + 1, hw, rows, path))
+        records.append(builder.record(year / "JPEGImages" / file, len(records) + 1, hw, rows, path))
     if not records or not categories:
         raise UserError(f"{root}: the VOC {split} split has {len(records)} images and {len(categories)} classes. "
                         "At least one of each is needed.")
     if masks:
         _check_segments(records, root)
-    years, notes = [year.name for year in voc_years(root)], boxes.notes(root)
+    notes = builder.notes(root)
+    years = [year.name for year in voc_years(root)]
     if split == "train" and "VOC2012" not in years:
         notes.append(f"{root}: VOC2012 is not there, training on the trainval of {years[0]} alone.")
     if renamed:
@@ -353,42 +410,67 @@ def _open_voc(root: Path, split: str, name: str, categories: list[dict] | None, 
     return DetectionSet(name, [dict(c) for c in categories], records, notes, voc=True)
 
 
+# ==== 6. Sets whose boxes are not in a file ====
+
+
 def _open_synthetic(split: str, n: int, size: int, seed: int, masks: bool) -> DetectionSet:
     scenes = SyntheticScenes(n, size, seed, SYNTHETIC_OFFSET[f"detection/{split}"])
-    categories, boxes = [{"id": k + 1, "name": c} for k, c in enumerate(scenes.CLASSES)], _Boxes()
+    categories = [{"id": k + 1, "name": c} for k, c in enumerate(scenes.CLASSES)]
+    builder = _RecordBuilder()
     records = []
     for i in range(n):
         _, xyxy, labels = scenes.scene(i)
         rows = [(*box, False, label, False, False, float("nan")) for box, label in zip(xyxy, labels)]
         segments = [coco_mask.encode(np.asfortranarray(m, np.uint8)) for m in scenes.draw(i)[1]] if masks else None
-        records.append(boxes.record(i, i + 1, (size, size), rows, scenes.key(i), segments))
+        records.append(builder.record(i, i + 1, (size, size), rows, scenes.key(i), segments))
     return DetectionSet("synthetic", categories, records, [], scenes)
 
 
-def open_detection(data: str, data_root: str | None, split: str, *,
-                   categories: list[dict] | None = None, synthetic_images: int = 40,
-                   synthetic_size: int = 160, seed: int = 0, masks: bool = False) -> DetectionSet:
+def held_out_set(source: ImageFiles, indices: Sequence[int], boxes_of: Callable[[Image.Image, int], np.ndarray]
+                 ) -> DetectionSet:
+    """Unlabelled images as a labelled set of one class, "proposal": a stand-in where nobody drew boxes. boxes_of(image,
+    index) -> xyxy px [n, 4]; a file that cannot be read is left out and stands in `.notes`."""
+    builder = _RecordBuilder()
+    records, notes = [], []
+    for i in indices:
+        try:
+            image = source.load(i)
+        except UnreadableImage as error:
+            notes.append(f"left out of the probe: {error}")
+            continue
+        rows = [(*box, False, 0, False, False, float("nan")) for box in boxes_of(image, i).tolist()]
+        records.append(builder.record(source.root / source.key(i), i, (image.height, image.width), rows, source.key(i)))
+    return DetectionSet(source.name, [{"id": 1, "name": "proposal"}], records, notes)
+
+
+# ==== 7. Any set by its name ====
+
+
+def open_detection(data: str, data_root: str | None, split: str, *, categories: list[dict] | None = None,
+                   synthetic_images: int = 40, synthetic_size: int = 160, seed: int = 0, masks: bool = False
+                   ) -> DetectionSet:
     """`data`: coco | voc | synthetic | a COCO json (then `split` plays no part) | a folder with train.json and
     test.json (or val.json), or in VOC layout. `split`: train | test. `categories`: the train set's (or a checkpoint's)
     when opening test. masks: every object must have a segmentation (COCO, synthetic), which DetectionSet.masks() gives.
     Raises UserError for all that is wrong."""
-    part, path = "train" if split == "train" else "val", Path(data).expanduser()
     if data == "synthetic":
         return _open_synthetic("train" if split == "train" else "test", synthetic_images, synthetic_size, seed, masks)
+    part = "train" if split == "train" else "val"
     if data == "coco":
         annotations = f"annotations/instances_{part}2017.json"
         root = named_root(data, data_root, part, lambda place: (place / annotations).is_file())
         return _open_coco(root / annotations, [root / f"{part}2017"], data, categories, masks)
     if data == "voc":
-        return _open_voc(named_root(data, data_root, part, lambda place: bool(voc_years(place))),
-                         split, data, categories, masks)
+        root = named_root(data, data_root, part, lambda place: bool(voc_years(place)))
+        return _open_voc(root, split, data, categories, masks)
+    path = Path(data).expanduser()
     extra = [Path(data_root).expanduser()] if data_root else []
     if path.suffix.lower() == ".json":
         return _open_coco(path, [path.parent, path.parent / "images", *extra], path.stem, categories, masks)
     for file in (path / "train.json",) if split == "train" else (path / "test.json", path / "val.json"):
         if file.is_file():
-            return _open_coco(file, [path, path / "images", file.with_suffix(""), *extra],
-                              path.resolve().name, categories, masks)
+            folders = [path, path / "images", file.with_suffix(""), *extra]
+            return _open_coco(file, folders, path.resolve().name, categories, masks)
     for root in (path / "VOCdevkit", path):
         if voc_years(root):
             return _open_voc(root, split, path.resolve().name, categories, masks)

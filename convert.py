@@ -1,25 +1,26 @@
-"""Checkpoints in and out: files of other code bases recognised by their content, read safely, named as here;
-ours written for other tools.
+"""Checkpoints in and out: files of other code bases recognised by their content, read safely, named as here; ours
+written for other tools.
 
-In: every --init_from and --backbone_weights reads its file through open_checkpoint().
-`python convert.py FILE` says what a file is.
+In: every --init_from and --backbone_weights reads its file through open_checkpoint(). `python convert.py FILE` says
+what a file is.
 Out: python convert.py FILE --to official|hf|torchvision|detectron2|mmdetection --out PATH
 
-Names. Ours are those of the released DETR, Conditional DETR, Deformable DETR, DETReg, UP-DETR and SoCo, and
-torchvision's for the R-CNN family. The tables below hold all others, one per family, as rows (their name, our name):
-{i} stands for a number, * for the rest, and the first row that fits counts. The same table renames in both directions.
+Names: ours are those of the released DETR, Conditional DETR, Deformable DETR, DETReg, UP-DETR and SoCo, and for the
+R-CNN family torchvision's. The tables below hold all others, one per family, as rows (their name, our name): {i} stands
+for a number, * for the rest, and the first row that fits counts. The same table renames in both directions.
 """
 from __future__ import annotations
+
+from common import UserError, barrier  # before torch: see there
 
 import argparse
 import functools
 import io
 import json
-import pickle
 import os
+import pickle
 import re
 import sys
-import typing
 import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
+from torchvision.models import get_model_weights, get_weight
 
-import common
 import rcnn
 import run
-from common import UserError
 from data import IMAGENET_MEAN, IMAGENET_STD
 
 # ==== 1. Tables ====
@@ -56,8 +55,7 @@ def rename(name: str, table: Table, back: bool = False) -> str | None:
     for row in table:
         source, target = row[::-1] if back else row
         if match := _pattern(source).fullmatch(name):
-            found = match.groupdict()
-            return target.replace("*", "{rest}").format(**found)
+            return target.replace("*", "{rest}").format(**match.groupdict())
     return None
 
 
@@ -68,73 +66,69 @@ def renamed_back(state: dict[str, Tensor], table: Table) -> dict[str, Tensor]:
 
 # detectron2 - torchvision: a ResNet.
 RESNET_DETECTRON2: Table = (
-    ("stem.conv1.norm.*", "bn1.*"),
-    ("stem.conv1.*", "conv1.*"),
-    *((f"res{i + 1}.{{b}}.{a}", f"layer{i}.{{b}}.{b}") for i in (1, 2, 3, 4) for a, b in (
-        ("shortcut.norm.*", "downsample.1.*"), ("shortcut.*", "downsample.0.*"), ("conv{j}.norm.*", "bn{j}.*"),
-        ("conv{j}.*", "conv{j}.*"))),
+    ("stem.conv1.norm.*", "bn1.*"), ("stem.conv1.*", "conv1.*"),
+    *((f"res{i + 1}.{{b}}.{theirs}", f"layer{i}.{{b}}.{ours}") for i in (1, 2, 3, 4) for theirs, ours in (
+        ("shortcut.norm.*", "downsample.1.*"), ("shortcut.*", "downsample.0.*"),
+        ("conv{j}.norm.*", "bn{j}.*"), ("conv{j}.*", "conv{j}.*"))),
 )
 
 
 def _fpn_detectron2(first: int) -> Table:
-    """detectron2 - torchvision: the pyramid, whose lowest level detectron2 calls by its stride, 2 ** first."""
-    return (*((f"fpn_{a}{i + first}.{norm}*", f"fpn.{b}_blocks.{i}.{int(bool(norm))}.*") for i in range(6 - first)
-              for a, b in (("lateral", "inner"), ("output", "layer")) for norm in ("norm.", "")),
-            ("top_block.*", "fpn.extra_blocks.*"))
+    """detectron2 - torchvision: ResNet and pyramid, whose lowest level detectron2 calls by its stride, 2 ** first."""
+    pyramid = ((f"fpn_{theirs}{i + first}.{norm}*", f"fpn.{ours}_blocks.{i}.{k}.*") for i in range(6 - first)
+               for theirs, ours in (("lateral", "inner"), ("output", "layer")) for norm, k in (("norm.", 1), ("", 0)))
+    return (*below("backbone.bottom_up.", "backbone.body.", RESNET_DETECTRON2),
+            *below("backbone.", "backbone.", (*pyramid, ("top_block.*", "fpn.extra_blocks.*"))))
 
 
 _TWO_STAGE_DETECTRON2: Table = (
     ("proposal_generator.rpn_head.conv.*", "rpn.head.conv.0.0.*"),
     ("proposal_generator.rpn_head.objectness_logits.*", "rpn.head.cls_logits.*"),
     ("proposal_generator.rpn_head.anchor_deltas.*", "rpn.head.bbox_pred.*"),
-    *((f"roi_heads.{head}{j}.{norm}*", f"roi_heads.{box}.{j - 1}.{int(bool(norm))}.*")
-      for head, box in (("box_head.conv", "box_head"), ("mask_head.mask_fcn", "mask_head")) for j in (1, 2, 3, 4)
-      for norm in ("norm.", "")),
-    ("roi_heads.box_head.fc1.*", "roi_heads.box_head.5.*"),                   # 4conv1fc
+    *((f"roi_heads.{theirs}{j}.{norm}*", f"roi_heads.{ours}.{j - 1}.{k}.*")
+      for theirs, ours in (("box_head.conv", "box_head"), ("mask_head.mask_fcn", "mask_head"))
+      for j in (1, 2, 3, 4) for norm, k in (("norm.", 1), ("", 0))),
+    ("roi_heads.box_head.fc1.*", "roi_heads.box_head.5.*"),  # 4conv1fc
     ("roi_heads.box_predictor.*", "roi_heads.box_predictor.*"),
     ("roi_heads.mask_head.deconv.*", "roi_heads.mask_predictor.conv5_mask.*"),
     ("roi_heads.mask_head.predictor.*", "roi_heads.mask_predictor.mask_fcn_logits.*"),
 )
-# detectron2 - torchvision: whole detectors (rcnn_transfer.md, section 4). FCOS has other heads in detectron2:
-# backbone and pyramid only.
+# detectron2 - torchvision: whole detectors. FCOS has other heads in detectron2: backbone and pyramid only.
 RCNN_DETECTRON2: dict[str, Table] = {
-    "fpn": (*below("backbone.bottom_up.", "backbone.body.", RESNET_DETECTRON2),
-            *below("backbone.", "backbone.", _fpn_detectron2(2)), *_TWO_STAGE_DETECTRON2),
-    "c4": (*below("roi_heads.", "roi_heads.box_head.res5.", RESNET_DETECTRON2[-4:]),
+    "fpn": (*_fpn_detectron2(2), *_TWO_STAGE_DETECTRON2),
+    "fpn_2fc": (("roi_heads.box_head.fc1.*", "roi_heads.box_head.fc6.*"),
+                ("roi_heads.box_head.fc2.*", "roi_heads.box_head.fc7.*"), *_fpn_detectron2(2), *_TWO_STAGE_DETECTRON2),
+    "c4": (*below("roi_heads.", "roi_heads.box_head.res5.", RESNET_DETECTRON2[-4:]),  # the rows of res5
            ("roi_heads.res5.norm.*", "roi_heads.box_head.res5.norm.*"),
            *below("backbone.", "backbone.body.", RESNET_DETECTRON2), *_TWO_STAGE_DETECTRON2),
-    "one_stage": (*below("backbone.bottom_up.", "backbone.body.", RESNET_DETECTRON2),
-                  *below("backbone.", "backbone.", _fpn_detectron2(3)),
-                  *((f"head.{a}_subnet.{2 * j}.*", f"head.{b}_head.conv.{j}.0.*")
-                    for a, b in (("cls", "classification"), ("bbox", "regression")) for j in range(4)),
+    "one_stage": (*_fpn_detectron2(3),
+                  *((f"head.{theirs}_subnet.{2 * j}.*", f"head.{ours}_head.conv.{j}.0.*")
+                    for theirs, ours in (("cls", "classification"), ("bbox", "regression")) for j in range(4)),
                   ("head.cls_score.*", "head.classification_head.cls_logits.*"),
                   ("head.bbox_pred.*", "head.regression_head.bbox_reg.*")),
 }
-RCNN_DETECTRON2["fpn_2fc"] = (("roi_heads.box_head.fc1.*", "roi_heads.box_head.fc6.*"),
-                              ("roi_heads.box_head.fc2.*", "roi_heads.box_head.fc7.*"), *RCNN_DETECTRON2["fpn"])
 
 # SoCo: what its converters write for detectron2 (whose loader completes the names: backbone.bottom_up., backbone.,
 # roi_heads.) and MMDetection.
 SOCO_DETECTRON2: Table = (
     *below("", "encoder.", RESNET_DETECTRON2),
-    *((f"fpn_{a}{i + 2}.{norm}*", f"neck.{b}_convs.{i}.{'bn' if norm else 'conv'}.*")
-      for i in range(4) for a, b in (("lateral", "lateral"), ("output", "fpn")) for norm in ("norm.", "")),
+    *((f"fpn_{a}{i + 2}.{theirs}*", f"neck.{b}_convs.{i}.{ours}.*") for i in range(4)
+      for a, b in (("lateral", "lateral"), ("output", "fpn")) for theirs, ours in (("norm.", "bn"), ("", "conv"))),
     ("box_head.conv{j}.norm.*", "head.bn{j}.*"), ("box_head.*", "head.*"),
 )
 SOCO_MMDETECTION: Table = (
-    ("backbone.*", "encoder.*"), ("neck.*", "neck.*"),
-    *((f"roi_head.bbox_head.shared_convs.{j - 1}.{a}.*", f"head.{a}{j}.*") for j in (1, 2, 3, 4)
-      for a in ("conv", "bn")), ("roi_head.bbox_head.shared_fcs.0.*", "head.fc1.*"),
+    ("backbone.*", "encoder.*"), ("neck.*", "neck.*"), ("roi_head.bbox_head.shared_fcs.0.*", "head.fc1.*"),
+    *((f"roi_head.bbox_head.shared_convs.{j - 1}.{kind}.*", f"head.{kind}{j}.*")
+      for j in (1, 2, 3, 4) for kind in ("conv", "bn")),
 )
-# SoCo - torchvision: pyramid and box head, of detectors whose lowest level is SoCo's level 0 (C2),
-# or (RetinaNet, FCOS) its level 1.
-SOCO_RCNN: dict[int, Table] = {first: (
-    *((f"neck.{a}_convs.{i + first}.{kind}.*", f"backbone.fpn.{b}_blocks.{i}.{k}.*") for i in range(4 - first)
-      for a, b in (("lateral", "inner"), ("fpn", "layer")) for k, kind in enumerate(("conv", "bn"))),
-    *((f"head.{kind}{j}.*", f"roi_heads.box_head.{j - 1}.{k}.*") for j in (1, 2, 3, 4)
-      for k, kind in enumerate(("conv", "bn")) if not first),
-    *((("head.fc1.*", "roi_heads.box_head.5.*"),) if not first else ()),
-) for first in (0, 1)}
+# SoCo - torchvision: the pyramid by the lowest level of the detector, which is SoCo's level 0 (C2) or, of RetinaNet and
+# FCOS, its level 1, and the box head, which these do not have.
+SOCO_RCNN: dict[int, Table] = {first: tuple(
+    (f"neck.{theirs}_convs.{i + first}.{kind}.*", f"backbone.fpn.{ours}_blocks.{i}.{k}.*") for i in range(4 - first)
+    for theirs, ours in (("lateral", "inner"), ("fpn", "layer")) for k, kind in enumerate(("conv", "bn")))
+    for first in (0, 1)}
+SOCO_RCNN[0] += (*((f"head.{kind}{j}.*", f"roi_heads.box_head.{j - 1}.{k}.*") for j in (1, 2, 3, 4)
+                   for k, kind in enumerate(("conv", "bn"))), ("head.fc1.*", "roi_heads.box_head.5.*"))
 
 # MoCo - dupr.py with --alpha 0 0 0 1 --beta 0 0 0 0, which is MoCo v2; MoCo v1 has a head of one layer.
 MOCO: dict[str, Table] = {version: (
@@ -151,17 +145,17 @@ SIAMESE_DETR: Table = (
 
 
 def _hugging_face(decoder: Table, rest: Table) -> Table:
+    """decoder: rows of a decoder layer; rest: heads and input projection."""
     return (
         ("model.backbone.conv_encoder.model.*", "backbone.0.body.*"),
         ("model.query_position_embeddings.*", "query_embed.*"),
-        *((f"model.{part}.layers.{{i}}.fc{j}.*", f"transformer.{part}.layers.{{i}}.linear{j}.*")
-          for part in ("encoder", "decoder") for j in (1, 2)),
         *below("model.encoder.layers.{i}.", "transformer.encoder.layers.{i}.",
-               (("self_attn_layer_norm.*", "norm1.*"), ("final_layer_norm.*", "norm2.*"), ("*", "*"))),
+               (("self_attn_layer_norm.*", "norm1.*"), ("final_layer_norm.*", "norm2.*"), ("fc{j}.*", "linear{j}.*"),
+                ("*", "*"))),
+        *below("model.decoder.layers.{i}.", "transformer.decoder.layers.{i}.",
+               (*decoder, ("final_layer_norm.*", "norm3.*"), ("fc{j}.*", "linear{j}.*"), ("*", "*"))),
         ("model.encoder.layernorm.*", "transformer.encoder.norm.*"),
         ("model.decoder.layernorm.*", "transformer.decoder.norm.*"),
-        *below("model.decoder.layers.{i}.", "transformer.decoder.layers.{i}.",
-               (*decoder, ("final_layer_norm.*", "norm3.*"), ("*", "*"))),
         *rest, ("model.*", "transformer.*"),
     )
 
@@ -169,50 +163,33 @@ def _hugging_face(decoder: Table, rest: Table) -> Table:
 _DETR_NORMS: Table = (("self_attn_layer_norm.*", "norm1.*"), ("encoder_attn_layer_norm.*", "norm2.*"))
 _DETR_HEADS: Table = (("class_labels_classifier.*", "class_embed.*"), ("bbox_predictor.*", "bbox_embed.*"),
                       ("model.input_projection.*", "input_proj.*"))
-
-# Hugging Face transformers (as files have it; version 5 renames on reading and writing) - the DETR family,
-# in_proj already split into q, k, v.
+# Hugging Face transformers (as files have it; version 5 renames on reading and writing) - the DETR family, in_proj
+# already split into q, k, v.
 HUGGING_FACE: dict[str, Table] = {
     "detr": _hugging_face((("encoder_attn.*", "multihead_attn.*"), *_DETR_NORMS), _DETR_HEADS),
     "conditional_detr": _hugging_face((("encoder_attn.out_proj.*", "cross_attn.out_proj.*"), *_DETR_NORMS),
                                       _DETR_HEADS),
-    "deformable_detr": _hugging_face(  # norm1 follows the attention into the image, norm2 that among queries
+    # norm1 follows the attention into the image, norm2 that among queries
+    "deformable_detr": _hugging_face(
         (("encoder_attn.*", "cross_attn.*"), ("encoder_attn_layer_norm.*", "norm1.*"),
          ("self_attn_layer_norm.*", "norm2.*")),
         (("class_embed.*", "class_embed.*"), ("bbox_embed.*", "bbox_embed.*"), ("model.input_proj.*", "input_proj.*"))),
 }
 
 # Rows of a released class head: COCO's are its category ids, VOC's the sorted names and an idle one.
-COCO_NAMES = dict(zip((i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)), (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
-    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,"
-    "frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,"
-    "bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,"
-    "cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,"
-    "toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush").split(",")))
-VOC_NAMES = dict(enumerate("aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,"
-                           "person,pottedplant,sheep,sofa,train,tvmonitor".split(",")))
+COCO_NAMES = {i: name for i, name in enumerate(get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"])
+              if name not in ("__background__", "N/A")}
+VOC_NAMES = dict(enumerate(get_weight("FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1").meta["categories"][1:]))
 
 # ==== 2. Reading ====
 
 
-def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, out of the wrappers in use ({"model"}, {"state_dict"} or none) and without
-    DistributedDataParallel's `module.`"""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    arrays = {k: torch.from_numpy(np.array(v, v.dtype.newbyteorder("="))) for k, v in content.items()
-              if isinstance(v, np.ndarray) and v.dtype.kind in "fiub"}
-    state = {k: v for k, v in (content | arrays).items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not state:
-        raise UserError(f"{path}: holds no tensors under 'model', 'state_dict' or at its top; "
-                        f"its keys are {sorted(map(str, content))[:6]}")
-    return {k.removeprefix("module."): v for k, v in state.items()}
+def has(state: dict[str, Tensor], marks: str) -> bool:
+    """Whether all of the tensors in `marks` are there, and none of those with a minus."""
+    return all((mark.removeprefix("-") in state) != mark.startswith("-") for mark in marks.split())
 
 
-# What a file is: what it is called, the tensors that tell it, the table to our names (None: they are ours).
-# The first that fits counts.
+# What a file is: its family, the tensors that tell it, the table to our names (None: ours). The first that fits counts.
 KNOWN: tuple[tuple[str, str, Table | None], ...] = (
     ("MoCo v1", "encoder_q.conv1.weight encoder_q.fc.weight", MOCO["v1"]),
     ("MoCo v2", "encoder_q.conv1.weight encoder_q.fc.0.weight", MOCO["v2"]),
@@ -234,16 +211,27 @@ KNOWN: tuple[tuple[str, str, Table | None], ...] = (
     ("SwAV", "conv1.weight projection_head.0.weight", None),
     ("torchvision", "conv1.weight", None),
 )
+# Whose pretraining of the DETR family a foreign file is: script, the tensors that tell it. The first that fits counts.
+PRETRAININGS = (
+    ("siamese_detr", "enc_head.0.projector.mlp.0.weight"),
+    # as its released converter leaves it: of the added modules patch2query alone
+    ("siamese_detr", "patch2query.weight -feature_align.layers.0.weight transformer.level_embed"),
+    ("siamese_detr", "patch2query.weight -feature_align.layers.0.weight -class_embed.weight"),
+    ("updetr", "patch2query.weight"),
+    ("detreg", "feature_embed.layers.0.weight"),
+)
+METHODS = {"detreg": "DETReg", "updetr": "UP-DETR", "siamese_detr": "Siamese DETR", "soco": "SoCo", "dupr": "DUPR"}
 NAMES = {"detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_detr_ss": "single-scale Deformable DETR",
          "deformable_detr": "Deformable DETR", "mask_rcnn_fpn": "Mask R-CNN (FPN)",
          "faster_rcnn_fpn": "Faster R-CNN (FPN)", "mask_rcnn_c4": "Mask R-CNN (C4)",
          "faster_rcnn_c4": "Faster R-CNN (C4)", "retinanet_fpn": "RetinaNet", "fcos_fpn": "FCOS"}
-# script: paper
-METHODS = {"detreg": "DETReg", "updetr": "UP-DETR", "siamese_detr": "Siamese DETR", "soco": "SoCo", "dupr": "DUPR"}
-RESNETS = ("backbone.0.body.", "encoder_q.", "encoder.", "backbone.body.", "")  # where our names keep the ResNet
 RESNET_BLOCKS = {"resnet18": (False, (2, 2, 2)), "resnet34": (False, (3, 4, 6)), "resnet50": (True, (3, 4, 6)),
-                 "resnet101": (True, (3, 4, 23))}
+                 "resnet101": (True, (3, 4, 23))}  # bottlenecks?, blocks of layer1..layer3
+RESNET_PREFIXES = ("backbone.0.body.", "encoder_q.", "encoder.", "backbone.body.", "")  # where our names keep a ResNet
 RES5 = "roi_heads.box_head.res5."  # where our C4 detectors keep its layer4
+BACKBONE_COUNTERS = r"^backbone\..*num_batches_tracked$"  # FrozenBatchNorm has none
+DECODER = "transformer.decoder.layers.0.linear1.weight"  # all of the DETR family have it
+SOCO_PYRAMID = "neck.lateral_convs.0.conv.weight"  # SoCo has it but for C4
 
 
 @dataclass(frozen=True)
@@ -259,49 +247,47 @@ class Checkpoint:
     @property
     def config(self) -> dict[str, Any]:
         """The flags of our run that made it; of a foreign file none."""
-        return (self.content["config"]
-                if "script" in self.content and isinstance(self.content.get("config"), dict) else {})
+        ours = "script" in self.content and isinstance(self.content.get("config"), dict)
+        return self.content["config"] if ours else {}
 
     @property
     def rcnn(self) -> str | None:
         """Which detector of the R-CNN family our finetune.py made of it."""
-        detector = self.config.get("detector") if self.content.get("script") == "finetune" else None
-        return detector if detector in typing.get_args(rcnn.RCNN_DETECTORS) else None
+        detector = self.config.get("detector", "")
+        return detector if self.content.get("script") == "finetune" and rcnn.is_rcnn(detector) else None
 
     @property
     def method(self) -> str | None:
-        """The script whose pretraining it comes from: ours says so, of others the added modules tell. None:
-        a supervised or fine-tuned model."""
+        """The script whose pretraining it is; None: a supervised or fine-tuned model."""
         if "script" in self.content:
             return self.content["script"] if self.content["script"] in METHODS else None
-        names = self.state.keys()  # the released converter of Siamese DETR keeps patch2query alone
-        converted = ("feature_align.layers.0.weight" not in names
-                     and ("transformer.level_embed" in names or "class_embed.weight" not in names))
-        converted &= "patch2query.weight" in names
-        marks = {"siamese_detr": converted or "enc_head.0.projector.mlp.0.weight" in names,
-                 "updetr": "patch2query.weight" in names,
-                 "detreg": "feature_embed.layers.0.weight" in names, "soco": self.family.startswith("SoCo")}
-        return next((name for name, found in marks.items() if found), None)
+        if self.family.startswith("SoCo"):
+            return "soco"
+        return next((script for script, marks in PRETRAININGS if has(self.state, marks)), None)
 
     @property
     def what(self) -> str:
-        """What the file is, in words. UserError: a detector's checkpoint that lacks parts."""
-        c4 = self.family == "SoCo" and "neck.lateral_convs.0.conv.weight" not in self.state
-        words = [NAMES[self.rcnn] if self.rcnn else self.family + " (C4)" * c4]
-        if "transformer.decoder.layers.0.linear1.weight" in self.state:
+        """What the file is, in words: model, ResNet, step. UserError: a detector's checkpoint that lacks parts."""
+        if DECODER in self.state:
             arch = architecture(self.state, self.path)
-            words = [f"{METHODS[self.method]} pretraining"] if self.method else []
-            variant = (" with box refinement" * arch.get("with_box_refine", False)
-                       + " (pre-norm)" * arch.get("pre_norm", False))
-            words += [NAMES[arch["detector"]] + variant, f"{arch['num_queries']} queries"]
-        if any(p + "layer1.0.conv1.weight" in self.state for p in RESNETS):
+            variant = (" with box refinement" if arch.get("with_box_refine") else
+                       " (pre-norm)" if arch.get("pre_norm") else "")
+            words = [NAMES[arch["detector"]] + variant, f"{arch['num_queries']} queries"]
+            if self.method:
+                words.insert(0, f"{METHODS[self.method]} pretraining")
+        elif self.family == "SoCo" and SOCO_PYRAMID not in self.state:
+            words = ["SoCo (C4)"]
+        else:
+            words = [NAMES[self.rcnn] if self.rcnn else self.family]
+        if any(f"{prefix}layer1.0.conv1.weight" in self.state for prefix in RESNET_PREFIXES):
             words.append((resnet_kind(self.resnet()) or "another ResNet").replace("resnet", "ResNet-"))
-        return ", ".join(words) + (f", step {self.content['step']}"
-                                   if {"script", "step"} <= self.content.keys() else "")
+        if {"script", "step"} <= self.content.keys():
+            words.append(f"step {self.content['step']}")
+        return ", ".join(words)
 
     def resnet(self) -> dict[str, Tensor]:
         """The tensors of its ResNet under torchvision's names, without a classifier. UserError: it has none."""
-        prefix = next((p for p in RESNETS if p + "conv1.weight" in self.state), None)
+        prefix = next((p for p in RESNET_PREFIXES if p + "conv1.weight" in self.state), None)
         if prefix is None:
             raise UserError(f"{self.path}: no ResNet found in it; "
                             f"its tensors are called {', '.join(list(self.state)[:4])}, ...")
@@ -310,12 +296,26 @@ class Checkpoint:
         return trunk | {k.removeprefix(RES5): v for k, v in self.state.items() if k.startswith(RES5 + "layer4.")}
 
 
+def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file, out of the wrappers in use ({"model"}, {"state_dict"} or none) and without
+    DistributedDataParallel's `module.`"""
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    arrays = {k: torch.from_numpy(np.array(v, v.dtype.newbyteorder("="))) for k, v in content.items()
+              if isinstance(v, np.ndarray) and v.dtype.kind in "fiub"}
+    state = {k: v for k, v in (content | arrays).items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not state:
+        raise UserError(f"{path}: holds no tensors under 'model', 'state_dict' or at its top; "
+                        f"its keys are {sorted(map(str, content))[:6]}")
+    return {k.removeprefix("module."): v for k, v in state.items()}
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read a file and recognise it by its content. UserError: see read_checkpoint; a file of no family in KNOWN."""
     content = run.read_checkpoint(path)
     theirs = state_of(content, path)
-    family, table = next(((family, table) for family, marks, table in KNOWN if all(m in theirs for m in marks.split())),
-                         (None, None))
+    family, table = next(((family, table) for family, marks, table in KNOWN if has(theirs, marks)), (None, None))
     if family is None:
         raise UserError(f"{path}: no known kind of checkpoint; its tensors are called {', '.join(list(theirs)[:4])}, "
                         "... Known are ours and files of DETReg, UP-DETR, Siamese DETR, SoCo, MoCo, SwAV, DETR, "
@@ -331,32 +331,33 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         else:
             left.setdefault("other modules, not needed", []).append(name)
     if family.startswith("detectron2 R"):
-        kept = {k: _rows(k, v, family.endswith("(C4)"), back=False) for k, v in kept.items()}
-    return Checkpoint(str(path), family, _whole_heads(kept), left, content)
+        kept = {k: _reorder_rows(k, v, family.endswith("(C4)"), back=False) for k, v in kept.items()}
+    return Checkpoint(str(path), family, _join_siamese_detr(kept), left, content)
 
 
-def _whole_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _join_siamese_detr(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Siamese DETR on Deformable DETR: its position and content queries [Q, D] become one query_embed [Q, 2D] (its
-    converter leaves them apart, and Deformable DETR cannot load them), and its one box head and class head become
-    one entry per decoder layer."""
+    converter leaves them apart, and Deformable DETR cannot load them), and its one box head and class head become one
+    entry per decoder layer. Other states come back as they are."""
     state = dict(state)
     if "transformer.level_embed" in state and "bbox_embed.layers.0.weight" in state:
         heads = {k: state.pop(k) for k in list(state) if k.startswith(("bbox_embed.", "class_embed."))}
-        layers = range(_count(state, "transformer.decoder.layers."))
-        state |= {k.replace("_embed.", f"_embed.{i}.", 1): v for i in layers for k, v in heads.items()}
+        for i in range(_count(state, "transformer.decoder.layers.")):
+            state |= {k.replace("_embed.", f"_embed.{i}.", 1): v for k, v in heads.items()}
     if "transformer.tgt_embed.weight" in state:
-        state["query_embed.weight"] = torch.cat([state["query_embed.weight"],
-                                                 state.pop("transformer.tgt_embed.weight")], 1)
+        queries = state["query_embed.weight"], state.pop("transformer.tgt_embed.weight")
+        state["query_embed.weight"] = torch.cat(queries, 1)
     return state
 
 
-def _rows(name: str, value: Tensor, c4: bool, back: bool) -> Tensor:
+def _reorder_rows(name: str, value: Tensor, c4: bool, back: bool) -> Tensor:
     """detectron2's order of rows in torchvision's, or (back) the reverse. Anchors: by size, then ratio / by ratio, then
     size. Background: the last class, without boxes and masks / the first, with boxes and masks that nothing reads."""
-    if (c4 and name.startswith(("rpn.head.cls_logits.", "rpn.head.bbox_pred."))
-        or re.search(r"^head\..*(cls_logits|bbox_reg)\.", name)):
+    of_anchors = r"^rpn\.head\.(cls_logits|bbox_pred)\." if c4 else r"^head\..*(cls_logits|bbox_reg)\."
+    if re.search(of_anchors, name):
         sizes = 5 if c4 else 3
-        return value.unflatten(0, (3, sizes, -1) if back else (sizes, 3, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+        rows = value.unflatten(0, (3, sizes, -1) if back else (sizes, 3, -1))
+        return rows.transpose(0, 1).flatten(0, 2).contiguous()
     if name.startswith("roi_heads.box_predictor.cls_score."):
         return value.roll(-1 if back else 1, 0)
     if match := re.search(r"(roi_heads\.box_predictor\.bbox_pred|mask_fcn_logits)\.", name):
@@ -366,16 +367,16 @@ def _rows(name: str, value: Tensor, c4: bool, back: bool) -> Tensor:
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
+    """How many layers, numbered from 0, have names that start with `prefix`."""
     return 1 + max(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix))
 
 
 def resnet_kind(state: dict[str, Tensor], prefix: str = "") -> str | None:
-    """Which ResNet lies under the names that start with `prefix`, told by its blocks;
-    None when it is none of RESNET_BLOCKS."""
+    """Which ResNet lies under the names that start with `prefix`, told by its blocks; None: none of RESNET_BLOCKS."""
     stages = [_count(state, f"{prefix}layer{i}.") for i in (1, 2, 3) if f"{prefix}layer{i}.0.conv1.weight" in state]
     bottleneck = prefix + "layer1.0.conv3.weight" in state
-    return next((name for name, (deep, blocks) in RESNET_BLOCKS.items() if deep == bottleneck
-                 and list(blocks[:len(stages)]) == stages != []), None)
+    return next((name for name, (deep, blocks) in RESNET_BLOCKS.items()
+                 if stages and deep == bottleneck and list(blocks[:len(stages)]) == stages), None)
 
 
 def resnet_name(state: dict[str, Tensor], prefix: str, path: str | Path) -> str:
@@ -385,25 +386,21 @@ def resnet_name(state: dict[str, Tensor], prefix: str, path: str | Path) -> str:
     raise UserError(f"{path}: a checkpoint that lacks parts, or whose backbone is none of {', '.join(RESNET_BLOCKS)}")
 
 
-def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
-    """Flags of the detector a state dict belongs to (names as in finetune.py), read off its names and shapes;
-    UserError when it is none.
-
-    The number of heads cannot be read off shapes; every released checkpoint has 8.
-    """
-    if "transformer.decoder.layers.0.linear1.weight" not in state or "query_embed.weight" not in state:
-        known = next((family for family, marks, _ in KNOWN if all(m in state for m in marks.split())), None)
+def architecture(state: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
+    """Flags of the detector a state dict belongs to (names as in finetune.py), read off its names and shapes, from
+    which the number of heads cannot be told (every released checkpoint has 8). UserError: it is none."""
+    if not has(state, f"{DECODER} query_embed.weight"):
+        known = next((family for family, marks, _ in KNOWN if has(state, marks)), None)
         hint = ("; give a bare backbone with --backbone_weights, or fine-tune the R-CNN family from it: "
                 "--detector faster_rcnn_fpn" if known else "")
-        raise UserError(f"{path}: this is {f'a {known}' if known else 'an unknown kind of'} checkpoint, "
-                        f"not one of a DETR, Conditional DETR or Deformable DETR{hint}")
+        raise UserError(f"{path}: this is {f'a {known}' if known else 'an unknown kind of'} checkpoint, not one of a "
+                        f"DETR, Conditional DETR or Deformable DETR{hint}")
     deformable = "transformer.level_embed" in state
     body = "backbone.0.body."
     try:
         found = {
             "arch": resnet_name(state, body, path),
-            "backbone_norm": "bn" if any(k.startswith("backbone.") and k.endswith("num_batches_tracked")
-                                         for k in state) else "frozen",
+            "backbone_norm": "bn" if any(re.search(BACKBONE_COUNTERS, k) for k in state) else "frozen",
             "num_queries": state["query_embed.weight"].shape[0],
             "hidden_dim": state["query_embed.weight"].shape[1] // (2 if deformable else 1),
             "enc_layers": _count(state, "transformer.encoder.layers."),
@@ -425,61 +422,44 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict:
 
 # ==== 3. Into our models ====
 
-def load_matching(model: nn.Module, state: dict[str, Tensor], *, drop: dict[str, str], source: str) -> None:
-    """Strict loading with named exceptions: `drop` maps a regular expression on names to the reason they are left out.
-
-    Prints every dropped, missing and unexpected tensor group; anything missing or unexpected that no rule of `drop`
-    covers, and any shape that differs, is a UserError.
-    """
-    own = model.state_dict()
-    reason = {k: why for k in own.keys() | state.keys() for pattern, why in drop.items() if re.search(pattern, k)}
-    kept = {k: v for k, v in state.items() if k not in reason}
-    missing, unexpected = sorted(own.keys() - kept.keys() - reason.keys()), sorted(kept.keys() - own.keys())
-    shapes = [f"{k} {tuple(kept[k].shape)} -> {tuple(own[k].shape)}" for k in sorted(kept.keys() & own.keys())
-              if kept[k].shape != own[k].shape]
-    if missing or unexpected or shapes:
-        def some(names: list[str]) -> str:
-            return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        parts = [f"{what}: {some(names)}" for what, names in (("missing there", missing), ("unknown here", unexpected),
-                                                              ("other shapes (file -> model)", shapes)) if names]
-        raise UserError(f"{source} is a checkpoint of another architecture. {'; '.join(parts)}. "
-                        "Give the flags it was trained with")
-    model.load_state_dict(own | kept)
-    for why, names in ((why, sorted(k for k in reason if reason[k] == why)) for why in dict.fromkeys(reason.values())):
-        run.say(f"  {why}: {', '.join(names)}")
-    run.say(f"loaded {len(kept)} tensors from {source}"
-            + (f"; {len(reason)} named above are left out or new" if reason else ""))
-
-
 BACKBONE_URLS = {
     "swav": "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
     "moco_v2": "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
 }
+COUNTERS = {r"num_batches_tracked$": "counters that only momentum-free BatchNorm reads"}
 
 
-def backbone_file(weights: str, arch: str) -> Path:
-    """The file behind `--backbone_weights swav|imagenet|moco_v2|FILE`:
-    PyTorch's hub cache is looked into first, then it is downloaded.
+def print_unused(left: dict[str, list[str]]) -> None:
+    """left: {reason: names of tensors}."""
+    for why, names in left.items():
+        modules = sorted({name.split(".")[0] for name in names})
+        run.print_rank0(f"  {why}: {', '.join(modules)} ({len(names)} tensors)")
 
-    A download that fails is a UserError that says what to fetch, from where, and where to put it.
-    """
-    if weights not in BACKBONE_URLS and weights != "imagenet":
-        return Path(weights)
-    if weights in BACKBONE_URLS and arch != "resnet50":
-        raise UserError(f"--backbone_weights {weights} exists for resnet50 only, not for {arch}; "
-                        "use imagenet, random or a file")
-    url = BACKBONE_URLS.get(weights) or torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-        except (urllib.error.URLError, OSError) as error:
-            raise UserError(f"--backbone_weights {weights}: the download failed ({error}). "
-                            f"Fetch {url} and put it at {path}, or give a file with "
-                            "--backbone_weights FILE, or start from --backbone_weights random") from error
-    common.barrier()
-    return path
+
+def load_matching(model: nn.Module, state: dict[str, Tensor], *, drop: dict[str, str], source: str) -> None:
+    """Strict loading with named exceptions: `drop` maps a regular expression on names to the reason they are left out
+    (the last that fits counts), which is printed. UserError: anything missing or unexpected that no rule of `drop`
+    covers, and any shape that differs."""
+    own = model.state_dict()
+    reason = {k: why for k in own.keys() | state.keys() for pattern, why in drop.items() if re.search(pattern, k)}
+    kept = {k: v for k, v in state.items() if k not in reason}
+    problems = {
+        "missing there": sorted(own.keys() - kept.keys() - reason.keys()),
+        "unknown here": sorted(kept.keys() - own.keys()),
+        "other shapes (file -> model)": [f"{k} {tuple(kept[k].shape)} -> {tuple(own[k].shape)}"
+                                         for k in sorted(kept.keys() & own.keys()) if kept[k].shape != own[k].shape],
+    }
+    if any(problems.values()):
+        parts = [f"{what}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                 for what, names in problems.items() if names]
+        raise UserError(f"{source} is a checkpoint of another architecture. {'; '.join(parts)}. "
+                        "Give the flags it was trained with")
+    model.load_state_dict(own | kept)
+    for why in dict.fromkeys(drop.values()):
+        if names := sorted(k for k in reason if reason[k] == why):
+            run.print_rank0(f"  {why}: {', '.join(names)}")
+    new = f"; {len(reason)} named above are left out or new" if reason else ""
+    run.print_rank0(f"loaded {len(kept)} tensors from {source}{new}")
 
 
 def load_backbone_weights(body: nn.Module, weights: str, arch: str) -> None:
@@ -488,25 +468,37 @@ def load_backbone_weights(body: nn.Module, weights: str, arch: str) -> None:
         load_backbone(body, backbone_file(weights, arch))
 
 
-COUNTERS = {r"num_batches_tracked$": "counters that only momentum-free BatchNorm reads"}
-
-
-def tell_left(left: dict[str, list[str]]) -> None:
-    for why, names in left.items():
-        run.say(f"  {why}: {', '.join(sorted({n.split('.')[0] for n in names}))} ({len(names)} tensors)")
+def backbone_file(weights: str, arch: str) -> Path:
+    """The file behind `--backbone_weights swav|imagenet|moco_v2|FILE`: in PyTorch's hub cache, or downloaded there.
+    UserError: the download failed; it says what to fetch, from where, and where to put it."""
+    if weights not in BACKBONE_URLS and weights != "imagenet":
+        return Path(weights)
+    if weights in BACKBONE_URLS and arch != "resnet50":
+        raise UserError(f"--backbone_weights {weights} exists for resnet50 only, not for {arch}; "
+                        "use imagenet, random or a file")
+    url = BACKBONE_URLS.get(weights) or get_model_weights(arch)["IMAGENET1K_V1"].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        except (urllib.error.URLError, OSError) as error:
+            raise UserError(f"--backbone_weights {weights}: the download failed ({error}). Fetch {url} and put it at "
+                            f"{path}, or give a file with --backbone_weights FILE, or start from "
+                            "--backbone_weights random") from error
+    barrier()
+    return path
 
 
 def load_backbone(body: nn.Module, path: str | Path) -> None:
     """Fill a ResNet body (conv1, bn1, layer1..) from a checkpoint of any family; strict, and prints what it left."""
     found = open_checkpoint(path)
-    tensors = found.resnet()
-    stages = tuple(f"{child}." for child, _ in body.named_children())
-    drop = ({rf"^(?!{'|'.join(stages)})": "a later stage that is not used"}
-            if not all(k.startswith(stages) for k in tensors) else {})
-    load_matching(body, tensors, drop=drop | COUNTERS, source=f"{path} ({found.what})")
+    stages = "|".join(rf"{name}\." for name, _ in body.named_children())
+    drop = {f"^(?!{stages})": "a later stage that is not used"} | COUNTERS
+    load_matching(body, found.resnet(), drop=drop, source=f"{path} ({found.what})")
 
 
-# What of a foreign checkpoint the R-CNN family has no use for; the first that fits counts.
+# What of a foreign checkpoint a detector of the R-CNN family has no use for; the first that fits counts.
 NOT_RCNN = (
     (r"^(encoder|neck|head|projector|predictor)_k\.|^queue", "target network or queue of the pretext task, not needed"),
     (r"^(projector|predictor|encoder_q)\.", "heads of the pretext task, not needed"),
@@ -514,8 +506,7 @@ NOT_RCNN = (
     (r"^head\.(conv|bn|fc)", "box head, which this detector does not have"),
     (r"", "other modules, not needed"),
 )
-# What a detector of the R-CNN family has and a checkpoint may lack, by the start of its names;
-# the last that fits counts.
+# What such a detector has and a checkpoint may lack, by the start of its names; the last that fits counts.
 NEW_IN_RCNN = {
     "backbone.body.layer4.": "last stage, made anew", "backbone.fpn.": "feature pyramid, made anew",
     "backbone.fpn.extra_blocks.": "P6 and P7, made anew", "rpn.": "proposal network, made anew",
@@ -528,52 +519,142 @@ CLASS_LAYERS = r"^roi_heads\.box_predictor\.|\.mask_fcn_logits\.|^head\.classifi
 
 
 def rcnn_state(found: Checkpoint, detector: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """(its tensors under the names of rcnn.build_rcnn(), {reason:
-    names of what stays out}) of a checkpoint with a ResNet.
-
+    """(tensors under the names of rcnn.build_rcnn(), {reason: names of what stays out}) of a checkpoint with a ResNet.
     SoCo also has the pyramid and the 4conv1fc box head. RetinaNet and FCOS start at C3: SoCo's level i is their i - 1.
     """
-    trunk, c4 = found.resnet(), detector.endswith("_c4")
-    tensors = {(RES5 if c4 and k.startswith("layer4.") else "backbone.body.") + k: v for k, v in trunk.items()}
+    resnet = found.resnet()
+    c4 = detector.endswith("_c4")
+    tensors = {(RES5 if c4 and k.startswith("layer4.") else "backbone.body.") + k: v for k, v in resnet.items()}
     table = SOCO_RCNN[int(detector in rcnn.ONE_STAGE)] if found.family.startswith("SoCo") and not c4 else ()
-    used, left = {id(v) for v in trunk.values()}, {why: list(names) for why, names in found.left.items()}
-    for key, value in found.state.items():
+    used = {id(v) for v in resnet.values()}
+    left = {why: list(names) for why, names in found.left.items()}
+    for name, value in found.state.items():
         if id(value) in used:
             continue
-        if ours := rename(key, table):
+        if ours := rename(name, table):
             tensors[ours] = value
         else:
-            left.setdefault(next(why for pattern, why in NOT_RCNN if re.search(pattern, key)), []).append(key)
+            why = next(why for pattern, why in NOT_RCNN if re.search(pattern, name))
+            left.setdefault(why, []).append(name)
     return tensors, left
 
 
 def load_rcnn(model: nn.Module, found: Checkpoint, detector: str, box_head: str) -> None:
-    """Fill a detector of rcnn.build_rcnn() from a foreign checkpoint; strict but for whole parts that it lacks,
-    and prints what is new or left.
-
-    From a detector of torchvision or detectron2 all but the class layers is taken where it is of this very
-    architecture, else its ResNet.
-    """
-    own, (tensors, left) = model.state_dict(), rcnn_state(found, detector)
-    wanted = {k: v.shape
-              for k, v in own.items() if not k.endswith("num_batches_tracked") and not re.search(CLASS_LAYERS, k)}
-    there = {k: v.shape for k, v in found.state.items() if not k.endswith("num_batches_tracked")
-             and not re.search(CLASS_LAYERS, k)}
+    """Fill a detector of rcnn.build_rcnn() from a foreign checkpoint; strict but for whole parts that it lacks, and
+    prints what is new or left. From a detector of torchvision or detectron2 all but the class layers is taken where it
+    is of this very architecture, else its ResNet."""
+    tensors, left = rcnn_state(found, detector)
+    drop = {}
+    beside = rf"{CLASS_LAYERS}|num_batches_tracked$"
+    there, wanted = ({k: v.shape for k, v in state.items() if not re.search(beside, k)}
+                     for state in (found.state, model.state_dict()))
     if there == wanted:
-        tensors = {k: v for k, v in found.state.items() if not re.search(CLASS_LAYERS, k)}
-        left = {"class layers, whose categories the file does not "
-                "name": [k for k in found.state if re.search(CLASS_LAYERS, k)]}
-    if box_head == "2fc" and (head := {k: v for k, v in tensors.items() if re.match(r"roi_heads\.box_head\.\d", k)}):
-        left["4conv1fc box head, which --box_head 2fc replaces"] = list(head)
-        tensors = {k: v for k, v in tensors.items() if k not in head}
-    tell_left(left)
-    drop = {CLASS_LAYERS: "class layers, made anew"} if there == wanted else {}
-    drop |= {rf"^{re.escape(start)}": why
-             for start, why in NEW_IN_RCNN.items() if not any(k.startswith(start) for k in tensors)}
+        class_layers = [k for k in found.state if re.search(CLASS_LAYERS, k)]
+        tensors = {k: v for k, v in found.state.items() if k not in class_layers}
+        left = {"class layers, whose categories the file does not name": class_layers}
+        drop = {CLASS_LAYERS: "class layers, made anew"}
+    convs = [k for k in tensors if re.match(r"roi_heads\.box_head\.\d", k)]
+    if box_head == "2fc" and convs:
+        left["4conv1fc box head, which --box_head 2fc replaces"] = convs
+        tensors = {k: v for k, v in tensors.items() if k not in convs}
+    print_unused(left)
+    for start, why in NEW_IN_RCNN.items():
+        if not any(k.startswith(start) for k in tensors):
+            drop[rf"^{re.escape(start)}"] = why
     load_matching(model, tensors, drop=drop | COUNTERS, source=f"{found.path} ({found.what})")
 
 
 # ==== 4. For other tools ====
+
+PRETEXT = {r"^feature_embed\.": "DETReg's embedding head, not needed",
+           r"^patch2query\.": "projection of query patches or regions, not needed",
+           r"^feature_align\.": "reconstruction head, not needed",
+           r"^enc_head\.": "Siamese DETR's global head, not needed"}
+
+
+def official(found: Checkpoint) -> dict[str, Any]:
+    """What the released code of its method saves, for torch.save, without the optimiser. DETReg, UP-DETR, fine-tuned
+    detectors: {"model"}; Siamese DETR: {"meta", "state_dict"}, as mmcv; SoCo {"model"}, MoCo {"arch", "state_dict"},
+    both with `module.`. UserError: the R-CNN family, DUPR (never released), a bare ResNet; heads of Siamese DETR that
+    differ among the decoder layers."""
+    if found.family == "SoCo":
+        return {"model": {f"module.{k}": v for k, v in found.state.items()}}
+    if found.family.startswith(("MoCo", "DUPR")):
+        version = "v2" if "encoder_q.image_heads.conv5.2.weight" in found.state else "v1"
+        theirs = renamed_back(found.state, MOCO[version])
+        if len(theirs) < len(found.state) or "queue" not in theirs or any("_heads." in k for k in theirs):
+            raise UserError(f"{found.path}: DUPR's code was never released; MoCo's has image contrast at conv5 alone "
+                            "(--alpha 0 0 0 1 --beta 0 0 0 0). For its ResNet give --to torchvision or detectron2")
+        return {"arch": resnet_name(found.resnet(), "", found.path),
+                "state_dict": {f"module.{k}": v for k, v in theirs.items()}}
+    if DECODER not in found.state:
+        raise UserError(f"{found.path}: this is a {found.what} checkpoint; --to official is for DETReg, UP-DETR, "
+                        "Siamese DETR, SoCo, MoCo and the DETR family. For this one give --to torchvision or "
+                        "detectron2")
+    state = {k: v for k, v in found.state.items() if not re.search(BACKBONE_COUNTERS, k)}
+    return _official_siamese_detr(found, state) if found.method == "siamese_detr" else {"model": state}
+
+
+def _official_siamese_detr(found: Checkpoint, state: dict[str, Tensor]) -> dict[str, Any]:
+    if "transformer.level_embed" in state:  # position and content queries apart, as released
+        position, content = state["query_embed.weight"].chunk(2, 1)
+        state = state | {"query_embed.weight": position.contiguous(),
+                         "transformer.tgt_embed.weight": content.contiguous()}
+    if "enc_head.0.projector.mlp.0.weight" not in state:  # what the released converter writes
+        return {"model": state}
+    if "class_embed.0.weight" in state:  # one head for all decoder layers
+        heads = {k: v for k, v in state.items() if re.match(r"(class|bbox)_embed\.\d", k)}
+        one = {k.replace("_embed.0.", "_embed.", 1): v for k, v in heads.items() if "_embed.0." in k}
+        if any(not torch.equal(v, one[re.sub(r"\.\d+", "", k, count=1)]) for k, v in heads.items()):
+            raise UserError(f"{found.path}: its decoder layers have heads of their own (--with_box_refine), "
+                            "the released code has one for all")
+        state = {k: v for k, v in state.items()
+                 if k not in heads and not k.startswith("transformer.decoder.bbox_embed.")} | one
+    weights = torch.tensor([1, 1, found.config.get("eos_coef", 0.1)])
+    return {"meta": {}, "state_dict": renamed_back(state, SIAMESE_DETR) | {"pred_head.criterion.empty_weight": weights}}
+
+
+def torchvision_state(found: Checkpoint, backbone_only: bool = False) -> dict[str, Tensor]:
+    """A state dict for torchvision's parts. A fine-tuned detector of the R-CNN family: whole; SoCo (FPN):
+    backbone.body, backbone.fpn, roi_heads.box_head; all others, and with backbone_only: a torchvision.models.resnet
+    without its classifier."""
+    if backbone_only or not (found.rcnn or SOCO_PYRAMID in found.state):
+        return found.resnet()
+    if not found.rcnn:
+        return rcnn_state(found, "faster_rcnn_fpn")[0]
+    # torchvision's mask branch has res5 under a second name
+    second = {k.replace("box_head", "mask_head"): v for k, v in found.state.items() if k.startswith(RES5)}
+    return found.state | (second if found.rcnn == "mask_rcnn_c4" else {})
+
+
+def detectron2_arrays(found: Checkpoint, backbone_only: bool = False) -> dict[str, np.ndarray]:
+    """Arrays under detectron2's names. A fine-tuned detector of the R-CNN family: whole, full names (FCOS: backbone and
+    pyramid); else backbone, and of SoCo (FPN) pyramid and box head, under the short names that its and MoCo's
+    converters write and detectron2 completes."""
+    if found.rcnn and not backbone_only:
+        kind = "one_stage" if found.rcnn in rcnn.ONE_STAGE else found.rcnn.rsplit("_", 1)[1]  # fpn, c4
+        if "roi_heads.box_head.fc6.weight" in found.state:
+            kind = "fpn_2fc"
+        state = {k: _reorder_rows(k, v, kind == "c4", back=True) for k, v in found.state.items()
+                 if found.rcnn != "fcos_fpn" or k.startswith("backbone.")}
+        state = renamed_back(state, RCNN_DETECTRON2[kind])
+    else:
+        state = {f"encoder.{k}": v for k, v in found.resnet().items()}
+        if found.family.startswith("SoCo") and not backbone_only:
+            state |= {k: v for k, v in found.state.items() if k.startswith(("neck.", "head."))}
+        state = renamed_back(state, SOCO_DETECTRON2)
+    return {k: v.numpy() for k, v in state.items()}
+
+
+def mmdetection_state(found: Checkpoint) -> dict[str, Tensor]:
+    """SoCo's backbone, pyramid and box head for MMDetection's Mask R-CNN with Shared4Conv1FCBBoxHead, as its converter
+    writes them. UserError: another family."""
+    if not found.family.startswith("SoCo"):
+        raise UserError(f"{found.path}: this is a {found.what} checkpoint; --to mmdetection is for SoCo. For a ResNet "
+                        "MMDetection reads torchvision's names (Pretrained, checkpoint=PATH): give --to torchvision "
+                        "--backbone_only")
+    parts = {k: v for k, v in found.state.items() if k.startswith(("encoder.", "neck.", "head."))}
+    return renamed_back(parts, SOCO_MMDETECTION)
 
 
 def class_names(found: Checkpoint, rows: int) -> dict[int, str]:
@@ -585,130 +666,29 @@ def class_names(found: Checkpoint, rows: int) -> dict[int, str]:
     return {i: names.get(i, f"unused {i}" if names else f"class {i}") for i in range(rows)}
 
 
-def official(found: Checkpoint) -> dict[str, Any]:
-    """What the released code of its method saves, for torch.save: wrapper and names, without the optimiser.
-
-    DETReg, UP-DETR, fine-tuned detectors {"model"}; Siamese DETR {"meta", "state_dict"}, as mmcv; SoCo {"model"}, MoCo
-    {"arch", "state_dict"}, both with `module.`. UserError: the R-CNN family, DUPR (never released), a bare ResNet;
-    heads of Siamese DETR that differ among the decoder layers.
-    """
-    state, family = found.state, found.family
-    if family == "SoCo":
-        return {"model": {f"module.{k}": v for k, v in state.items()}}
-    if family.startswith(("MoCo", "DUPR")):
-        moco = "v2" if "encoder_q.image_heads.conv5.2.weight" in state else "v1"
-        theirs = renamed_back(state, MOCO[moco])
-        if len(theirs) < len(state) or "queue" not in theirs or any("_heads." in k for k in theirs):
-            raise UserError(f"{found.path}: DUPR's code was never released; MoCo's has image contrast at conv5 alone "
-                            "(--alpha 0 0 0 1 --beta 0 0 0 0). For its ResNet give --to torchvision or detectron2")
-        return {"arch": resnet_name(found.resnet(), "", found.path),
-                "state_dict": {f"module.{k}": v for k, v in theirs.items()}}
-    if "transformer.decoder.layers.0.linear1.weight" not in state:
-        raise UserError(f"{found.path}: this is a {found.what} checkpoint; "
-                        "--to official is for DETReg, UP-DETR, Siamese DETR, SoCo, MoCo and the "
-                        "DETR family. For this one give --to torchvision or detectron2")
-    # FrozenBatchNorm: none
-    state = {k: v for k, v in state.items() if not (k.startswith("backbone.") and k.endswith("num_batches_tracked"))}
-    if found.method != "siamese_detr":
-        return {"model": state}
-    if "transformer.level_embed" in state:  # position and content queries apart, as released
-        position, content = state["query_embed.weight"].chunk(2, 1)
-        state = state | {"query_embed.weight": position.contiguous(),
-                         "transformer.tgt_embed.weight": content.contiguous()}
-    if "enc_head.0.projector.mlp.0.weight" not in state:                      # what the released converter writes
-        return {"model": state}
-    if "class_embed.0.weight" in state:
-        heads = {k: v for k, v in state.items() if re.match(r"(class|bbox)_embed\.\d", k)}
-        one = {re.sub(r"\.\d+", "", k, count=1): v for k, v in heads.items() if re.match(r"\w+\.0\.", k)}
-        if any(not torch.equal(v, one[re.sub(r"\.\d+", "", k, count=1)]) for k, v in heads.items()):
-            raise UserError(f"{found.path}: its decoder layers have heads of their own (--with_box_refine), "
-                            "the released code has one for all")
-        state = {k: v for k, v in state.items() if k not in heads
-                 and not k.startswith("transformer.decoder.bbox_embed.")} | one
-    weights = torch.tensor([1, 1, found.config.get("eos_coef", 0.1)])
-    return {"meta": {}, "state_dict": renamed_back(state, SIAMESE_DETR) | {"pred_head.criterion.empty_weight": weights}}
-
-
-def torchvision_state(found: Checkpoint, backbone_only: bool = False) -> dict[str, Tensor]:
-    """A state dict for torchvision's parts. A fine-tuned detector of the R-CNN family: whole; SoCo (FPN):
-    backbone.body, backbone.fpn, roi_heads.box_head; all others, and with backbone_only:
-    a torchvision.models.resnet without its classifier."""
-    if found.rcnn and not backbone_only:
-        # torchvision's mask branch has res5 under a second name
-        shared = RES5 if found.rcnn == "mask_rcnn_c4" else "none"
-        return found.state | {k.replace("box_head", "mask_head"): v
-                              for k, v in found.state.items() if k.startswith(shared)}
-    if "neck.lateral_convs.0.conv.weight" in found.state and not backbone_only:
-        return rcnn_state(found, "faster_rcnn_fpn")[0]
-    return found.resnet()
-
-
-def detectron2_arrays(found: Checkpoint, backbone_only: bool = False) -> dict[str, np.ndarray]:
-    """Arrays under detectron2's names. A fine-tuned detector of the R-CNN family: whole, full names (FCOS: backbone and
-    pyramid); else backbone, and of SoCo (FPN) pyramid and box head, under the short names that its and MoCo's
-    converters write and detectron2 completes."""
-    if found.rcnn and not backbone_only:
-        state, c4 = found.state, found.rcnn.endswith("_c4")
-        kind = ("one_stage" if found.rcnn in rcnn.ONE_STAGE else "c4" if c4
-                else "fpn_2fc" if "roi_heads.box_head.fc6.weight" in state else "fpn")
-        if found.rcnn == "fcos_fpn":
-            state = {k: v for k, v in state.items() if k.startswith("backbone.")}
-        state = renamed_back({k: _rows(k, v, c4, back=True) for k, v in state.items()}, RCNN_DETECTRON2[kind])
-    else:
-        own = ({k: v for k, v in found.state.items() if k.startswith(("neck.", "head."))}
-               if found.family.startswith("SoCo") else {})
-        state = renamed_back({f"encoder.{k}": v for k, v in found.resnet().items()} | ({} if backbone_only else own),
-                             SOCO_DETECTRON2)
-    return {k: v.numpy() for k, v in state.items()}
-
-
-def mmdetection_state(found: Checkpoint) -> dict[str, Tensor]:
-    """SoCo's backbone, pyramid and box head for MMDetection's Mask R-CNN with Shared4Conv1FCBBoxHead,
-    as its converter writes them.
-
-    UserError: another family.
-    """
-    if not found.family.startswith("SoCo"):
-        raise UserError(f"{found.path}: this is a {found.what} checkpoint; "
-                        "--to mmdetection is for SoCo. For a ResNet MMDetection reads "
-                        "torchvision's names (Pretrained, checkpoint=PATH): give --to torchvision --backbone_only")
-    return renamed_back({k: v for k, v in found.state.items() if k.startswith(("encoder.", "neck.", "head."))},
-                        SOCO_MMDETECTION)
-
-
-PRETEXT = {r"^feature_embed\.": "DETReg's embedding head, not needed",
-           r"^patch2query\.": "projection of query patches or regions, not needed",
-           r"^feature_align\.": "reconstruction head, not needed",
-           r"^enc_head\.": "Siamese DETR's global head, not needed"}
-
-
-def hugging_face(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """(config.json, preprocessor_config.json, tensors) of a detector of the DETR family for Hugging Face transformers:
-    DeformableDetrForObjectDetection, ConditionalDetrForObjectDetection, DetrForObjectDetection, and for a pre-norm DETR
-    TableTransformerForObjectDetection, which is that. Modules of the pretext task stay out. UserError:
-    no detector of the DETR family.
-    """
-    arch = architecture(found.state, found.path)
-    family = "deformable_detr" if arch["detector"].startswith("deformable") else arch["detector"]
-    name = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[family]
-    state = {k: v for k, v in found.state.items() if not any(re.search(p, k) for p in PRETEXT)
-             and not k.endswith("num_batches_tracked")}
+def _hugging_face_tensors(found: Checkpoint, family: str) -> dict[str, Tensor]:
+    unwanted = "|".join([*PRETEXT, "num_batches_tracked$"])
+    state = {k: v for k, v in found.state.items() if not re.search(unwanted, k)}
     for key in [k for k in state if ".in_proj_" in k]:  # queries, keys and values have a projection each
-        kind = key.rsplit("_", 1)[1]
-        state |= {key.replace(f"in_proj_{kind}", f"{part}_proj.{kind}"): rows
-                  for part, rows in zip("qkv", state.pop(key).chunk(3))}
-    tensors = {k: v.clone(memory_format=torch.contiguous_format)
-               for k, v in renamed_back(state, HUGGING_FACE[family]).items()}
-    bias = next((v for k, v in state.items() if re.fullmatch(r"class_embed\.(0\.)?bias", k)), None)
-    rows = 1 if bias is None else len(bias) - (family == "detr")
-    names = {0: "object"} if bias is None else class_names(found, rows)
-    levels, last = arch.get("num_feature_levels", 0), {4: 1, 8: 2, 16: 3, 32: 4}[arch.get("stride", 32)]
+        kind = key.rsplit("_", 1)[1]  # weight or bias
+        for part, rows in zip("qkv", state.pop(key).chunk(3)):
+            state[key.replace(f"in_proj_{kind}", f"{part}_proj.{kind}")] = rows
+    state = renamed_back(state, HUGGING_FACE[family])
+    return {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+
+
+def _hugging_face_config(found: Checkpoint, arch: dict[str, Any], family: str, name: str) -> dict[str, Any]:
+    bias = found.state.get("class_embed.bias", found.state.get("class_embed.0.bias"))
+    names = {0: "object"} if bias is None else class_names(found, len(bias) - (family == "detr"))
+    levels = arch.get("num_feature_levels", 0)
+    last = {4: 1, 8: 2, 16: 3, 32: 4}[arch.get("stride", 32)]
     backbone = {"use_timm_backbone": True, "backbone": arch["arch"], "use_pretrained_backbone": False}
     if levels in (2, 3) or last != 4:  # not the stages that the class wants: version 5 only
         backbone = {"backbone_config": {"model_type": "timm_backbone", "backbone": arch["arch"],
                                         "features_only": True, "num_channels": 3, "use_pretrained_backbone": False,
                                         "out_indices": [2, 3, 4][-levels:] if levels else [last]}}
-    pre_norm, heads = arch.get("pre_norm", False), found.config.get("nheads", 8)
+    pre_norm = arch.get("pre_norm", False)
+    heads = found.config.get("nheads", 8)
     config = {
         "architectures": ["TableTransformerForObjectDetection" if pre_norm else f"{name}ForObjectDetection"],
         "model_type": "table-transformer" if pre_norm else family, **backbone, "num_channels": 3, "dilation": False,
@@ -716,74 +696,103 @@ def hugging_face(found: Checkpoint) -> tuple[dict[str, Any], dict[str, Any], dic
         "decoder_layers": arch["dec_layers"], "encoder_attention_heads": heads, "decoder_attention_heads": heads,
         "encoder_ffn_dim": arch["dim_feedforward"], "decoder_ffn_dim": arch["dim_feedforward"],
         **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), found.config.get("dropout", 0.1)),
-        "activation_function": "relu", "position_embedding_type": "sine",
-        "auxiliary_loss": False, "is_encoder_decoder": True,
-        "id2label": {str(i): n for i, n in names.items()}, "label2id": {n: i for i, n in names.items()},
-        "class_cost": 1 if family == "detr" else 2, "bbox_cost": 5, "giou_cost": 2, "bbox_loss_coefficient": 5,
-        "giou_loss_coefficient": 2, "eos_coefficient": 0.1, "focal_alpha": 0.25, "torch_dtype": "float32",
+        "activation_function": "relu", "position_embedding_type": "sine", "auxiliary_loss": False,
+        "is_encoder_decoder": True, "id2label": {str(i): n for i, n in names.items()},
+        "label2id": {n: i for i, n in names.items()}, "class_cost": 1 if family == "detr" else 2, "bbox_cost": 5,
+        "giou_cost": 2, "bbox_loss_coefficient": 5, "giou_loss_coefficient": 2, "eos_coefficient": 0.1,
+        "focal_alpha": 0.25, "torch_dtype": "float32",
     }
     if family == "deformable_detr":
         config |= {"num_feature_levels": levels, "with_box_refine": arch["with_box_refine"], "two_stage": False,
                    "encoder_n_points": 4, "decoder_n_points": 4}
-    size = {"shortest_edge": found.config.get("eval_size", 800), "longest_edge": found.config.get("max_size", 1333)}
-    processor = {"image_processor_type": f"{name}ImageProcessor", "format": "coco_detection", "do_resize": True,
-                 "size": size, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-                 "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "do_pad": True}
-    return config, processor, tensors
-
-
-TARGETS = ("official", "hf", "torchvision", "detectron2", "mmdetection")
+    return config
 
 
 def write_hugging_face(found: Checkpoint, out: Path) -> str:
-    """Write the folder; returns the class that loads it."""
+    """The folder of a detector of the DETR family for Hugging Face transformers. Returns the class that loads it:
+    DeformableDetrForObjectDetection, ConditionalDetrForObjectDetection, DetrForObjectDetection, and for a pre-norm DETR
+    TableTransformerForObjectDetection, which is that. Modules of the pretext task stay out. UserError: no detector of
+    the DETR family."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise UserError("--to hf writes the safetensors format: "
                         "pip install safetensors (transformers brings it)") from error
-    config, processor, tensors = hugging_face(found)
+    arch = architecture(found.state, found.path)
+    family = "deformable_detr" if arch["detector"].startswith("deformable") else arch["detector"]
+    name = family.title().replace("_", "")  # DeformableDetr
+    config = _hugging_face_config(found, arch, family, name)
+    size = {"shortest_edge": found.config.get("eval_size", 800), "longest_edge": found.config.get("max_size", 1333)}
+    processor = {"image_processor_type": f"{name}ImageProcessor", "format": "coco_detection", "do_resize": True,
+                 "size": size, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+                 "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "do_pad": True}
+    tensors = _hugging_face_tensors(found, family)
     out.mkdir(parents=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-        run.write_atomic(out / name, (json.dumps(content, indent=2) + "\n").encode())
+    for file, content in (("config.json", config), ("preprocessor_config.json", processor)):
+        run.write_atomic(out / file, (json.dumps(content, indent=2) + "\n").encode())
     return config["architectures"][0]
 
 
 def write_file(found: Checkpoint, to: str, out: Path, backbone_only: bool) -> None:
+    buffer = io.BytesIO()
     if to == "detectron2":  # __author__ tells its loader that the names are its own
         content = {"model": detectron2_arrays(found, backbone_only), "__author__": "convert.py",
                    "matching_heuristics": not found.rcnn or backbone_only}
+        pickle.dump(content, buffer, protocol=4)
     elif to == "mmdetection":
-        content = {"state_dict": mmdetection_state(found), "meta": {}}
+        torch.save({"state_dict": mmdetection_state(found), "meta": {}}, buffer)
     else:
-        content = official(found) if to == "official" else torchvision_state(found, backbone_only)
+        torch.save(official(found) if to == "official" else torchvision_state(found, backbone_only), buffer)
     out.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    pickle.dump(content, buffer, protocol=4) if to == "detectron2" else torch.save(content, buffer)
     run.write_atomic(out, buffer.getvalue())
 
 
 def left_out(found: Checkpoint, to: str, backbone_only: bool) -> list[str]:
     """The tensors that a target has no place for."""
-    if to in ("official", "hf"):                                              # both freeze the backbone's BatchNorm
-        return [k for k in found.state if k.startswith("backbone.") and k.endswith("num_batches_tracked")
-                or to == "hf" and any(re.search(pattern, k) for pattern in PRETEXT)]
+    if to in ("official", "hf"):
+        gone = "|".join([BACKBONE_COUNTERS, *(PRETEXT if to == "hf" else ())])
+        return [k for k in found.state if re.search(gone, k)]
     if found.rcnn and not backbone_only:
-        return ([k for k in found.state if not k.startswith("backbone.")]
-                if (to, found.rcnn) == ("detectron2", "fcos_fpn") else [])
+        fcos = (to, found.rcnn) == ("detectron2", "fcos_fpn")
+        return [k for k in found.state if fcos and not k.startswith("backbone.")]
     trunk = {id(v) for v in found.resnet().values()}
     more = () if backbone_only or not found.family.startswith("SoCo") else ("neck.", "head.")
     return [k for k, v in found.state.items() if id(v) not in trunk and not k.startswith(more)]
 
 
+def export(found: Checkpoint, to: str, out: Path, backbone_only: bool) -> None:
+    """Write it for another tool; prints what stays out and what the user there must know."""
+    loader = None
+    try:
+        if to == "hf":
+            loader = write_hugging_face(found, out)
+        else:
+            write_file(found, to, out, backbone_only)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
+    if names := left_out(found, to, backbone_only):
+        print_unused({"no place for them there": names})
+    run.print_rank0(f"wrote {out}" + (f": {loader}.from_pretrained({str(out)!r})" if loader else ""))
+    if loader and found.method in ("updetr", "siamese_detr") and not loader.startswith(("Detr", "Table")):
+        run.print_rank0("its class head was trained with softmax over 3 rows, of which row 1 is an object; "
+                        "the transformers class applies a sigmoid")
+    categories = found.content.get("categories")
+    if found.rcnn and not backbone_only and categories:
+        first = rcnn.first_label(found.rcnn) if to == "torchvision" else 0
+        labels = ", ".join(f"{i} {category['name']}" for i, category in enumerate(categories, first))
+        run.print_rank0(f"labels: {labels}")
+
+
+# ==== 5. Main ====
+
+
 def main(argv: list[str] | None = None) -> str:
     """Returns what the file is."""
-    parser = argparse.ArgumentParser(prog="convert.py",
-                                     description="Says what a checkpoint is; with --to writes it for another tool.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="convert.py", allow_abbrev=False,
+                                     description="Says what a checkpoint is; with --to writes it for another tool.")
     parser.add_argument("checkpoint", help="any file that --init_from and --backbone_weights read")
-    parser.add_argument("--to", choices=TARGETS,
+    parser.add_argument("--to", choices=("official", "hf", "torchvision", "detectron2", "mmdetection"),
                         help="hf: a folder for Hugging Face transformers; torchvision: a state dict; detectron2: "
                         "a .pkl; mmdetection: a .pth, of SoCo; official: as the released code of its method has it")
     parser.add_argument("--out", help="file (hf: folder) to write; must not exist")
@@ -791,30 +800,17 @@ def main(argv: list[str] | None = None) -> str:
                         help="torchvision, detectron2: the ResNet alone")
     args = parser.parse_args(argv)
     found = open_checkpoint(args.checkpoint)
-    run.say(f"{found.path}: {found.what}; {len(found.state)} tensors")
-    tell_left(found.left)
+    run.print_rank0(f"{found.path}: {found.what}; {len(found.state)} tensors")
+    print_unused(found.left)
     if not args.to:
         return found.what
     if not args.out:
         raise UserError(f"--to {args.to} needs --out PATH: the {'folder' if args.to == 'hf' else 'file'} to write")
-    out = Path(args.out)
-    if out.exists():
-        raise UserError(f"--out {out} exists already; give another name or remove it")
+    if os.path.exists(args.out):
+        raise UserError(f"--out {Path(args.out)} exists already; give another name or remove it")
     if args.backbone_only and args.to not in ("torchvision", "detectron2"):
         raise UserError(f"--backbone_only is of --to torchvision and --to detectron2, not of --to {args.to}")
-    try:
-        loader = (write_hugging_face(found, out) if args.to == "hf"
-                  else write_file(found, args.to, out, args.backbone_only))
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from error
-    tell_left({"no place for them there": names} if (names := left_out(found, args.to, args.backbone_only)) else {})
-    run.say(f"wrote {out}" + (f": {loader}.from_pretrained({str(out)!r})" if loader else ""))
-    if loader and found.method in ("updetr", "siamese_detr") and not loader.startswith(("Detr", "Table")):
-        run.say("its class head was trained with softmax over 3 rows, of which row 1 is an object; "
-                "the transformers class applies a sigmoid")
-    if found.rcnn and not args.backbone_only and found.content.get("categories"):
-        first = int(args.to == "torchvision" and found.rcnn not in rcnn.ONE_STAGE)
-        run.say("labels: " + ", ".join(f"{i} {c['name']}" for i, c in enumerate(found.content["categories"], first)))
+    export(found, args.to, Path(args.out), args.backbone_only)
     return found.what
 
 

@@ -1,13 +1,14 @@
-"""Images in, batches out: unlabelled sources, labelled detection sets, synthetic scenes,
-transforms with boxes, the loader.
+"""Images in, batches out: unlabelled sources, synthetic scenes, transforms that move boxes too, the loader.
 
-Sources      open_images(): a folder tree, a .txt list, ImageNet, ImageNet-100, COCO, VOC or drawn scenes; annotation files are never opened.
-Detection    open_detection(): COCO json or VOC xml, classes taken from the files; what could not be used stands in `.notes`.
-Transforms   draw_*() decides with a numpy Generator, apply_*() does it: tests put prescribed draws into the code that training runs.
-Loader       StepSampler + sample_rng(): a sample is a pure function of (seed, epoch, index), whatever the workers, processes or restarts.
+Sources     open_images(): a folder tree, a .txt list, ImageNet, ImageNet-100, COCO, VOC or drawn scenes. Annotation
+            files are never opened; labelled sets are in annotations.py.
+Transforms  draw_*() decides with a numpy Generator, apply_*() does it: tests put prescribed draws into the code that
+            training runs.
+Loader      StepSampler + sample_rng(): a sample is a pure function of (seed, epoch, index), whatever the workers,
+            processes or restarts.
 
-Boxes are `boxes_xyxy` in pixels of the image they come with, x2/y2 exclusive (width = x2 - x1),
-unless a name says otherwise.
+Boxes are `boxes_xyxy` in pixels of the image they come with, x2/y2 exclusive (width = x2 - x1), unless a name says
+otherwise.
 """
 from __future__ import annotations
 
@@ -17,7 +18,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
@@ -35,25 +34,26 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as TF
 
-from common import UserError, world_size
-from run import STOP_SIGNALS, printable, say
+from common import UserError, rank, world_size
+from run import STOP_SIGNALS, Run, check_batch_size
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# by content. Pillow knows more, and starts Ghostscript for one
+# What a file's content may be. Pillow reads more, for one of them through Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 # The 100 classes of "ImageNet-100" in the DETReg sense (datasets/category.txt; the list of CMC and solo-learn).
 IMAGENET100 = tuple((
     "n02869837 n01749939 n02488291 n02107142 n13037406 n02091831 n04517823 n04589890 n03062245 n01773797 "
     "n01735189 n07831146 n07753275 n03085013 n04485082 n02105505 n01983481 n02788148 n03530642 n04435653 "
-    "n02086910 n02859443 n13040303 n03594734 n02085620 n02099849 n01558993 n04493381 n02109047 "
-    "n04111531 n02877765 n04429376 n02009229 n01978455 n02106550 n01820546 n01692333 n07714571 n02974003 "
-    "n02114855 n03785016 n03764736 n03775546 n02087046 n07836838 n04099969 n04592741 n03891251 n02701002 "
-    "n03379051 n02259212 n07715103 n03947888 n04026417 n02326432 n03637318 n01980166 n02113799 n02086240 "
-    "n03903868 n02483362 n04127249 n02089973 n03017168 n02093428 n02804414 n02396427 n04418357 n02172182 n01729322 "
-    "n02113978 n03787032 n02089867 n02119022 n03777754 n04238763 n02231487 n03032252 n02138441 n02104029 n03837869 "
-    "n03494278 n04136333 n03794056 n03492542 n02018207 n04067472 n03930630 n03584829 n02123045 n04229816 "
-    "n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 n01855672 n02090622").split())
+    "n02086910 n02859443 n13040303 n03594734 n02085620 n02099849 n01558993 n04493381 n02109047 n04111531 "
+    "n02877765 n04429376 n02009229 n01978455 n02106550 n01820546 n01692333 n07714571 n02974003 n02114855 "
+    "n03785016 n03764736 n03775546 n02087046 n07836838 n04099969 n04592741 n03891251 n02701002 n03379051 "
+    "n02259212 n07715103 n03947888 n04026417 n02326432 n03637318 n01980166 n02113799 n02086240 n03903868 "
+    "n02483362 n04127249 n02089973 n03017168 n02093428 n02804414 n02396427 n04418357 n02172182 n01729322 "
+    "n02113978 n03787032 n02089867 n02119022 n03777754 n04238763 n02231487 n03032252 n02138441 n02104029 "
+    "n03837869 n03494278 n04136333 n03794056 n03492542 n02018207 n04067472 n03930630 n03584829 n02123045 "
+    "n04229816 n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 n01855672 n02090622").split())
 _LAYOUT = {"imagenet": "<root>/{split}/<wnid>/*.JPEG",
            "coco": "<root>/{split}2017/*.jpg (+ annotations/instances_{split}2017.json to fine-tune)",
            "voc": "<root>/VOC2007|VOC2012/{{JPEGImages,Annotations,ImageSets/Main}}"}
@@ -61,7 +61,9 @@ _SUBFOLDERS = {"imagenet": ("", "imagenet", "ILSVRC/Data/CLS-LOC"), "coco": ("",
                "voc": ("VOCdevkit", "", "voc/VOCdevkit", "voc")}
 
 
-# ==== 1. Unlabelled sources ====
+# ==== 1. Image files ====
+
+
 class UnreadableImage(Exception):
     """An image file that cannot be decoded: `.path`, `.reason`. load_usable() replaces it and counts it."""
 
@@ -101,16 +103,18 @@ def decode_image(path: str | Path, exif: bool = True) -> Image.Image:
 
 
 class ImageFiles:
-    """Image files below `root`: keys are relative posix paths, sorted and unique (absolute only for
-    list entries outside `root`).
+    """Image files below `root`: keys are relative posix paths, sorted and unique (absolute only for list entries
+    outside `root`).
 
-    They are kept as one row of bytes: a million strings would be copied into every loader process,
-    for counting references writes to each."""
+    They are kept as one row of bytes: a million strings would be copied into every loader process, for counting
+    references writes to each.
+    """
 
     def __init__(self, name: str, root: str | Path, keys: Sequence[str]):
-        self.name, self.root, keys = name, Path(root), sorted(set(keys))
-        self._text = torch.from_numpy(np.frombuffer("\n".join(keys).encode("utf-8", "surrogateescape"),
-                                                    np.uint8).copy())
+        self.name, self.root = name, Path(root)
+        keys = sorted(set(keys))
+        text = "\n".join(keys).encode("utf-8", "surrogateescape")
+        self._text = torch.from_numpy(np.frombuffer(text, np.uint8).copy())
         sizes = np.fromiter((len(k.encode("utf-8", "surrogateescape")) + 1 for k in keys), np.int64, len(keys))
         self._starts = torch.from_numpy(np.concatenate([[0], sizes.cumsum()]))
 
@@ -148,7 +152,7 @@ def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
                 subfolders.clear()
                 continue
             known.add(real)
-            # the latter is the disk's, and closed
+            # lost+found is the file system's own, and closed
             subfolders[:] = sorted(d for d in subfolders if not d.startswith(".") and d != "lost+found")
             prefix = "" if (relative := Path(folder).relative_to(root).as_posix()) == "." else relative + "/"
             keys += [prefix + f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
@@ -163,9 +167,12 @@ def read_lines(path: Path, what: str) -> Iterator[str]:
         raise UserError(f"{path} ({what}) cannot be read: {error}. Give an existing UTF-8 text file.") from error
 
 
+# ==== 2. Unlabelled sets ====
+
+
 def named_root(data: str, data_root: str | None, split: str, accept: Callable[[Path], bool]) -> Path:
-    """The first place where a named set's layout is found: --data_root, else $DATA_ROOT, else data/<set>;
-    UserError lists all tried."""
+    """The first place where a named set's layout is found: --data_root, else $DATA_ROOT, else data/<set>; UserError
+    lists all tried."""
     family = "imagenet" if data.startswith("imagenet") else data
     given, origin = (data_root, "--data_root") if data_root else (os.environ.get("DATA_ROOT"), "$DATA_ROOT")
     root = Path(given or f"data/{family}").expanduser()
@@ -191,6 +198,36 @@ def _open_imagenet(data: str, data_root: str | None, split: str) -> ImageFiles:
     return ImageFiles(data, root, find_images(root, classes))
 
 
+def voc_years(root: Path) -> list[Path]:
+    """Folders in VOC layout: root/VOC2007, root/VOC2012, or `root` itself."""
+    return [year for year in (root / "VOC2007", root / "VOC2012", root) if (year / "JPEGImages").is_dir()]
+
+
+def voc_images(root: Path, split: str) -> list[tuple[Path, str]]:
+    """(year folder, image file name) in list order: trainval of every year for "train", else test of the first."""
+    part = "trainval" if split == "train" else "test"
+    years = voc_years(root)
+    found = []
+    for year in years if split == "train" else years[:1]:
+        source = year / "ImageSets" / "Main" / f"{part}.txt"
+        files = {}
+        for file in sorted(os.listdir(year / "JPEGImages")):
+            if file.lower().endswith(EXTENSIONS):
+                files.setdefault(os.path.splitext(file)[0], []).append(file)
+        stems = list(filter(None, map(str.strip, read_lines(source, "the VOC image list"))))
+        for stem in stems:
+            if stem not in files:
+                raise UserError(f"{source}: no image {stem}.jpg in {year / 'JPEGImages'}. Add it or remove the line.")
+            if len(files[stem]) > 1:
+                raise UserError(f"{source}: {stem} may be {' or '.join(files[stem])} in {year / 'JPEGImages'}. "
+                                "Leave one of them there.")
+            found.append((year, files[stem][0]))
+        if len(set(stems)) < len(stems):
+            raise UserError(f"{source}: {next(s for s in stems if stems.count(s) > 1)} is listed twice. "
+                            "Remove one of the lines.")
+    return found
+
+
 def _files_in(folder: Path) -> set[str]:
     """Names of the files there; of none where it cannot be listed."""
     try:
@@ -201,11 +238,10 @@ def _files_in(folder: Path) -> set[str]:
 
 
 def _open_list(path: Path) -> ImageFiles:
-    """The user's own paths: they may be absolute or lead anywhere, to any of FORMATS.
-    A file named twice counts once."""
-    # of each folder named: what a key begins with, and its files.
-    # One look at a folder is cheaper than one at every file
-    keys, folders = [], {}
+    """The user's own paths: absolute or leading anywhere, to any of FORMATS. A file named twice counts once."""
+    keys = []
+    # of each folder named: what its keys begin with, and its files (one look at a folder, not one at every file)
+    folders: dict[str, tuple[str, set[str]]] = {}
     for number, line in enumerate(read_lines(path, "the image list"), start=1):
         if (line := line.strip()) and not line.startswith("#"):
             folder, name = os.path.split(line)
@@ -218,12 +254,12 @@ def _open_list(path: Path) -> ImageFiles:
             if name not in files and not os.path.isfile(path.parent / keys[-1]):
                 raise UserError(f"{path}, line {number}: {path.parent / keys[-1]} does not exist. "
                                 "Paths are relative to the list's folder; correct or remove the line.")
-    folders.clear()
+    folders.clear()  # that memory first: the keys are joined next
     return ImageFiles(path.name, path.parent, keys)
 
 
-# Where a drawn set begins in the endless row of scenes: pretraining, its held-out part,
-# detection training and test never share one.
+# Where a drawn set begins in the endless row of scenes: pretraining, its held-out part, detection training and test
+# never share one.
 SYNTHETIC_OFFSET = {"images/train": 0, "images/val": 10_000_000, "detection/train": 20_000_000,
                     "detection/test": 30_000_000}
 
@@ -259,8 +295,8 @@ def open_images(data: str, data_root: str | None, *, split: str = "train", synth
 
 
 def hold_out(source: ImageFiles | SyntheticScenes, count: int, seed: int, data: str) -> tuple[np.ndarray, np.ndarray]:
-    """-> (indices to train on, `count` indices kept for the probe), both sorted.
-    UserError when the probe would take half or more."""
+    """-> (indices to train on, `count` indices kept for the probe), both sorted. UserError when the probe would take
+    half or more."""
     if count and len(source) <= 2 * count:
         raise UserError(f"{data}: {len(source)} images are too few to hold out {count}; give "
                         "--probe_images N below half of them, or 0")
@@ -268,31 +304,37 @@ def hold_out(source: ImageFiles | SyntheticScenes, count: int, seed: int, data: 
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def open_pretraining(cfg) -> tuple:
-    """-> (source, indices to train on, source of the probe, its indices), for a method whose probe needs images but no
-    boxes. `cfg`: its Config.
-
-    The probe's cfg.probe_images images: of --probe_data, else unseen synthetic scenes, else held out from training.
-    """
+def open_training_images(cfg: Any) -> tuple[ImageFiles | SyntheticScenes, np.ndarray, np.ndarray]:
+    """-> (source, indices to train on, indices held out for the probe). `cfg`: a method's Config. Nothing is held out
+    where the probe has images of its own: --probe_data, or further synthetic scenes."""
     if cfg.probe_images == 1:
         raise UserError("--probe_images 1: the row `shuffled` needs at least 2 images; 0 means no probe")
-    shared = {"synthetic_size": cfg.synthetic_size, "seed": cfg.seed}
-    source = open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images, **shared)
+    source = open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images,
+                         synthetic_size=cfg.synthetic_size, seed=cfg.seed)
+    count = 0 if cfg.probe_data or cfg.data == "synthetic" else cfg.probe_images
+    return source, *hold_out(source, count, cfg.seed, cfg.data)
+
+
+def open_pretraining(cfg: Any) -> tuple:
+    """-> (source, indices to train on, source of the probe, its indices), for a method whose probe needs images but no
+    boxes. The probe's images: of --probe_data, else unseen synthetic scenes, else held out from training."""
+    source, indices, held_out = open_training_images(cfg)
     if not cfg.probe_data and cfg.data != "synthetic":
-        indices, held_out = hold_out(source, cfg.probe_images, cfg.seed, cfg.data)
         return source, indices, source, held_out
     probe_source = open_images(cfg.probe_data or "synthetic", cfg.data_root, split="val",
-                               synthetic_images=cfg.probe_images, **shared)
+                               synthetic_images=cfg.probe_images, synthetic_size=cfg.synthetic_size, seed=cfg.seed)
     if cfg.probe_images and len(probe_source) < 2:
         raise UserError(f"--probe_data {cfg.probe_data}: one image is too few, the row `shuffled` needs at least 2")
-    return source, np.arange(len(source)), probe_source, np.arange(min(cfg.probe_images, len(probe_source)))
+    return source, indices, probe_source, np.arange(min(cfg.probe_images, len(probe_source)))
 
 
-# ==== 2. Synthetic scenes ====
+# ==== 3. Synthetic scenes ====
+
+
 def _star(r: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """Five tips at radius 1, notches at .45: r against the straight edge from tip to notch,
-    the same in each of ten sectors."""
-    turn, notch = abs((a + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5), 0.45 * np.exp(1j * np.pi / 5)
+    """Five tips at radius 1, notches at .45: r against the straight edge from tip to notch, in each of ten sectors."""
+    turn = abs((a + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    notch = 0.45 * np.exp(1j * np.pi / 5)
     return r * (np.cos(turn) * notch.imag + np.sin(turn) * (1 - notch.real)) < notch.imag
 
 
@@ -311,13 +353,13 @@ _TEXTURES = {  # each class's own family at a frequency f: the weight of the obj
 
 
 class SyntheticScenes:
-    """`n` drawn scenes with boxes: image i is a pure function of (seed, offset + i, size).
-    Same interface as ImageFiles, and scene(i).
+    """`n` drawn scenes with boxes: image i is a pure function of (seed, offset + i, size). Same interface as
+    ImageFiles, and scene(i).
 
-    1-6 textured objects on a smooth colour field with clutter. Boxes are the exact extents of what can be SEEN of
-    an object inside the image.
-    An object is drawn only where 60 % of it are inside the image and every earlier one keeps half of
-    its whole shape in sight."""
+    1-6 textured objects on a smooth colour field with clutter. Boxes are the exact extents of what can be SEEN of an
+    object inside the image. An object is drawn only where 60 % of it are inside the image and every earlier one keeps
+    half of its whole shape in sight.
+    """
 
     CLASSES = tuple(_SHAPES)
 
@@ -350,7 +392,8 @@ class SyntheticScenes:
         rng = np.random.default_rng([3, self.seed, self.offset + i])
         canvas = self._background(rng)
         seen: list[np.ndarray] = []  # what is visible so far of each object, bool [size, size]
-        areas, labels, wanted = [], [], int(rng.integers(1, 7))
+        areas, labels = [], []
+        wanted = int(rng.integers(1, 7))
         for attempt in range(100):  # rejected placements are tried again, not for ever
             if len(labels) == wanted or (labels and attempt >= 4 * wanted):
                 break
@@ -360,7 +403,8 @@ class SyntheticScenes:
                 continue
             canvas[mask] = colour[mask]
             seen = [s & ~mask for s in seen] + [mask]
-            areas, labels = areas + [full], labels + [label]
+            areas.append(full)
+            labels.append(label)
         canvas = cv2.GaussianBlur(canvas, (0, 0), 0.7) + rng.normal(0, 4, canvas.shape).astype(np.float32)
         return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), seen, np.array(labels, np.int64)
 
@@ -371,74 +415,53 @@ class SyntheticScenes:
         canvas = cv2.resize(field.astype(np.float32), (s, s), interpolation=cv2.INTER_CUBIC)
         clutter = canvas.copy()
         for _ in range(int(rng.integers(4, 10))):
-            centre, axes = rng.integers(0, s, 2).tolist(), (s * rng.uniform(0.02, 0.16, 2)).astype(int).tolist()
+            centre = rng.integers(0, s, 2).tolist()
+            axes = (s * rng.uniform(0.02, 0.16, 2)).astype(int).tolist()
             colour = (field[1, 1] + rng.normal(0, 60, 3)).tolist()
             cv2.ellipse(clutter, centre, axes, float(rng.uniform(0, 180)), 0, 360, colour, -1)
         for _ in range(int(rng.integers(2, 8))):
-            ends = rng.integers(0, s, (2, 2)).tolist()
-            cv2.line(clutter, ends[0], ends[1], (field[1, 1] + rng.normal(0, 90, 3)).tolist(), int(rng.integers(1, 3)))
+            start, end = rng.integers(0, s, (2, 2)).tolist()
+            cv2.line(clutter, start, end, (field[1, 1] + rng.normal(0, 90, 3)).tolist(), int(rng.integers(1, 3)))
         noise = cv2.resize(rng.normal(0, 14, (s // 5 + 1, s // 5 + 1)).astype(np.float32), (s, s),
                            interpolation=cv2.INTER_LINEAR)
         return cv2.GaussianBlur(0.5 * canvas + 0.5 * clutter, (0, 0), 1.0) + noise[..., None]
 
     def _object(self, rng: np.random.Generator, canvas: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, int]:
-        """-> (label, mask bool [size, size] inside the image, colours float32 [size, size, 3],
-        pixels of the whole shape)."""
-        label, s = int(rng.integers(len(self.CLASSES))), self.size
+        """-> (label, mask bool [size, size] inside the image, colours float32 [size, size, 3], pixels of the whole
+        shape)."""
+        s = self.size
+        label = int(rng.integers(len(self.CLASSES)))
         radius = s * np.exp(rng.uniform(np.log(0.12), np.log(0.55))) / 2
         centre = rng.uniform(0.6 * radius, s - 0.6 * radius, 2)
-        turn, first = rng.uniform(0, 2 * np.pi), centre.astype(int) - int(radius) - 1
+        turn = rng.uniform(0, 2 * np.pi)
+        first = centre.astype(int) - int(radius) - 1  # row, column of the first of the side x side pixels it lies in
         side = 2 * int(radius) + 4
         y, x = np.mgrid[:side, :side] + (first + 0.5 - centre)[:, None, None]
-        u, v = (np.cos(turn) * x + np.sin(turn) * y) / radius, (np.cos(turn) * y - np.sin(turn) * x) / radius
-        r, a, name = np.hypot(u, v), np.arctan2(v, u), self.CLASSES[label]
-        inside, weight = _SHAPES[name](u, v, r, a), _TEXTURES[name](u, v, r, a, rng.uniform(4, 6))[..., None]
+        u = (np.cos(turn) * x + np.sin(turn) * y) / radius
+        v = (np.cos(turn) * y - np.sin(turn) * x) / radius
+        r, a = np.hypot(u, v), np.arctan2(v, u)
+        name = self.CLASSES[label]
+        inside = _SHAPES[name](u, v, r, a)
+        weight = _TEXTURES[name](u, v, r, a, rng.uniform(4, 6))[..., None]
         behind = canvas[int(centre[0]), int(centre[1])]
         while np.abs((colour := rng.uniform(0, 255, 3)) - behind).max() < 45:  # an object stands out from where it lies
             pass
         second = colour + rng.choice([-1, 1]) * rng.uniform(20, 130, 3)
-        mask, colours = np.zeros((s, s), bool), np.zeros((s, s, 3), np.float32)
-        (top, left), (low, high) = first, np.clip([first, first + side], 0, s)
+        mask = np.zeros((s, s), bool)
+        colours = np.zeros((s, s, 3), np.float32)
+        low, high = np.clip([first, first + side], 0, s)
         here = np.s_[low[0]:high[0], low[1]:high[1]]
-        patch = np.s_[low[0] - top:high[0] - top, low[1] - left:high[1] - left]
-        mask[here], colours[here] = inside[patch], (colour + weight * (second - colour))[patch]
+        patch = np.s_[low[0] - first[0]:high[0] - first[0], low[1] - first[1]:high[1] - first[1]]
+        mask[here] = inside[patch]
+        colours[here] = (colour + weight * (second - colour))[patch]
         return label, mask, colours, int(np.count_nonzero(inside))
 
 
+# ==== 4. Geometry: drawn, then applied ====
 
 
-def voc_years(root: Path) -> list[Path]:
-    """Folders in VOC layout: root/VOC2007, root/VOC2012, or `root` itself."""
-    return [year for year in (root / "VOC2007", root / "VOC2012", root) if (year / "JPEGImages").is_dir()]
-
-
-def voc_images(root: Path, split: str) -> list[tuple[Path, str]]:
-    """(year folder, image file name) in list order: trainval of every year for "train", else test of the first."""
-    years, part, found = voc_years(root), "trainval" if split == "train" else "test", []
-    for year in years if split == "train" else years[:1]:
-        source = year / "ImageSets" / "Main" / f"{part}.txt"
-        files = {}
-        for file in sorted(os.listdir(year / "JPEGImages")):
-            if file.lower().endswith(EXTENSIONS):
-                files.setdefault(os.path.splitext(file)[0], []).append(file)
-        stems = list(filter(None, map(str.strip, read_lines(source, "the VOC image list"))))
-        for stem in stems:
-            if stem not in files:
-                raise UserError(f"{source}: no image {stem}.jpg in {year / 'JPEGImages'}. Add it or remove the line.")
-            if len(files[stem]) > 1:
-                raise UserError(f"{source}: {stem} may be {' or '.join(files[stem])} in {year / 'JPEGImages'}. "
-                                "Leave one of them there.")
-            found.append((year, files[stem][0]))
-        if len(set(stems)) < len(stems):
-            raise UserError(f"{source}: {next(s for s in stems if stems.count(s) > 1)} is listed twice. "
-                            "Remove one of the lines.")
-    return found
-
-
-# ==== 4. Detection transforms: drawing and applying apart ====
 def resized_hw(hw: tuple[int, int], size: int, max_size: int | None = None) -> tuple[int, int]:
-    """DETR's rule: short side -> `size`, or less where the long side would pass `max_size`;
-    the other side is floored."""
+    """DETR's rule: short side -> `size`, or less where the long one would pass `max_size`; the other is floored."""
     h, w = hw
     short, long = min(hw), max(hw)
     if max_size and long / short * size > max_size:
@@ -465,11 +488,11 @@ def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequ
     """DETR's augmentation: with p = .5 resize to one of `scales`; else resize to one of `crop_scales` (long side at
     most 20 times that), cut w, h ~ U{lo..min(side, hi)} at a uniform place, resize to one of `scales`. Without
     crop_scales or crop_range: never the crop branch."""
-    flipped, first, crop = bool(rng.random() < flip), None, None
+    flipped = bool(rng.random() < flip)
+    first = crop = None
     if crop_scales and crop_range and rng.random() < 0.5:
         size = int(rng.choice(crop_scales))
-        # released: no maximum, but 1 x 5000 px would become 600 x 3,000,000
-        first = hw = resized_hw(hw, size, 20 * size)
+        first = hw = resized_hw(hw, size, 20 * size)  # released: no maximum; 1 x 5000 px would be 600 x 3,000,000
         lo, hi = crop_range
         w, h = (int(rng.integers(min(lo, side), min(side, hi) + 1)) for side in (hw[1], hw[0]))
         crop = int(rng.integers(hw[0] - h + 1)), int(rng.integers(hw[1] - w + 1)), h, w
@@ -478,19 +501,18 @@ def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequ
 
 
 def draw_crop(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, float],
-              ratio: tuple[float, float] = (3 / 4, 4 / 3)
-               ) -> tuple[int, int, int, int]:
-    """A random box (x1, y1, x2, y2) of an image of size hw, as torchvision's RandomResizedCrop:
-    its share of the area, then w / h in `ratio`."""
+              ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> tuple[int, int, int, int]:
+    """A random box (x1, y1, x2, y2) of an image of size hw, as torchvision's RandomResizedCrop: its share of the area,
+    then w / h in `ratio`."""
     height, width = hw
     for _ in range(10):
-        size, aspect = (height * width * rng.uniform(*area),
-                        math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]))))
+        size = height * width * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
         if 0 < w <= width and 0 < h <= height:
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return x, y, x + w, y + h
-    aspect = min(max(width / height, ratio[0]), ratio[1])                    # the central part with an allowed aspect
+    aspect = min(max(width / height, ratio[0]), ratio[1])  # the central part with an allowed aspect
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
     x, y = (width - w) // 2, (height - h) // 2
     return x, y, x + w, y + h
@@ -503,15 +525,13 @@ def flip_boxes(boxes_xyxy: Tensor, width: float) -> Tensor:
 
 
 def resize_boxes(boxes_xyxy: Tensor, from_hw: tuple[int, int], to_hw: tuple[int, int]) -> Tensor:
-    """[n, 4] of an image of size from_hw -> of the same image at to_hw (the two axes scale
-    by their own exact ratio)."""
+    """[n, 4] of an image of size from_hw -> of the same image at to_hw, each axis by its own exact ratio."""
     sy, sx = to_hw[0] / from_hw[0], to_hw[1] / from_hw[1]
     return boxes_xyxy * boxes_xyxy.new_tensor([sx, sy, sx, sy])
 
 
 def crop_boxes(boxes_xyxy: Tensor, region: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """Shift and clip [n, 4] to region (top, left, h, w) -> (boxes [m, 4], keep int64 [m]:
-    the indices that are not empty)."""
+    """Shift and clip [n, 4] to region (top, left, h, w) -> (boxes [m, 4], keep int64 [m]: which are not empty)."""
     top, left, h, w = region
     boxes = boxes_xyxy - boxes_xyxy.new_tensor([left, top, left, top])
     boxes = torch.minimum(boxes, boxes.new_tensor([w, h, w, h])).clamp(min=0)
@@ -522,21 +542,21 @@ def crop_boxes(boxes_xyxy: Tensor, region: tuple[int, int, int, int]) -> tuple[T
 def resize(image: Image.Image, hw: tuple[int, int]) -> Image.Image:
     """PIL RGB -> PIL RGB of size hw, bilinear and antialiased: Pillow, or for 200 x 200 px and more torch's kernel of
     the same rule, which takes half the time. Its weights have fewer bits: in 1 of 100 values (a quarter, where the
-    ratio of the sizes makes ties) it is off by one grey level, two in pure noise.
-    The demos are below that size: to the bit."""
+    ratio of the sizes makes ties) it is off by one grey level, two in pure noise. The demos are below that size."""
     if hw[0] * hw[1] < 200 * 200:
         return image.resize(hw[::-1], Image.Resampling.BILINEAR)
     array = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    return Image.fromarray(cv2.merge(list(F.interpolate(array, size=hw, mode="bilinear",
-                                                        antialias=True)[0].contiguous().numpy())))
+    planes = F.interpolate(array, size=hw, mode="bilinear", antialias=True)[0].contiguous().numpy()
+    return Image.fromarray(cv2.merge(list(planes)))
 
 
 def apply_geometry(image: Image.Image, boxes_xyxy: Tensor, geometry: Geometry) -> tuple[Image.Image, Tensor, Tensor]:
-    """-> (image, boxes_xyxy [m, 4] px of it, keep int64 [m]). Antialiased bilinear,
-    as torchvision's resize of a PIL image."""
+    """-> (image, boxes_xyxy [m, 4] px of it, keep int64 [m]). Antialiased bilinear, as torchvision's resize of a PIL
+    image."""
     boxes, keep = boxes_xyxy, torch.arange(len(boxes_xyxy))
     if geometry.flip:
-        image, boxes = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flip_boxes(boxes, image.width)
+        boxes = flip_boxes(boxes, image.width)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for resized in (geometry.first_hw, geometry.hw):
         if resized is geometry.hw and geometry.crop:
             top, left, h, w = geometry.crop
@@ -565,15 +585,17 @@ def normalized_cxcywh(boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
     return box_convert(boxes_xyxy, "xyxy", "cxcywh") / boxes_xyxy.new_tensor([hw[1], hw[0], hw[1], hw[0]])
 
 
-_LEVELS = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-# each channel's 256 values
-_LEVELS = TF.normalize(TF.to_dtype(_LEVELS, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD)).numpy()
+# ==== 5. Colours: drawn, then applied ====
+
+_LEVELS = TF.to_dtype(torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), torch.float32, scale=True)
+# [3, 1, 256]: what each of a channel's 256 values becomes
+_NORMALIZED_LEVELS = TF.normalize(_LEVELS, list(IMAGENET_MEAN), list(IMAGENET_STD)).numpy()
 
 
 def to_normalized_tensor(image: Image.Image) -> Tensor:
     """PIL RGB -> float32 [3, h, w], ImageNet mean and std: torchvision's values, looked up."""
     planes = np.empty((3, image.height, image.width), np.float32)
-    for plane, channel, levels in zip(planes, cv2.split(np.asarray(image)), _LEVELS):
+    for plane, channel, levels in zip(planes, cv2.split(np.asarray(image)), _NORMALIZED_LEVELS):
         cv2.LUT(channel, levels, dst=plane)
     return torch.from_numpy(planes)
 
@@ -592,19 +614,19 @@ class Photometric:
     p_solarize: float = 0.0
 
 
-_TURN = (np.array([5, 3, 1]) + np.arange(256)[:, None] * 6 / 255) % 6
+_HUES = (np.array([5, 3, 1]) + np.arange(256)[:, None] * 6 / 255) % 6
 # [256, 3]: the share of a hue's saturation that each of R, G, B lacks
-_COLOUR = np.minimum(_TURN, 4 - _TURN).clip(0, 1).astype(np.float32)
+_HUE_TO_RGB = np.minimum(_HUES, 4 - _HUES).clip(0, 1).astype(np.float32)
 
 
 def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
     """PIL RGB -> the same, its hue turned by `shift` of the circle in steps of 1/255: torchvision's values (Pillow's
     8-bit HSV and back) in half the time, as the way back is a table."""
     hue, saturation, value = cv2.split(np.asarray(image.convert("HSV")))
-    colour, saturation, value = (np.roll(_COLOUR, -int(shift * 255), axis=0), saturation.astype(np.float32) / 255,
-                                 value.astype(np.float32))
-    channels = [(value * (1 - saturation * cv2.LUT(hue, c)) + np.float32(0.5)).astype(np.uint8)
-                for c in np.ascontiguousarray(colour.T)]
+    saturation = saturation.astype(np.float32) / 255
+    value = value.astype(np.float32)
+    lacking = np.ascontiguousarray(np.roll(_HUE_TO_RGB, -int(shift * 255), axis=0).T)
+    channels = [(value * (1 - saturation * cv2.LUT(hue, lack)) + np.float32(0.5)).astype(np.uint8) for lack in lacking]
     return Image.fromarray(cv2.merge(channels))
 
 
@@ -618,33 +640,33 @@ def blur(image: Image.Image, sigma: float) -> Image.Image:
     variance = sigma ** 2 / 3
     l = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
     end = (2 * l + 1) * (l * (l + 1) - 3 * variance) / (6 * (variance - (l + 1) ** 2))
-    box, array = np.array([[end, *[1] * (2 * l + 1), end]],
-                          np.float32) / np.float32(2 * (l + end) + 1), np.asarray(image)
+    box = np.array([[end, *[1] * (2 * l + 1), end]], np.float32) / np.float32(2 * (l + end) + 1)
+    array = np.asarray(image)
     for kernel in (box, box, box, box.T, box.T, box.T):
         array = cv2.filter2D(array, -1, kernel, borderType=cv2.BORDER_REPLICATE)
     return Image.fromarray(array)
 
 
-_JITTER = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast,
-           "saturation": TF.adjust_saturation, "hue": adjust_hue}
+_JITTER = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast, "saturation": TF.adjust_saturation,
+           "hue": adjust_hue}
 
 
 def draw_photometric(rng: np.random.Generator, spec: Photometric) -> dict:
-    """Plain numbers for apply_photometric. Factors as torchvision's ColorJitter: U(max(0, 1 - s), 1 + s),
-    hue U(-s, s), in a random order."""
-    names, strength = list(_JITTER), [getattr(spec, k) for k in _JITTER]
-    draw = {k: float(rng.uniform(-s, s) if k == "hue" else rng.uniform(max(0, 1 - s), 1 + s))
-            for k, s in zip(names, strength)}
-    order = [names[k] for k in rng.permutation(4) if strength[k] > 0]
+    """Plain numbers for apply_photometric. Factors as torchvision's ColorJitter: U(max(0, 1 - s), 1 + s), hue U(-s, s),
+    in a random order."""
+    strength = {name: getattr(spec, name) for name in _JITTER}
+    draw = {name: float(rng.uniform(-s, s) if name == "hue" else rng.uniform(max(0, 1 - s), 1 + s))
+            for name, s in strength.items()}
+    names = list(strength)
+    order = [names[k] for k in rng.permutation(4) if strength[names[k]] > 0]
     jitter, gray, blur, solarize = (rng.random(4) < [spec.p_jitter, spec.p_gray, spec.p_blur, spec.p_solarize]).tolist()
     radius = float(rng.uniform(*spec.blur_radius))
-    return draw | {"order": order if jitter else [], "gray": gray,
-                   "blur": radius if blur else None, "solarize": solarize}
+    return draw | {"order": order if jitter else [], "gray": gray, "blur": radius if blur else None,
+                   "solarize": solarize}
 
 
 def apply_photometric(image: Image.Image, draw: dict) -> Image.Image:
-    """PIL RGB -> PIL RGB: the four jitter operations named in draw["order"], grey,
-    PIL Gaussian blur, solarise at 128."""
+    """PIL RGB -> PIL RGB: the jitter operations of draw["order"], grey, PIL's Gaussian blur, solarise at 128."""
     for name in draw["order"]:
         image = _JITTER[name](image, draw[name])
     if draw["gray"]:
@@ -655,13 +677,15 @@ def apply_photometric(image: Image.Image, draw: dict) -> Image.Image:
 
 
 def cut_patch(image: Image.Image, box_xyxy: Sequence[float], size: int, draw: dict) -> Tensor:
-    """A region (px, rounded as PIL does) squeezed to size x size, aspect not kept,
-    then recoloured by apply_photometric. [3, size, size]"""
+    """A region (px, rounded as PIL does) squeezed to size x size, aspect not kept, then recoloured by
+    apply_photometric. [3, size, size]"""
     region = resize(image.crop(tuple(round(v) for v in box_xyxy)), (size, size))
     return to_normalized_tensor(apply_photometric(region, draw))
 
 
-# ==== 5. Loader ====
+# ==== 6. Loader ====
+
+
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of all randomness of one sample."""
     # [1, ...] shuffles, [3, ...] draws scenes: fixed tags keep the streams apart
@@ -669,25 +693,17 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 class StepSampler:
-    """A DataLoader batch_sampler: lists of (epoch, index) for this rank, one per micro-batch,
-    over all steps from start_step on.
+    """A DataLoader batch_sampler: lists of (epoch, index) for this rank, one per micro-batch, over all steps from
+    start_step on. UserError: see run.check_batch_size.
 
-    An epoch's order depends on (seed, epoch) alone; a step's global batch is the same piece of it whatever
-    world and accumulate are.
-    Micro-batch a of rank r is its piece a * world + r of world * accumulate.
-    The last n % batch_size images of an epoch's order are left out."""
+    An epoch's order depends on (seed, epoch) alone; a step's global batch is the same piece of it whatever world and
+    accumulate are. Micro-batch a of rank r is its piece a * world + r of world * accumulate. The last n % batch_size
+    images of an epoch's order are left out.
+    """
 
     def __init__(self, n: int, batch_size: int, total_steps: int, *, start_step: int = 0, world: int = 1, rank: int = 0,
                  accumulate: int = 1, seed: int = 0, shuffle: bool = True):
-        pieces = world * accumulate
-        if batch_size < 1 or batch_size % pieces:
-            near = sorted({max(pieces, batch_size // pieces * pieces), (max(batch_size, 0) // pieces + 1) * pieces})
-            raise UserError(f"batch_size {batch_size} (global) is no multiple of {world} "
-                            f"processes x {accumulate} accumulated micro-batches = "
-                            f"{pieces}. For example {' or '.join(map(str, near))} would work.")
-        if n < batch_size:
-            raise UserError(f"{n} images are fewer than one batch of {batch_size}. "
-                            f"Give a batch_size of at most {n} or more images.")
+        check_batch_size(n, batch_size, world, accumulate)
         self.n, self.batch_size, self.total_steps, self.start_step = n, batch_size, total_steps, start_step
         self.world, self.rank, self.accumulate, self.seed, self.shuffle = world, rank, accumulate, seed, shuffle
         self.steps_per_epoch = n // batch_size
@@ -696,12 +712,14 @@ class StepSampler:
         return max(0, self.total_steps - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, current, size = None, -1, self.batch_size // (self.world * self.accumulate)
+        order = np.arange(self.n)
+        current = -1
+        size = self.batch_size // (self.world * self.accumulate)
         for step in range(self.start_step, self.total_steps):
             epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != current:
-                current, order = (epoch, np.random.default_rng([1, self.seed, epoch]).permutation(self.n)
-                                  if self.shuffle else np.arange(self.n))
+            if epoch != current and self.shuffle:
+                order = np.random.default_rng([1, self.seed, epoch]).permutation(self.n)
+            current = epoch
             for a in range(self.accumulate):
                 first = place * self.batch_size + (a * self.world + self.rank) * size
                 yield [(epoch, int(i)) for i in order[first:first + size]]
@@ -714,7 +732,8 @@ def collate(samples: list[dict]) -> dict:
     images = samples[0]["image"].new_zeros(len(samples), 3, max(heights), max(widths))
     mask = torch.ones(len(samples), max(heights), max(widths), dtype=torch.bool)
     for k, (sample, h, w) in enumerate(zip(samples, heights, widths)):
-        images[k, :, :h, :w], mask[k, :h, :w] = sample["image"], False
+        images[k, :, :h, :w] = sample["image"]
+        mask[k, :h, :w] = False
     return {"images": images, "mask": mask, "targets": [s["target"] for s in samples],
             "skipped": [p for s in samples for p in s["skipped"]],
             **({"index": [s["index"] for s in samples]} if "index" in samples[0] else {})}
@@ -723,8 +742,8 @@ def collate(samples: list[dict]) -> dict:
 def load_usable(source: ImageFiles | SyntheticScenes | Any, index: int, rng: np.random.Generator, skipped: list,
                 candidates: Sequence[int] | None = None, min_side: int = 1) -> tuple:
     """-> (what source.load gives, index used). An unreadable image, or one with a side below min_side px, is appended
-    to `skipped` ("path: reason") and another index drawn (from `candidates`, else from the whole source),
-    at most 10 times; then UserError."""
+    to `skipped` ("path: reason") and another index drawn (from `candidates`, else from the whole source), at most 10
+    times; then UserError."""
     for _ in range(11):
         try:
             loaded = source.load(index)
@@ -740,37 +759,8 @@ def load_usable(source: ImageFiles | SyntheticScenes | Any, index: int, rng: np.
                     "Repair or remove these files.")
 
 
-class SkipCount:
-    """Counts distinct unreadable files on the main process; warns once each on stderr;
-    more than 1 % of `total` is a UserError."""
-
-    def __init__(self, total: int):
-        self.total, self.seen = total, []
-
-    def add(self, skipped: list[str]) -> None:
-        """`skipped`: the "path: reason" entries of load_usable(); a file's reason is the same every time."""
-        for entry in dict.fromkeys(skipped):
-            if entry not in self.seen:
-                self.seen.append(entry)
-                print(f"warning: skipped {printable(entry)}", file=sys.stderr, flush=True)
-        if len(self.seen) > 0.01 * self.total:
-            raise UserError(f"{len(self.seen)} of {self.total} images cannot be read (more than 1 %), the first: "
-                            f"{'; '.join(self.seen[:3])}. Repair or remove them.")
-
-    def tell(self) -> None:
-        """The last word of a run: how many files were skipped since it began or continued,
-        over all processes (all of them call this)."""
-        parts = [self.seen] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(parts, self.seen)
-        if seen := sorted({entry for part in parts for entry in part}):
-            say(f"skipped {len(seen)} of {self.total} images: "
-                f"{printable('; '.join(seen[:3]))}{'; ...' if len(seen) > 3 else ''}")
-
-
-class _Guarded:
-    """Dataset wrapper: bad input becomes a value, since DataLoader would bury an exception
-    of a worker in a traceback."""
+class _ErrorsAsValues:
+    """Dataset wrapper: bad input becomes a value; DataLoader would bury a worker's exception in a traceback."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -812,9 +802,9 @@ def _start_worker(_: int) -> None:
 
 
 @atexit.register
-def _end_workers() -> None:
-    """At the end of the program. multiprocessing would do it with SIGTERM and wait, for ever after an exception
-    that keeps its loader alive."""
+def _kill_workers() -> None:
+    """At the end of the program. multiprocessing would do it with SIGTERM and wait, for ever after an exception that
+    keeps its loader alive."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would call their end a failure
     for process in multiprocessing.active_children():
@@ -822,9 +812,9 @@ def _end_workers() -> None:
             process.kill()
 
 
-def _allow_open_files() -> None:
-    """Every tensor on its way from a loader process holds an open file, hundreds per batch:
-    where they run out (seen at a limit of 128) it hangs."""
+def _raise_open_file_limit() -> None:
+    """Every tensor on its way from a loader process holds an open file, hundreds per batch: where they run out (seen at
+    a limit of 128) it hangs."""
     try:
         import resource  # absent on Windows
     except ImportError:
@@ -836,10 +826,18 @@ def _allow_open_files() -> None:
 
 
 def make_loader(dataset, sampler, *, num_workers: int, collate: Callable) -> DataLoader:
-    """`sampler` gives the batches (StepSampler). Own generator:
-    the global random state is the same with and without workers."""
-    _allow_open_files()
-    return _Loader(_Guarded(dataset), batch_sampler=sampler, num_workers=num_workers,
+    """`sampler` gives the batches (StepSampler). Own generator: the global random state is the same with and without
+    workers."""
+    _raise_open_file_limit()
+    return _Loader(_ErrorsAsValues(dataset), batch_sampler=sampler, num_workers=num_workers,
                    collate_fn=partial(_collate_or_error, collate), worker_init_fn=_start_worker,
                    persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
                    generator=torch.Generator())
+
+
+def train_loader(job: Run, dataset, collate: Callable) -> Iterator[dict]:
+    """The micro-batches of all steps of a run that are left, in order."""
+    cfg = job.cfg
+    sampler = StepSampler(len(dataset), cfg.batch_size, job.total_steps, start_step=job.start, world=world_size(),
+                          rank=rank(), accumulate=cfg.accumulate, seed=cfg.seed)
+    return iter(make_loader(dataset, sampler, num_workers=cfg.num_workers, collate=collate))

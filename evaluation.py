@@ -1,24 +1,22 @@
-"""Detector numbers and pictures: COCO, VOC07 and class-agnostic metrics, their control,
-gathering over processes, tables, figures.
+"""Numbers and pictures of predictions: COCO, VOC07 and class-agnostic metrics, their controls, the before/after tables
+of the probes, contact sheets.
 
 Detections are COCO results, one dict per box: {"image_id", "category_id", "bbox": [x, y, w, h] in 0-based pixels,
-"score"}; with masks also "segmentation", a compressed RLE.
-Ground truth is a COCO-format dict {"images", "annotations", "categories"}. The images and categories it lists are the
-ones evaluated: annotations outside them are left out. Metrics are fractions 0..1,
-nan where there is nothing to measure.
+"score"}; with masks also "segmentation", a compressed RLE. Ground truth is a COCO-format dict {"images", "annotations",
+"categories"}: the images and categories it lists are evaluated, annotations outside them are left out. Metrics are
+fractions 0..1, nan where there is nothing to measure.
 
-A difficult object is an annotation with `difficult` or `ignore` = 1: it is no miss when not found,
-and no box on it is a mistake.
-On VOC, DETReg, SoCo and DUPR print VOC07_*; UP-DETR prints COCO's AP, which differs (101 points,
-at most 100 boxes per image).
+A difficult object is an annotation with `difficult` or `ignore` = 1: it is no miss when not found, and no box on it is
+a mistake. On VOC, DETReg, SoCo and DUPR print VOC07_*; UP-DETR prints COCO's AP, which differs (101 points, at most 100
+boxes per image).
 """
 import contextlib
 import io
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,27 +26,32 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pycocotools.mask import area as mask_area
 from pycocotools.mask import iou
+from torch import Tensor
 from torchvision.ops import box_convert
 
 import data
+from annotations import DetectionSet
 from common import UserError, boxes_to_pixels, rank, world_size
-from run import printable, progress, say, write_atomic
+from proposals import image_seed, random_boxes, selective_search
+from run import print_rank0, printable, progress
 
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#9a6bff")
 DARK = ("#e6194b", "#4363d8")  # on these a label is white
-TILE, GAP, HEADER = 240, 8, 30  # pixels of a contact sheet: height of an image, space between images, title line
-
+TILE = 240  # of a contact sheet, pixels: height of an image,
+GAP = 8  # space between images,
+HEADER = 30  # title line
 
 # ==== 1. COCO ====
 
-class _BoxEval(COCOeval):
+
+class _DifficultEval(COCOeval):
     """COCOeval in which a difficult object is ignored like a crowd region, but overlaps like an object.
 
     pycocotools overwrites `ignore` from `iscrowd`, and `iscrowd` does two things: any number of detections may match it
     unpunished (wanted for difficult objects) and its overlap becomes intersection / detection area (not wanted). So
-    `iscrowd` is the union of both flags, except while overlaps are computed,
-    where it is the annotation's own (`crowd`).
+    `iscrowd` is the union of both flags, except while overlaps are computed, where it is the annotation's own
+    (`crowd`).
     """
 
     def computeIoU(self, imgId, catId):
@@ -77,20 +80,24 @@ def _check_detections(ground_truth: dict, detections: list[dict]) -> None:
 
 
 def _coco(ground_truth: dict, items: list[dict], categories: list[dict], class_agnostic: bool, iou_type: str) -> COCO:
-    """Objects or detections as an indexed COCO, in copies. Ids count from 1:
-    COCOeval marks "unmatched" with 0 and would lose an object of id 0."""
+    """Objects or detections as an indexed COCO, in copies. Ids count from 1: COCOeval marks "unmatched" with 0 and
+    would lose an object of id 0."""
     annotations = []
     for i, a in enumerate(items, 1):
-        box_or_mask = (float(mask_area(a["segmentation"])) if iou_type == "segm" and "score" in a
-                       else a["bbox"][2] * a["bbox"][3])
-        # a detection's area is that of its box or mask
-        area = a["area"] if "area" in a and "score" not in a else box_or_mask
+        is_detection = "score" in a
+        if is_detection and iou_type == "segm":
+            area = float(mask_area(a["segmentation"]))
+        else:
+            area = a["bbox"][2] * a["bbox"][3]
+        if not is_detection:
+            area = a.get("area", area)
         crowd = int(a.get("iscrowd", 0))
         annotations.append({"id": i, "image_id": a["image_id"],
                             "category_id": 1 if class_agnostic else a["category_id"], "bbox": list(a["bbox"]),
                             "area": area, "score": a.get("score"), "crowd": crowd,
-                            "iscrowd": int(crowd or _is_difficult(a))}
-                           | ({"segmentation": a["segmentation"]} if iou_type == "segm" else {}))
+                            "iscrowd": int(crowd or _is_difficult(a))})
+        if iou_type == "segm":
+            annotations[-1]["segmentation"] = a["segmentation"]
     coco = COCO()
     coco.dataset = {"images": ground_truth["images"], "annotations": annotations, "categories": categories}
     coco.createIndex()
@@ -103,27 +110,27 @@ def _valid_mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else math.nan
 
 
-def detection_metrics(ground_truth: dict, detections: list[dict], *,
-                      class_agnostic: bool = False, max_dets: tuple = (1, 10, 100),
-                      per_class: bool = False, iou_type: str = "bbox") -> dict[str, float]:
+def detection_metrics(ground_truth: dict, detections: list[dict], *, class_agnostic: bool = False,
+                      max_dets: tuple = (1, 10, 100), per_class: bool = False, iou_type: str = "bbox"
+                      ) -> dict[str, float]:
     """COCO metrics of boxes, or (iou_type "segm") of masks, then every item has a "segmentation": AP, AP50, AP75, APs,
     APm, APl, one AR<k> per k of `max_dets`, ARs, ARm, ARl. AP and the size rows use the largest k.
 
-    class_agnostic: all categories are one (DETReg Table 6: COCOeval with useCats = 0).
-    per_class adds "per_class": {name: AP}.
-    A missing `area` is that of the box. Inputs are not modified. UserError: see _check_detections.
+    class_agnostic: all categories are one (DETReg Table 6: COCOeval with useCats = 0). per_class adds "per_class":
+    {name: AP}. A missing `area` is that of the box. Inputs are not modified. UserError: see _check_detections.
     """
     _check_detections(ground_truth, detections)
     categories = [{"id": 1, "name": "object"}] if class_agnostic else ground_truth["categories"]
     with contextlib.redirect_stdout(io.StringIO()):
-        run = _BoxEval(*(_coco(ground_truth, items, categories, class_agnostic, iou_type)
-                         for items in (ground_truth["annotations"], detections)), iou_type)
-        run.params.maxDets = sorted(max_dets)
-        run.params.useCats = int(not class_agnostic)
-        run.evaluate()
-        run.accumulate()
-    # [IoU, recall, class, area, max_dets], [IoU, class, area, max_dets]
-    precision, recall = run.eval["precision"], run.eval["recall"]
+        objects, found = (_coco(ground_truth, items, categories, class_agnostic, iou_type)
+                          for items in (ground_truth["annotations"], detections))
+        coco_eval = _DifficultEval(objects, found, iou_type)
+        coco_eval.params.maxDets = sorted(max_dets)
+        coco_eval.params.useCats = int(not class_agnostic)
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+    precision = coco_eval.eval["precision"]  # [IoU, recall, class, area, max_dets]
+    recall = coco_eval.eval["recall"]  # [IoU, class, area, max_dets]
     metrics = {f"AP{name}": _valid_mean(precision[i, ..., 0, -1]) for name, i in (("", slice(None)), (50, 0), (75, 5))}
     metrics |= {f"AP{size}": _valid_mean(precision[..., i, -1]) for i, size in enumerate("sml", 1)}
     metrics |= {f"AR{k}": _valid_mean(recall[:, :, 0, i]) for i, k in enumerate(sorted(max_dets))}
@@ -136,6 +143,7 @@ def detection_metrics(ground_truth: dict, detections: list[dict], *,
 
 # ==== 2. VOC07 ====
 
+
 def _voc07_class_ap(objects: list[dict], boxes: list[dict], thresholds: tuple, rounded: bool) -> list[float]:
     """11-point AP of one class at every threshold. nan if the class has no object that counts."""
     difficult = np.array([_is_difficult(a) or bool(a.get("iscrowd", 0)) for a in objects], dtype=bool)
@@ -145,13 +153,16 @@ def _voc07_class_ap(objects: list[dict], boxes: list[dict], thresholds: tuple, r
     scores = np.array([d["score"] for d in boxes], dtype=float)
     boxes_xywh = np.array([d["bbox"] for d in boxes], dtype=float).reshape(-1, 4)
     if rounded:
+        scores = scores.round(3)
         corners = np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1).round(1)
-        scores, boxes_xywh = scores.round(3), np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
-    objects_xywh, of_image = np.array([a["bbox"] for a in objects], dtype=float), defaultdict(list)
+        boxes_xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    objects_xywh = np.array([a["bbox"] for a in objects], dtype=float)
+    of_image = defaultdict(list)
     for j, a in enumerate(objects):
         of_image[a["image_id"]].append(j)
     # per detection, best score first: the object it overlaps most, taken or not
-    best, overlap = np.full(len(boxes), -1), np.zeros(len(boxes))
+    best = np.full(len(boxes), -1)
+    overlap = np.zeros(len(boxes))
     for place, i in enumerate(np.argsort(-scores, kind="stable")):
         if theirs := of_image.get(boxes[i]["image_id"]):
             ious = iou(boxes_xywh[i:i + 1], objects_xywh[theirs], [0] * len(theirs))[0]
@@ -161,8 +172,9 @@ def _voc07_class_ap(objects: list[dict], boxes: list[dict], thresholds: tuple, r
         hit = np.flatnonzero(overlap > threshold)
         # the first detection of an object finds it, later ones are mistakes
         first = np.unique(best[hit], return_index=True)[1]
-        true, counts = np.zeros(len(boxes), dtype=bool), np.ones(len(boxes), dtype=bool)
+        true = np.zeros(len(boxes), dtype=bool)
         true[hit[first]] = True
+        counts = np.ones(len(boxes), dtype=bool)
         counts[hit] = ~difficult[best[hit]]
         found, seen = np.cumsum(true & counts), np.cumsum(counts)
         precision, recall = found / np.maximum(seen, 1), found / positives
@@ -172,25 +184,25 @@ def _voc07_class_ap(objects: list[dict], boxes: list[dict], thresholds: tuple, r
 
 def voc07_metrics(ground_truth: dict, detections: list[dict], thresholds: tuple = IOU_THRESHOLDS, *,
                   rounded: bool = False) -> dict[str, float]:
-    """The VOC 2007 metric: 11-point AP, mean over the classes that have a countable object;
-    VOC07_AP is the mean over `thresholds`.
+    """The VOC 2007 metric: 11-point AP, mean over the classes that have an object that counts; VOC07_AP is the mean
+    over `thresholds`.
 
     A detection looks at the object of its class and image with the largest IoU, and finds it if IoU > threshold
     (strictly) and no better-scored one has: otherwise it is a mistake. Equal scores keep the order given. Crowd objects
-    are taken as difficult ones.
-    IoU: the devkit's sides are x2 - x1 + 1 between inclusive 1-based corners, which detectron2 and DETReg write as (x
-    + 1, y + 1, x + w, y + h), the inverse of loading (xmin - 1, ymin - 1, xmax, ymax). The offsets cancel: it IS the
-    plain IoU of the 0-based xywh boxes.
-    rounded: scores to 3 decimals and corners to 1, as the released DETReg and detectron2 write them
-    to text (this makes ties).
-    Recall is compared with exact tenths; the released np.arange(0, 1.1, .1) holds 0.30000000000000004 and
-    misses a recall of exactly .3.
+    are taken as difficult ones. Recall is compared with exact tenths; the released np.arange(0, 1.1, .1) holds
+    0.30000000000000004 and misses a recall of exactly .3.
+
+    IoU: the devkit's sides are x2 - x1 + 1 between inclusive 1-based corners, which detectron2 and DETReg write as
+    (x + 1, y + 1, x + w, y + h), the inverse of loading (xmin - 1, ymin - 1, xmax, ymax). The offsets cancel: it IS the
+    plain IoU of the 0-based xywh boxes. rounded: scores to 3 decimals and corners to 1, as the released DETReg and
+    detectron2 write them to text (this makes ties).
     """
     _check_detections(ground_truth, detections)
     images = {image["id"] for image in ground_truth["images"]}
     objects, boxes = defaultdict(list), defaultdict(list)
-    for a in (a for a in ground_truth["annotations"] if a["image_id"] in images):
-        objects[a["category_id"]].append(a)
+    for a in ground_truth["annotations"]:
+        if a["image_id"] in images:
+            objects[a["category_id"]].append(a)
     for d in detections:
         boxes[d["category_id"]].append(d)
     per_class = np.array([_voc07_class_ap(objects[c["id"]], boxes[c["id"]], (*thresholds, 0.5, 0.75), rounded)
@@ -199,12 +211,12 @@ def voc07_metrics(ground_truth: dict, detections: list[dict], thresholds: tuple 
     return {"VOC07_AP": float(np.mean(means[:-2])), "VOC07_AP50": means[-2], "VOC07_AP75": means[-1]}
 
 
-# ==== 3. Detections: class-agnostic, from boxes, the control ====
+# ==== 3. Detections and their control ====
 
-def class_agnostic_scores(logits: torch.Tensor, boxes_xyxy: torch.Tensor,
-                          object_class: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """DETReg Table 6 (coco_eval_proposals.py, process_loaded): the score is the LOGIT of `object_class`,
-    boxes are clamped at 0 only.
+
+def class_agnostic_scores(logits: Tensor, boxes_xyxy: Tensor, object_class: int = 1) -> tuple[Tensor, Tensor]:
+    """DETReg Table 6 (coco_eval_proposals.py, process_loaded): the score is the LOGIT of `object_class`, boxes are
+    clamped at 0 only.
 
     logits [Q, C], boxes_xyxy [Q, 4] pixels -> scores [Q] descending, boxes_xywh [Q, 4] in the same order.
     """
@@ -214,25 +226,26 @@ def class_agnostic_scores(logits: torch.Tensor, boxes_xyxy: torch.Tensor,
     return scores, box_convert(boxes_xyxy[order].clamp(min=0), "xyxy", "xywh")
 
 
-def class_agnostic_detections(logits: torch.Tensor, boxes_xyxy: torch.Tensor, image_id: int, *, object_class: int = 1,
+def class_agnostic_detections(logits: Tensor, boxes_xyxy: Tensor, image_id: int, *, object_class: int = 1,
                               top: int | None = None) -> list[dict]:
-    """The `top` (None: all) best class-agnostic detections of one image, category_id 1. Shapes:
-    see class_agnostic_scores."""
+    """The `top` (None: all) best detections of one image, category_id 1. Shapes: see class_agnostic_scores."""
     scores, boxes_xywh = class_agnostic_scores(logits.detach(), boxes_xyxy.detach(), object_class)
     return [{"image_id": image_id, "category_id": 1, "bbox": box, "score": score}
             for box, score in zip(boxes_xywh[:top].tolist(), scores[:top].tolist())]
 
 
 def boxes_as_detections(boxes_xyxy, image_id: int, scores=None, category_id: int = 1) -> list[dict]:
-    """Boxes [n, 4] px, best first, as detections. scores None: 1, 1/2, 1/3, ..., so that over all images
-    the first boxes come first.
+    """Boxes [n, 4] px, best first, as detections. scores None: 1, 1/2, 1/3, ..., so that over all images the first
+    boxes come first.
 
-    The released selective search baseline scores every box 1 (pass ones):
-    the same AR, but AP then depends on the order of the images.
+    The released selective search baseline scores every box 1 (pass ones): the same AR, but AP then depends on the order
+    of the images.
     """
     boxes_xywh = box_convert(torch.as_tensor(boxes_xyxy, dtype=torch.float64).reshape(-1, 4), "xyxy", "xywh").tolist()
-    scores = ([1 / (i + 1) for i in range(len(boxes_xywh))] if scores is None
-              else torch.as_tensor(scores, dtype=torch.float64).tolist())
+    if scores is None:
+        scores = [1 / (i + 1) for i in range(len(boxes_xywh))]
+    else:
+        scores = torch.as_tensor(scores, dtype=torch.float64).tolist()
     if len(scores) != len(boxes_xywh):
         raise UserError(f"image {image_id}: {len(scores)} scores for {len(boxes_xywh)} boxes")
     return [{"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
@@ -240,11 +253,11 @@ def boxes_as_detections(boxes_xyxy, image_id: int, scores=None, category_id: int
 
 
 def shuffled(detections: list[dict], image_ids: list, sizes: dict) -> list[dict]:
-    """The control that knows the images' statistics but not the image:
-    image i's detections are scored on image i + 1 (cyclic).
+    """The control that knows the images' statistics but not the image: the detections of image i, scored on image
+    i + 1 (cyclic).
 
-    image_ids: all evaluated images, each once, at least 2, so that none keeps its own. sizes:
-    id -> (h, w) px; boxes are rescaled.
+    image_ids: all evaluated images, each once, at least 2, so that none keeps its own. sizes: id -> (h, w) px; boxes
+    are rescaled.
     """
     image_ids = list(image_ids)
     if len(image_ids) < 2 or len(set(image_ids)) < len(image_ids):
@@ -263,17 +276,17 @@ def shuffled(detections: list[dict], image_ids: list, sizes: dict) -> list[dict]
     return [move(d) for d in detections]
 
 
-# ==== 4. Processes, tables, files ====
+# ==== 4. Processes: each evaluates its slice of the images ====
+
 
 def rank_slice(n: int) -> range:
-    """The images of 0..n-1 that this process evaluates: each exactly once over all processes, contiguous,
-    so gather() restores the order."""
+    """The images of 0..n-1 that this process evaluates: each once over all processes, and gather() keeps the order."""
     return range(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def gather(items: list) -> list:
-    """All processes' lists, of any lengths, concatenated in rank order, on every process.
-    Items are pickled: keep them plain."""
+    """All processes' lists, of any lengths, concatenated in rank order, on every process. Items are pickled: keep them
+    plain."""
     parts = [items] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, items)
@@ -281,8 +294,7 @@ def gather(items: list) -> list:
 
 
 class _Resized(torch.utils.data.Dataset):
-    """The images of a labelled set at evaluation size, as samples of data.collate;
-    an unreadable image is an error that names it."""
+    """The images of a labelled set at evaluation size, as samples for data.collate. An unreadable image is an error."""
 
     def __init__(self, labelled, indices: range, size: int, max_size: int):
         self.labelled, self.indices, self.size, self.max_size = labelled, indices, size, max_size
@@ -299,12 +311,12 @@ class _Resized(torch.utils.data.Dataset):
 
 def each_batch(model: torch.nn.Module, labelled, *, size: int, max_size: int, batch_size: int = 8,
                limit: int | None = None, num_workers: int = 0, text: str = "") -> Iterator[dict]:
-    """data.collate's batches of this process's slice of a labelled set, at evaluation size;
-    meanwhile the model is in eval mode. See predict()."""
+    """data.collate's batches of this process's slice of a labelled set, at evaluation size; meanwhile the model is in
+    eval mode. See predict()."""
     indices = rank_slice(min(len(labelled), limit or len(labelled)))
-    batches = [list(range(i, min(i + batch_size, len(indices)))) for i in range(0, len(indices), batch_size)]
-    loader = data.make_loader(_Resized(labelled, indices, size, max_size), batches,
-                              num_workers=num_workers, collate=data.collate)
+    keys = [list(range(i, min(i + batch_size, len(indices)))) for i in range(0, len(indices), batch_size)]
+    loader = data.make_loader(_Resized(labelled, indices, size, max_size), keys, num_workers=num_workers,
+                              collate=data.collate)
     training = model.training
     model.eval()
     yield from progress(loader, desc=text)
@@ -312,12 +324,14 @@ def each_batch(model: torch.nn.Module, labelled, *, size: int, max_size: int, ba
 
 
 @torch.no_grad()
-def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int,
-            device: torch.device, batch_size: int = 8, limit: int | None = None,
-            num_workers: int = 0, text: str = "") -> Iterator[tuple[dict, torch.Tensor, torch.Tensor]]:
+def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int, device: torch.device, batch_size: int = 8,
+            limit: int | None = None, num_workers: int = 0, text: str = "") -> Iterator[tuple[dict, Tensor, Tensor]]:
     """Run a detector (in eval mode) over this process's slice of a labelled set: yields (target, logits [Q, C],
-    boxes_xyxy [Q, 4] in pixels of the original image), on CPU. size, max_size: short and longest side the images are
-    resized to; limit: only the first images of the set."""
+    boxes_xyxy [Q, 4] in pixels of the original image), on CPU.
+
+    size, max_size: short and longest side the images are resized to; limit: only the first images of the set; text: of
+    the progress bar.
+    """
     for batch in each_batch(model, labelled, size=size, max_size=max_size, batch_size=batch_size, limit=limit,
                             num_workers=num_workers, text=text):
         outputs = model(batch["images"].to(device), batch["mask"].to(device))
@@ -326,23 +340,23 @@ def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int,
         yield from zip(batch["targets"], outputs["pred_logits"].cpu(), boxes)
 
 
-def batches(probe_set, num_workers: int, text: str = "", size: int = 8, collate=data.collate) -> Iterator[dict]:
-    """This process's slice of a probe's samples (keys (0, i)), in batches of 2 to size + 1;
-    files it had to leave out are named."""
+def probe_batches(probe_set, num_workers: int, text: str = "", size: int = 8, collate=data.collate) -> Iterator[dict]:
+    """This process's slice of a probe's samples (keys (0, i)), in batches of 2 to size + 1: the shuffled control needs
+    two images. Names files that it had to leave out."""
     indices = list(rank_slice(len(probe_set)))
     keys = [[(0, i) for i in indices[k:k + size]] for k in range(0, len(indices), size)]
-    if len(keys) > 1 and len(keys[-1]) == 1:                                 # the shuffled control needs two images
+    if len(keys) > 1 and len(keys[-1]) == 1:
         keys[-2:] = [keys[-2] + keys[-1]]
     for batch in progress(data.make_loader(probe_set, keys, num_workers=num_workers, collate=collate), desc=text):
         for entry in batch["skipped"]:
-            say(f"warning: left out of the probe: {entry}")
+            print_rank0(f"warning: left out of the probe: {entry}")
         yield batch
 
 
-# ==== 5. What was asked for: one group of queries per region ====
+# ==== 5. Probe: what a pretraining has learned, before and after ====
 
-def most_confident(logits: torch.Tensor, boxes: torch.Tensor,
-                   groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+
+def most_confident(logits: Tensor, boxes: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best box of each group of consecutive queries (UP-DETR, Fig. 5): softmax without "no object", the last class.
 
     logits [B, Q, C], boxes [B, Q, 4] -> scores [B, groups], boxes [B, groups, 4], query indices [B, groups]; on CPU.
@@ -353,48 +367,103 @@ def most_confident(logits: torch.Tensor, boxes: torch.Tensor,
     return best, boxes.detach().cpu().gather(1, index[..., None].expand(-1, -1, 4)), index
 
 
-def found_metrics(rows: list[dict]) -> dict[str, float]:
+def localization_metrics(rows: list[dict]) -> dict[str, float]:
     """Rows with "true" and "found" boxes [n, 4] cxcywh -> their mean IoU, and the share of IoUs >= 0.5."""
     true, found = (box_convert(torch.cat([torch.tensor(row[k]).reshape(-1, 4) for row in rows]), "cxcywh", "xyxy")
                    for k in ("true", "found"))
-    overlap = (torch.minimum(true[:, 2:], found[:, 2:]) - torch.maximum(true[:, :2], found[:, :2])).clamp(min=0).prod(1)
+    sides = torch.minimum(true[:, 2:], found[:, 2:]) - torch.maximum(true[:, :2], found[:, :2])
+    overlap = sides.clamp(min=0).prod(1)
     ious = overlap / ((true[:, 2:] - true[:, :2]).prod(1) + (found[:, 2:] - found[:, :2]).prod(1) - overlap)
     return {"IoU": float(ious.mean()), "recall50": float((ious >= 0.5).float().mean())}
+
+
+def before_and_after(ask: Callable[..., list[dict]], untrained: torch.nn.Module, pretrained: torch.nn.Module
+                     ) -> dict[str, list[dict]]:
+    """What ask(model, other=..., text=...) finds, as rows of a probe's table: "untrained", "shuffled" (asked with the
+    question of another image) and "pretrained"."""
+    return {"untrained": ask(untrained, text="untrained"),
+            "shuffled": ask(pretrained, other=True, text="shuffled"),
+            "pretrained": ask(pretrained, text="pretrained")}
+
+
+def localization_table(rows: dict[str, list[dict]], random_boxes: Callable[[int, dict], Tensor]) -> dict[str, Any]:
+    """localization_metrics of before_and_after, whose rows also hold the boxes "asked" for, and of two more controls.
+
+    random_boxes(i, row) -> cxcywh, as many as were asked for. wrong_image: the predictions of `shuffled`, scored on the
+    boxes that were asked for: what the question tells by itself, without the image that its answer lies in.
+    """
+    drawn = [{"true": row["true"], "found": random_boxes(i, row).tolist()} for i, row in enumerate(rows["pretrained"])]
+    wrong_image = [{**row, "true": row["asked"]} for row in rows["shuffled"]]
+    table = {"untrained": rows["untrained"], "random_boxes": drawn, "shuffled": rows["shuffled"],
+             "wrong_image": wrong_image, "pretrained": rows["pretrained"]}
+    return {name: localization_metrics(found) for name, found in table.items()} | {"primary": "IoU"}
+
+
+def class_agnostic_table(cfg: Any, untrained: torch.nn.Module, pretrained: torch.nn.Module, train_set: Any,
+                         labelled: DetectionSet, device: torch.device) -> tuple[dict[str, Any], list[dict]]:
+    """Class-agnostic AP and AR (DETReg, Table 6) of a pretrained detector and of four controls on the first
+    cfg.probe_images of a labelled set, and its detections. All processes call it; rank 0 alone gets a table.
+
+    cfg: with scales, max_size, num_workers, seed. random_boxes have the sizes of train_set's proposals.
+    """
+    count = min(len(labelled), cfg.probe_images or len(labelled))
+    ids = labelled.image_ids[:count]
+    truth = labelled.coco_ground_truth()
+    sizes = {i["id"]: (i["height"], i["width"]) for i in truth["images"]}
+    truth |= {"images": [i for i in truth["images"] if i["id"] in set(ids)]}
+
+    def detect(network: torch.nn.Module, text: str) -> list[dict]:
+        found = []
+        for target, logits, boxes_xyxy in predict(network, labelled, size=max(cfg.scales), max_size=cfg.max_size,
+                                                  device=device, limit=count, num_workers=cfg.num_workers, text=text):
+            found += class_agnostic_detections(logits, boxes_xyxy, target["image_id"], top=100)
+        return gather(found)
+
+    pool = relative_sizes(train_set, cfg.seed)
+    searched, drawn = [], []
+    for i in progress(rank_slice(count), desc="selective search"):
+        image, target = labelled.load(i)
+        boxes = selective_search(np.asarray(image), seed=image_seed(cfg.seed, "probe", i))[:100]
+        searched += boxes_as_detections(boxes, target["image_id"])
+        boxes = random_boxes(np.random.default_rng([cfg.seed, i]), (image.height, image.width), 100, pool)
+        drawn += boxes_as_detections(boxes, target["image_id"])
+    found = {"untrained": detect(untrained, "untrained"), "random_boxes": gather(drawn), "shuffled": [],
+             "selective_search": gather(searched), "pretrained": detect(pretrained, "pretrained")}
+    found["shuffled"] = shuffled(found["pretrained"], ids, sizes)
+    if rank() != 0:
+        return {}, []
+    table = {name: detection_metrics(truth, some, class_agnostic=True) for name, some in found.items()}
+    drawn_by = "held-out proposals" if labelled.categories[0]["name"] == "proposal" else "annotations"
+    return table | {"primary": "AR100", "ground_truth": drawn_by}, found["pretrained"]
+
+
+def relative_sizes(train_set: Any, seed: int) -> np.ndarray:
+    """[m, 2] sides of the proposals of up to 50 training images, as shares of the image."""
+    rng = np.random.default_rng(seed)
+    sizes = []
+    for i in rng.choice(train_set.indices, min(50, len(train_set)), replace=False):
+        image, i = data.load_usable(train_set.source, int(i), rng, [], train_set.indices)
+        boxes = train_set.propose(image, i, 0, rng)
+        sizes.append((boxes[:, 2:] - boxes[:, :2]) / np.float32([image.width, image.height]))
+    return np.concatenate(sizes)
 
 
 def probe_table(metrics: dict, columns: list[str], title: str) -> str:
     """The before/after table of metrics.json, or one line when there was no probe."""
     rows = {name: row for name, row in metrics.items() if isinstance(row, dict)}
     if not rows:
-        return (f"finished after {metrics['steps']} steps (no probe: give --probe_images N, and "
-                "--probe_data for other images)")
+        return (f"finished after {metrics['steps']} steps (no probe: give --probe_images N, "
+                "and --probe_data for other images)")
     return metrics_table(rows, columns, title=f"{title}primary: {metrics['primary']})")
 
 
-def picture(tensor: torch.Tensor) -> Image.Image:
-    """data.to_normalized_tensor undone: [3, h, w] -> PIL."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    return Image.fromarray(((tensor * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def draw_found(path, source, rows: list[dict], titles: tuple[str, str]) -> None:
-    """PNG: what was asked for beside what was found, in equal colours. rows: {"index" in source, "true",
-    "found" cxcywh, "score"}."""
-    images = [source.load(row["index"]) for row in rows]
-    columns: dict[str, list] = {title: [] for title in titles}
-    for image, row in zip(images, rows):
-        scale = torch.tensor([image.width, image.height] * 2)
-        true, found = (box_convert(torch.tensor(row[k]), "cxcywh", "xyxy") * scale for k in ("true", "found"))
-        columns[titles[0]].append((true, None))
-        columns[titles[1]].append((found, [f"{s:.2f}" for s in row["score"]]))
-    draw_boxes_figure(path, images, columns)
-
-
 def metrics_table(rows: dict[str, dict], columns: list[str], title: str = "") -> str:
-    """Aligned text under the line `title`: fractions with 3 decimals (as COCO logs), nan and missing as "-",
-    integers and text as they are."""
-    def cell(value) -> str:
-        return "-" if value is None or value != value else f"{value:.3f}" if isinstance(value, float) else str(value)
+    """Aligned text under the line `title`: fractions with 3 decimals (as COCO logs), nan and missing as "-", integers
+    and text as they are."""
+    def cell(value: Any) -> str:
+        if value is None or value != value:
+            return "-"
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
 
     cells = [["", *columns]] + [[name, *(cell(values.get(c)) for c in columns)] for name, values in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -403,34 +472,18 @@ def metrics_table(rows: dict[str, dict], columns: list[str], title: str = "") ->
     return "\n".join([title, *lines] if title else lines)
 
 
-def plain(obj):
-    """JSON's own types: arrays and numpy scalars become lists and numbers, nan and infinities null."""
-    if isinstance(obj, dict):
-        return {str(k): plain(v) for k, v in obj.items()}
-    if isinstance(obj, (list, tuple)):
-        return [plain(v) for v in obj]
-    if isinstance(obj, (np.ndarray, np.generic, torch.Tensor)):
-        return plain(obj.tolist())
-    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+# ==== 6. Pictures ====
 
-
-def write_json(path, obj) -> None:
-    """Write `obj` at `path`, all or nothing: a reader never sees half a file. nan becomes null;
-    missing folders are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(path), (json.dumps(plain(obj), indent=1, default=str, allow_nan=False) + "\n").encode())
-
-
-# ==== 5. Pictures ====
 
 def _tile(image: Image.Image, boxes_xyxy, labels: list[str] | None, max_boxes: int) -> Image.Image:
     """The image at height TILE (at most 2 TILE wide) with its first `max_boxes` boxes; the first lies on top."""
     scale = min(TILE / image.height, 2 * TILE / image.width)
-    tile = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))),
-                                       Image.Resampling.LANCZOS)
-    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(11)
-    boxes = (torch.as_tensor(boxes_xyxy).detach().cpu().double().reshape(-1, 4)[:max_boxes].nan_to_num()
-             * scale).round().tolist()
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    tile = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(tile)
+    font = ImageFont.load_default(11)
+    boxes = torch.as_tensor(boxes_xyxy).detach().cpu().double().reshape(-1, 4)[:max_boxes].nan_to_num()
+    boxes = (boxes * scale).round().tolist()
     limits = (tile.width - 1, tile.height - 1) * 2
     corners = [[int(min(max(v, 0), limit)) for v, limit in zip(box, limits)] for box in boxes]
     ranked = [(i, PALETTE[i % len(PALETTE)], *box)
@@ -442,7 +495,8 @@ def _tile(image: Image.Image, boxes_xyxy, labels: list[str] | None, max_boxes: i
     for i, colour, x1, y1, *_ in ranked if labels is not None else ():  # after all boxes, so that none crosses a label
         text = printable(labels[i])
         w, h = math.ceil(draw.textlength(text, font)) + 5, 14
-        x, y = max(0, min(x1, tile.width - w)), y1 - h + 1 if y1 >= h else y1  # above the box if there is room
+        x = max(0, min(x1, tile.width - w))
+        y = y1 - h + 1 if y1 >= h else y1  # above the box if there is room
         draw.rectangle([x, y, x + w - 1, y + h - 1], fill=colour)
         draw.text((x + 3, y + h / 2), text, "white" if colour in DARK else "black", font, anchor="lm")
     return tile
@@ -461,11 +515,13 @@ def draw_boxes_figure(path, images: list, columns: dict[str, list], max_boxes: i
     font = ImageFont.load_default(16)
     tiles = [[_tile((*entries[i], image)[2], *entries[i][:2], max_boxes) for entries in columns.values()]
              for i, image in enumerate(images)]
-    widths = [max(math.ceil(font.getlength(title)), *(row[c].width for row in tiles))
-              for c, title in enumerate(columns)]
-    sheet = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1),
-                              HEADER + sum(row[0].height + GAP for row in tiles)), "white")
-    draw, x = ImageDraw.Draw(sheet), GAP
+    widths = [max(math.ceil(font.getlength(title)), *(tile.width for tile in column))
+              for title, column in zip(columns, zip(*tiles))]
+    width = sum(widths) + GAP * (len(widths) + 1)
+    height = HEADER + sum(row[0].height + GAP for row in tiles)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    x = GAP
     for c, (title, w) in enumerate(zip(columns, widths)):
         draw.text((x + w / 2, HEADER / 2), title, "black", font, anchor="mm")
         y = HEADER
@@ -475,3 +531,53 @@ def draw_boxes_figure(path, images: list, columns: dict[str, list], max_boxes: i
         x += w + GAP
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, format="PNG")
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """data.to_normalized_tensor undone: [3, h, w] -> PIL."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    return Image.fromarray(((tensor * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def draw_rows(path, titles: tuple[str, ...], rows: list[list[tuple]], max_boxes: int = 10) -> None:
+    """draw_boxes_figure by rows: a cell is (PIL image, boxes_xyxy px of it, labels or None). Nothing without rows."""
+    if rows:
+        columns = {title: [(boxes, labels, image) for image, boxes, labels in cells]
+                   for title, cells in zip(titles, zip(*rows))}
+        draw_boxes_figure(path, [row[0][0] for row in rows], columns, max_boxes)
+
+
+def draw_localization(path, source, rows: list[dict], titles: tuple[str, str]) -> None:
+    """What was asked for beside what was found, in equal colours.
+
+    rows: {"index" in source, "true" and "found" cxcywh, "score"}.
+    """
+    cells = []
+    for row in rows:
+        image = source.load(row["index"])
+        scale = torch.tensor([image.width, image.height] * 2)
+        true, found = (box_convert(torch.tensor(row[k]), "cxcywh", "xyxy") * scale for k in ("true", "found"))
+        cells.append([(image, true, None), (image, found, [f"{s:.2f}" for s in row["score"]])])
+    draw_rows(path, titles, cells)
+
+
+def draw_detections(path, labelled: DetectionSet, columns: dict[str, list[dict]], names: dict[int, str] | None = None,
+                    rows: int = 6, best: int = 10) -> None:
+    """The first images of a labelled set, a column per title: all of its annotations, or the `best` of the detections.
+
+    names: category id -> name, drawn with the score; None: boxes alone.
+    """
+    cells = []
+    for i in range(min(rows, len(labelled))):
+        image, target = labelled.load(i)
+        row = []
+        for items in columns.values():
+            mine = [d for d in items if d["image_id"] == target["image_id"]]
+            if mine and "score" in mine[0]:
+                mine = sorted(mine, key=lambda d: -d["score"])[:best]
+            boxes = box_convert(torch.tensor([d["bbox"] for d in mine]).reshape(-1, 4), "xywh", "xyxy")
+            labels = None if names is None else [
+                names.get(d["category_id"], "") + (f" {d['score']:.2f}" if "score" in d else "") for d in mine]
+            row.append((image, boxes, labels))
+        cells.append(row)
+    draw_rows(path, tuple(columns), cells, max_boxes=10 if names is None else 30)

@@ -1,6 +1,6 @@
 """The papers' figures and analyses, from a checkpoint; one subcommand each.
 
-    python figures.py localize --checkpoint out/updetr-imagenet/last.pt --image IMAGE --patches 10,20,110,140 200,50,320,210
+    python figures.py localize --checkpoint out/updetr-imagenet/last.pt --image IMAGE --patches 10,20,110,140 [...]
         UP-DETR, Fig. 5: where the pretrained model finds query patches, without any fine-tuning. The patches are cut
         from the image itself, or from --patch_image: the same object in another picture. Boxes below the confidence
         --threshold (paper: 0.9) are not drawn; every result is printed.
@@ -9,11 +9,11 @@
         DUPR (arXiv 2103.04814), Sec. 4.7, Fig. 5: how alike the conv4 features of an object and of boxes around it are,
         by their IoU. A detector wants a steep curve.
     python figures.py affinity --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data coco
-        DUPR, Fig. 9: to which place of an object in view 1 each of its places in view 2 is most alike,
-        on conv5. Ideal: the identity.
+        DUPR, Fig. 9: to which place of an object in view 1 each of its places in view 2 is most alike, on conv5. Ideal:
+        the identity.
     python figures.py match --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data imagenet
-        DUPR, Fig. 10: which conv4 patch of view 2 is most alike to each patch of view 1,
-        and how far that is from the true one.
+        DUPR, Fig. 10: which conv4 patch of view 2 is most alike to each patch of view 1, and how far that is from the
+        true one.
     python figures.py neighbours --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data imagenet
         DUPR, Sec. 4.8, Fig. 6: the images whose conv5 maps are most alike to a query's, place by place.
 
@@ -21,20 +21,27 @@ DUPR's four take any file with a ResNet in it, and random, imagenet, moco_v2, sw
 NAME=FILE names a checkpoint; else it is called as its file or, when that is last.pt, as its folder. Each command writes
 a picture and, beside it, its numbers as json.
 
-Deviations of `localize` (paper / released notebook / here): the threshold is 0.9 / none / 0.9; patches: not said /
-recoloured / as they are. Choices where DUPR's paper is silent (paper / here):
+Deviations of `localize` (paper / released notebook / here):
+    threshold       0.9 / none / 0.9
+    patches         not said / recoloured / as they are
+
+Choices where DUPR's paper is silent (paper / here):
     images          with boxes: 1000 of ImageNet val; else not said / of any set, drawn by --seed
-    iou-similarity  input: not said / short side 448 px, the long one at most twice that. S: not said / 14. RoIs: "20 with different IoUs" per image /
-                    per object, one in each IoU bin of width 0.05: its box shifted and scaled until it falls into
-                    the bin, inside the image
-    affinity        object: ImageNet's / the largest of an image. Crop: keeps its box whole / and covers 20..100 % of the image, as MoCo's, or all
-                    where 100 draws cut the box. In numbers: not done / mean of the diagonal,
-                    share of columns with their maximum on it
-    match           views: "the settings in [17]", MoCo / MoCo v2's, from which DUPR learns. In numbers: not done / over all patches whose true place
-                    lies in view 2, the share found within 1 patch of it and the median distance, centre to centre (a
-                    ResNet's map lies up to half a cell to the left: measured 0.3 patches in flipped pairs); `shuffled`:
-                    view 2 of the image before, what the place alone gives
-    neighbours      input: not said / 224 px centre, short side 256. "Normalised conv5 map" / Eq. (8): mean over positions of the cosines
+    iou-similarity  input: not said / short side 448 px, the long one at most twice that
+                    S: not said / 14
+                    RoIs: "20 with different IoUs" per image / per object, one in each IoU bin of width 0.05: its box
+                    shifted and scaled until it falls into the bin, inside the image
+    affinity        object: ImageNet's / the largest of an image
+                    crop: keeps its box whole / and covers 20..100 % of the image, as MoCo's, or all where 100 draws cut
+                    the box
+                    in numbers: not done / mean of the diagonal, share of columns with their maximum on it
+    match           views: "the settings in [17]", MoCo / MoCo v2's, from which DUPR learns
+                    in numbers: not done / over all patches whose true place lies in view 2, the share found within
+                    1 patch of it and the median distance, centre to centre (a ResNet's map lies up to half a cell to
+                    the left: measured 0.3 patches in flipped pairs); `shuffled`: view 2 of the image before, what the
+                    place alone gives
+    neighbours      input: not said / 224 px centre, short side 256
+                    "normalised conv5 map" / Eq. (8): mean over positions of the cosines
 """
 from __future__ import annotations
 
@@ -67,21 +74,21 @@ import updetr
 from annotations import DetectionSet, open_detection
 from common import UserError
 
-PLAIN = {"order": [], "gray": False, "blur": None, "solarize": False}        # colours as they are
-
-STAGES = {"conv4": (3, 16), "conv5": (4, 32)}                                # DUPR's name: torchvision's layer, stride
+NO_AUGMENTATION = {"order": [], "gray": False, "blur": None, "solarize": False}  # for data.apply_photometric
+STAGES = {"conv4": (3, 16), "conv5": (4, 32)}  # DUPR's name: torchvision's layer, stride
 COLOURS = dupr.COLOURS
-CROP_AREA = (0.2, 1.0)                                                       # MoCo v2
-S, BINS = 14, 20  # side of a region's grid of features; bins of IoU
+CROP_AREA = (0.2, 1.0)  # MoCo v2
+S = 14  # side of a region's grid of features
+BINS = 20  # bins of IoU
 MIN_SIDE = 16  # px: an image or view below it shows nothing
-SHOWN = 4                                                                    # images of a picture
+SHOWN = 4  # images of a picture
 
+# ==== 1. UP-DETR, Fig. 5 ====
 
-# ==== UP-DETR, Fig. 5 ====
 
 def load_updetr(path: str, num_patches: int) -> tuple[updetr.UPDETR, int]:
-    """A pretrained UP-DETR, ours or released, and the side of its query patches. num_patches:
-    M of a file that does not say it."""
+    """A pretrained UP-DETR, ours or released, and the side of its query patches. num_patches: M of a file that does not
+    say it."""
     found = convert.open_checkpoint(path)
     state, config = found.state, found.config
     if "patch2query.weight" not in state or found.method != "updetr":
@@ -89,34 +96,34 @@ def load_updetr(path: str, num_patches: int) -> tuple[updetr.UPDETR, int]:
                 else " (no patch2query: it was fine-tuned, or is another method's)")
         raise UserError(f"{path}: not a checkpoint of UP-DETR's pretraining{what}")
     cfg = SimpleNamespace(**{"nheads": 8, "dropout": 0.0, "lr_backbone": 0.0, **convert.architecture(state, path)})
-    cfg.nheads, num_patches = (config.get("nheads", cfg.nheads),
-                               config.get("num_patches", min(num_patches, cfg.num_queries)))
+    cfg.nheads = config.get("nheads", cfg.nheads)
+    num_patches = config.get("num_patches", min(num_patches, cfg.num_queries))
     if cfg.num_queries % num_patches:
         raise UserError(f"--num_patches {num_patches}: {path} has {cfg.num_queries} queries, "
                         "which do not divide into so many groups")
-    model = updetr.UPDETR(common.build_detector(cfg, 3, focal=False), num_patches, config.get("attention_mask", True),
+    detector = common.build_detector(cfg, 3, focal=False)
+    model = updetr.UPDETR(detector, num_patches, config.get("attention_mask", True),
                           "feature_align.layers.0.weight" in state)
     convert.load_matching(model, state, drop={}, source=path)
     return model.eval(), config.get("patch_size", 128)
 
 
 @torch.no_grad()
-def find(model: updetr.UPDETR, patch_size: int, image: Image.Image, origin: Image.Image,
-         boxes: list[tuple[float, ...]], size: int
-         ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (scores [n], boxes_xyxy [n, 4] px of `image`) of the patches that `boxes` (xyxy px) cut out of
-    `origin`, at most M in one pass."""
+def find_patches(model: updetr.UPDETR, patch_size: int, image: Image.Image, origin: Image.Image,
+                 boxes: list[tuple[float, ...]], size: int) -> tuple[Tensor, Tensor]:
+    """-> (scores [n], boxes_xyxy [n, 4] px of `image`) of the patches that `boxes` (xyxy px) cut out of `origin`, at
+    most M in one pass."""
     height, width = data.resized_hw((image.height, image.width), size)
     tensor = data.to_normalized_tensor(image.resize((width, height), Image.Resampling.BILINEAR))[None]
-    patches = torch.stack([data.cut_patch(origin, box, patch_size, PLAIN) for box in boxes])
+    patches = torch.stack([data.cut_patch(origin, box, patch_size, NO_AUGMENTATION) for box in boxes])
     scores, found = [], []
     for part in patches.split(model.num_patches):
         outputs = model(tensor, torch.zeros(1, height, width, dtype=torch.bool), part[None])
         score, box, _ = evaluation.most_confident(outputs["pred_logits"], outputs["pred_boxes"], len(part))
         scores.append(score[0])
         found.append(box[0])
-    return (torch.cat(scores),
-            box_convert(torch.cat(found), "cxcywh", "xyxy") * torch.tensor([image.width, image.height] * 2))
+    boxes_xyxy = box_convert(torch.cat(found), "cxcywh", "xyxy") * torch.tensor([image.width, image.height] * 2)
+    return torch.cat(scores), boxes_xyxy
 
 
 def parse_box(text: str) -> tuple[float, ...]:
@@ -148,33 +155,37 @@ def localize(args: argparse.Namespace) -> dict[str, Any]:
     if args.num_patches < 1:
         raise UserError(f"--num_patches {args.num_patches}: must be at least 1")
     model, patch_size = load_updetr(args.checkpoint, args.num_patches)
-    scores, found = find(model, patch_size, image, origin, boxes, args.size)
+    scores, found = find_patches(model, patch_size, image, origin, boxes, args.size)
     for text, score, box in zip(args.patches, scores.tolist(), found.tolist()):
         place = ", ".join(f"{v:.0f}" for v in box)
-        run.say(f"patch {text}: confidence {score:.3f} at {place}" + ("" if score > args.threshold else " (not drawn)"))
+        drawn = "" if score > args.threshold else " (not drawn)"
+        run.print_rank0(f"patch {text}: confidence {score:.3f} at {place}{drawn}")
     sure = scores > args.threshold
-    shown = torch.where(sure[:, None], found, float("nan"))                  # colours stay those of the patches
+    shown = torch.where(sure[:, None], found, float("nan"))  # colours stay those of the patches
     names = [str(i + 1) for i in range(len(boxes))]
-    columns = {"query patches": [(torch.tensor(boxes), names, origin)], f"found (confidence > {args.threshold:g})":
-               [(shown, [f"{n}: {s:.2f}" for n, s in zip(names, scores.tolist())])]}
-    evaluation.draw_boxes_figure(args.out, [image], columns, max_boxes=len(boxes))
-    run.say(f"wrote {args.out}: {int(sure.sum())} of {len(boxes)} patches found with confidence > {args.threshold:g}")
+    labels = [f"{name}: {score:.2f}" for name, score in zip(names, scores.tolist())]
+    evaluation.draw_rows(args.out, ("query patches", f"found (confidence > {args.threshold:g})"),
+                         [[(origin, torch.tensor(boxes), names), (image, shown, labels)]], max_boxes=len(boxes))
+    run.print_rank0(f"wrote {args.out}: {int(sure.sum())} of {len(boxes)} patches found "
+                    f"with confidence > {args.threshold:g}")
     return {"scores": scores, "boxes": found}
 
 
-# ==== DUPR: backbones, images, equations ====
+# ==== 2. DUPR: backbones, images, equations ====
+
 
 def open_backbones(args: argparse.Namespace, stage: str) -> dict[str, common.Backbone]:
-    """--checkpoint -> {name: a ResNet that returns `stage`, BatchNorm with constant statistics}.
-    `random` is as deep as --arch or the first file."""
+    """--checkpoint -> {name: a ResNet that returns `stage`, BatchNorm with constant statistics}. `random` is as deep as
+    --arch or the first file."""
     found: dict[str, tuple[str | None, dict, str]] = {}
     layer = STAGES[stage][0]
     for text in args.checkpoint:
         name, weights = (None, text) if Path(text).is_file() else re.fullmatch("(?s)(?:([^=/]+)=)?(.*)", text).groups()
         path = convert.backbone_file(weights, args.arch or "resnet50")
-        known = weights in ("random", "imagenet", *convert.BACKBONE_URLS)
-        name = name or (weights if known else path.resolve().parent.name if path.stem == "last"
-                        else Path(path.name.removesuffix(".tar")).stem)
+        if not name and weights in ("random", "imagenet", *convert.BACKBONE_URLS):
+            name = weights
+        elif not name:
+            name = path.resolve().parent.name if path.stem == "last" else Path(path.name.removesuffix(".tar")).stem
         if name in found:
             raise UserError(f"--checkpoint {text}: another one is called {name} too; "
                             f"give it a name with NAME={weights}")
@@ -193,18 +204,18 @@ def open_backbones(args: argparse.Namespace, stage: str) -> dict[str, common.Bac
         backbone = common.Backbone(arch or default, (layer,), "frozen", trainable=0)
         if arch:  # later stages and the counters of batches play no part
             used = {child for child, _ in backbone.body.named_children()}
-            state = {k: v
-                     for k, v in state.items() if k.split(".")[0] in used and not k.endswith("num_batches_tracked")}
+            state = {k: v for k, v in state.items()
+                     if k.split(".")[0] in used and not k.endswith("num_batches_tracked")}
             convert.load_matching(backbone.body, state, drop={}, source=source)
         backbones[name] = backbone.eval().to(args.device)
     return backbones
 
 
 def region_features(feature: Tensor, boxes: Sequence[Tensor], stage: str) -> Tensor:
-    """RoIAlign of `boxes`, [n, 4] xyxy px of the input per image of `feature`
-    -> [all n, C, S * S], positions row by row."""
-    return roi_align(feature, [b.to(feature) for b in boxes], S, 1 / STAGES[stage][1],
-                     sampling_ratio=-1, aligned=True).flatten(2)
+    """RoIAlign of `boxes`, [n, 4] xyxy px of the input per image of `feature` -> [all n, C, S * S], positions row by
+    row."""
+    return roi_align(feature, [b.to(feature) for b in boxes], S, 1 / STAGES[stage][1], sampling_ratio=-1,
+                     aligned=True).flatten(2)
 
 
 def iou_similarity(q: Tensor, k: Tensor) -> Tensor:
@@ -227,10 +238,12 @@ def match(f1: Tensor, f2: Tensor) -> Tensor:
     return cosines(f1, f2).argmax(1)
 
 
-def sample(source: Any, candidates: Sequence[int], count: int, args: argparse.Namespace) -> Iterator[tuple[int, Any]]:
-    """(index, what source.load gives) of up to `count` of the `candidates`, in an order drawn from the seed;
-    unusable files are left out."""
-    skipped, order = data.SkipCount(len(source)), np.random.default_rng(args.seed).permutation(candidates).tolist()
+def sample_images(source: Any, candidates: Sequence[int], count: int, args: argparse.Namespace
+                  ) -> Iterator[tuple[int, Any]]:
+    """(index, what source.load gives) of up to `count` of the `candidates`, in an order drawn from the seed; unusable
+    files are left out."""
+    order = np.random.default_rng(args.seed).permutation(candidates).tolist()
+    skipped = run.SkipCount(len(source))
     bar = run.progress(None, total=min(count, len(order)), desc=args.figure)
     for index in order:
         try:
@@ -246,7 +259,7 @@ def sample(source: Any, candidates: Sequence[int], count: int, args: argparse.Na
         if bar.n == bar.total:
             break
     bar.close()
-    skipped.tell()
+    skipped.report()
 
 
 def open_source(args: argparse.Namespace, least: int) -> Any:
@@ -269,85 +282,98 @@ def open_objects(args: argparse.Namespace) -> tuple[DetectionSet, list[int]]:
     return labelled, usable
 
 
-def finish(args: argparse.Namespace, result: dict[str, Any], rows: dict[str, dict], title: str) -> dict[str, Any]:
+def write_numbers(args: argparse.Namespace, numbers: dict[str, Any], rows: dict[str, dict], title: str
+                  ) -> dict[str, Any]:
     """Write the numbers beside the picture, print `rows`; returns what the json holds."""
-    result = {"figure": args.figure, "data": args.data, "split": args.split, "seed": args.seed,
-              "size": args.size, **result}
-    evaluation.write_json(args.out.with_suffix(".json"), result)
-    run.say(evaluation.metrics_table(rows, list(next(iter(rows.values()))), title)
-            + f"\nwrote {args.out}, {args.out.with_suffix('.json')}")
-    return result
+    numbers = {"figure": args.figure, "data": args.data, "split": args.split, "seed": args.seed, "size": args.size,
+               **numbers}
+    path = args.out.with_suffix(".json")
+    run.write_json(path, numbers)
+    table = evaluation.metrics_table(rows, list(next(iter(rows.values()))), title)
+    run.print_rank0(f"{table}\nwrote {args.out}, {path}")
+    return numbers
 
 
-# ==== DUPR, Fig. 5: similarity by IoU ====
+# ==== 3. DUPR, Fig. 5: similarity by IoU ====
 
-def sample_rois(rng: np.random.Generator, box: Tensor, hw: tuple[int, int], rounds: int = 20,
-                tries: int = 2000) -> tuple[Tensor, Tensor]:
+
+def sample_rois(rng: np.random.Generator, box: Tensor, hw: tuple[int, int], rounds: int = 20, tries: int = 2000
+                ) -> tuple[Tensor, Tensor]:
     """One RoI in each IoU bin with `box` [4] xyxy px of an image of size hw: the box shifted and scaled, less or more,
     until it falls into the bin.
 
-    Returns (boxes_xyxy float64 [n, 4] inside the image, their bins int64 [n]).
-    A bin that rounds * tries draws do not reach is left out.
+    Returns (boxes_xyxy float64 [n, 4] inside the image, their bins int64 [n]). A bin that rounds * tries draws do not
+    reach is left out.
     """
-    box, limit, found = box.double().numpy(), np.array(hw[::-1] * 2), {}
+    box = box.double().numpy()
+    limit = np.array(hw[::-1] * 2)
     centre, side = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+    found = {}
     for _ in range(rounds):
-        strength = rng.uniform(0, 1, (tries, 1))                             # small ones for high IoUs
+        strength = rng.uniform(0, 1, (tries, 1))  # small ones for high IoUs
         middle = centre + side * strength * rng.uniform(-1, 1, (tries, 2))
         half = side * 10 ** (strength * rng.uniform(-1, 1, (tries, 2))) / 2
         rois = np.concatenate([middle - half, middle + half], 1)
         rois = rois[(rois >= 0).all(1) & (rois <= limit).all(1)]
         ious = box_iou(torch.from_numpy(box)[None], torch.from_numpy(rois))[0].numpy()
         bins, first = np.unique((ious * BINS).astype(int).clip(max=BINS - 1), return_index=True)
-        found = dict(zip(bins.tolist(), rois[first])) | found                # the first that came stays
+        found = dict(zip(bins.tolist(), rois[first])) | found  # the first that came stays
         if len(found) == BINS:
             break
-    return (torch.from_numpy(np.array([found[k] for k in sorted(found)]).reshape(-1, 4)),
-            torch.tensor(sorted(found), dtype=torch.int64))
+    bins = sorted(found)
+    return torch.from_numpy(np.array([found[k] for k in bins]).reshape(-1, 4)), torch.tensor(bins, dtype=torch.int64)
 
 
 @torch.no_grad()
 def draw_iou_similarity(args: argparse.Namespace) -> dict[str, Any]:
     """{"bins": edges [21], "counts": RoIs [20], "checkpoints": {name: {"similarity" [20], "above_0.5", "below_0.3",
     "difference"}}, ...}: the paper's two ranges, means over their bins, nan where there is none."""
-    (labelled, usable), backbones = open_objects(args), open_backbones(args, "conv4")
-    sums, counts, images, objects = ({name: torch.zeros(BINS).double() for name in backbones},
-                                     torch.zeros(BINS).long(), 0, 0)
-    for index, (image, target) in sample(labelled, usable, args.images, args):
-        hw, rng, images = (image.height, image.width), data.sample_rng(args.seed, 0, index), images + 1
+    labelled, usable = open_objects(args)
+    backbones = open_backbones(args, "conv4")
+    sums = {name: torch.zeros(BINS).double() for name in backbones}
+    counts = torch.zeros(BINS).long()
+    images = objects = 0
+    for index, (image, target) in sample_images(labelled, usable, args.images, args):
+        images += 1
+        rng = data.sample_rng(args.seed, 0, index)
+        hw = image.height, image.width
         size = data.resized_hw(hw, args.size, 2 * args.size)
         tensor = data.to_normalized_tensor(image.resize(size[::-1], Image.Resampling.BILINEAR))[None].to(args.device)
         maps = {name: backbone(tensor)[0] for name, backbone in backbones.items()}
         for box in target["boxes_xyxy"][~target["ignore"]].double():  # one at a time: its 21 regions of conv4 are 17 MB
             rois, bins = sample_rois(rng, box, hw)
             boxes = data.resize_boxes(torch.cat([box[None], rois]), hw, size)
-            counts[bins], objects = counts[bins] + 1, objects + 1
+            counts[bins] += 1
+            objects += 1
             for name, feature in maps.items():
                 regions = region_features(feature, [boxes], "conv4")
                 sums[name][bins] += iou_similarity(regions[:1], regions[1:]).cpu().double()
-    found, edges = {}, torch.arange(BINS + 1, dtype=torch.float64) / BINS
-    for name, values in ((name, total / counts) for name, total in sums.items()):
-        high, low = values[edges[:-1] >= 0.5].nanmean().item(), values[edges[1:] <= 0.3].nanmean().item()
-        found[name] = {"similarity": values.tolist(), "above_0.5": high, "below_0.3": low, "difference": high - low}
+    edges = torch.arange(BINS + 1, dtype=torch.float64) / BINS
+    found, rows = {}, {}
+    for name, total in sums.items():
+        values = total / counts
+        high = values[edges[:-1] >= 0.5].nanmean().item()
+        low = values[edges[1:] <= 0.3].nanmean().item()
+        rows[name] = {"above_0.5": high, "below_0.3": low, "difference": high - low}
+        found[name] = {"similarity": values.tolist(), **rows[name]}
     middles = ((edges[:-1] + edges[1:]) / 2).tolist()
-    draw_curves(args.out,
-                {name: [(x, y) for x, y in zip(middles, row["similarity"]) if y == y] for name, row in found.items()})
-    rows = {name: {k: v for k, v in row.items() if k != "similarity"} for name, row in found.items()}
-    return finish(args,
-                  {"images": images, "objects": objects, "bins": edges, "counts": counts, "checkpoints": found}, rows,
-                  f"similarity of RoI and object, Eq. (8), by their IoU: conv4, {objects} objects of {images} images")
+    draw_curves(args.out, {name: [(x, y) for x, y in zip(middles, row["similarity"]) if y == y]
+                           for name, row in found.items()})
+    numbers = {"images": images, "objects": objects, "bins": edges, "counts": counts, "checkpoints": found}
+    return write_numbers(args, numbers, rows, "similarity of RoI and object, Eq. (8), by their IoU: conv4, "
+                         f"{objects} objects of {images} images")
 
 
 def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
-    """PNG of Fig. 5 (b): similarity over IoU, one line per checkpoint.
-    Drawn at twice its size and reduced, for smooth lines."""
-    left, top, right, bottom, font = 130, 80, 1500, 940, ImageFont.load_default(28)
+    """PNG of Fig. 5 (b): similarity over IoU, one line per checkpoint. Drawn at twice its size and reduced, for smooth
+    lines."""
+    left, top, right, bottom = 130, 80, 1500, 940
+    font = ImageFont.load_default(28)
     values = [y for points in curves.values() for _, y in points]
     step = next(s for s in (m * 10.0 ** e for e in range(-4, 1) for m in (1, 2, 5))
                 if max(values) - min(values) <= 6 * s)
-    # first and last tick, in steps
-    low, high = math.floor(round(min(values) / step, 3)), math.ceil(round(max(values) / step, 3))
-    high = max(high, low + 1)
+    low = math.floor(round(min(values) / step, 3))  # first and last tick, in steps
+    high = max(math.ceil(round(max(values) / step, 3)), low + 1)
     sheet = Image.new("RGB", (right + 60, bottom + 120), "white")
     draw = ImageDraw.Draw(sheet)
 
@@ -363,10 +389,11 @@ def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> Non
     draw.line([place(0, high), place(0, low), place(1, low)], "black", 3)
     draw.text((right, bottom + 104), "IoU of RoI and object", "black", font, anchor="rb")
     draw.text((20, 20), "similarity, Eq. (8)", "black", font)
-    colours = [c for c in evaluation.PALETTE if c != "#ffe119"]              # yellow is hard to see on white
+    colours = [c for c in evaluation.PALETTE if c != "#ffe119"]  # yellow is hard to see on white
     for i, (name, points) in enumerate(curves.items()):
-        colour, places, y = (colours[i % len(colours)], [place(x, v / step) for x, v in points],
-                             bottom - 40 * (len(curves) - i))
+        colour = colours[i % len(colours)]
+        places = [place(x, v / step) for x, v in points]
+        y = bottom - 40 * (len(curves) - i)
         draw.line(places, colour, 6, joint="curve")
         for at in places:
             draw.circle(at, 8, colour)
@@ -376,12 +403,13 @@ def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> Non
     sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(path, format="PNG")
 
 
-# ==== DUPR, Fig. 9: affinity of an object in two views ====
+# ==== 4. DUPR, Fig. 9: affinity of an object in two views ====
 
-def draw_box_view(rng: np.random.Generator, hw: tuple[int, int], box: Tensor,
-                  size: int) -> tuple[dict[str, Any], Tensor]:
-    """A view of an image of size hw that keeps `box` [4] xyxy px whole: (what dupr.apply_view does;
-    the box in the view, px of its size x size)."""
+
+def draw_box_view(rng: np.random.Generator, hw: tuple[int, int], box: Tensor, size: int
+                  ) -> tuple[dict[str, Any], Tensor]:
+    """A view of an image of size hw that keeps `box` [4] xyxy px whole: (what dupr.apply_view does; the box in the
+    view, px of its size x size)."""
     x1, y1, x2, y2 = box.tolist()
     area = max(CROP_AREA[0], (x2 - x1) * (y2 - y1) / math.prod(hw)), CROP_AREA[1]
     crops = (data.draw_crop(rng, hw, area) for _ in range(100))
@@ -398,50 +426,51 @@ def heat_map(values: Tensor) -> Image.Image:
 
 @torch.no_grad()
 def draw_affinity(args: argparse.Namespace) -> dict[str, Any]:
-    """{"images", "checkpoints": {name: {"diagonal": its mean, "accuracy":
-    share of columns whose maximum lies on it}}, ...}, means over images."""
+    """{"images", "checkpoints": {name: {"diagonal": its mean, "accuracy": share of columns whose maximum lies on it}},
+    ...}, means over images."""
     if not 0 < args.tau < math.inf:
         raise UserError(f"--tau {args.tau}: must be above 0")
-    (labelled, usable), backbones = open_objects(args), open_backbones(args, "conv5")
+    labelled, usable = open_objects(args)
+    backbones = open_backbones(args, "conv5")
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in backbones}
-    columns: dict[str, list[tuple]] = {name: [] for name in ("view 1", "view 2", *backbones)}
-    for index, (image, target) in sample(labelled, usable, args.images, args):
-        boxes, rng = target["boxes_xyxy"][~target["ignore"]], data.sample_rng(args.seed, 0, index)
+    rows = []  # of the picture
+    for index, (image, target) in sample_images(labelled, usable, args.images, args):
+        rng = data.sample_rng(args.seed, 0, index)
+        boxes = target["boxes_xyxy"][~target["ignore"]]
         box = boxes[(boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()]
         draws, rois = zip(*(draw_box_view(rng, (image.height, image.width), box, args.size) for _ in range(2)))
         views = torch.stack([dupr.apply_view(image, d, args.size) for d in draws]).to(args.device)  # [2, 3, H, W]
         matrices = {name: affinity(*region_features(b(views)[0], [r[None] for r in rois], "conv5"), args.tau)
                     for name, b in backbones.items()}
-        for name, matrix in matrices.items():                                # [S * S, S * S]
+        for name, matrix in matrices.items():  # [S * S, S * S]
             right = matrix.argmax(0) == torch.arange(S * S, device=matrix.device)
             found[name].append((matrix.diagonal().mean().item(), right.float().mean().item()))
-        if len(columns["view 1"]) < SHOWN:
-            tiles = [(roi, None, evaluation.picture(view)) for roi, view in zip(rois, views.cpu())]
-            tiles += [((), None, heat_map(matrix)) for matrix in matrices.values()]
-            for column, tile in zip(columns.values(), tiles):
-                column.append(tile)
+        if len(rows) < SHOWN:
+            rows.append([(evaluation.to_image(view), roi, None) for roi, view in zip(rois, views.cpu())]
+                        + [(heat_map(matrix), (), None) for matrix in matrices.values()])
     means = {name: dict(zip(("diagonal", "accuracy"), np.mean(values, 0).tolist())) for name, values in found.items()}
-    titles = {name: f"{name}: {row['accuracy']:.1%} on the diagonal" for name, row in means.items()}
-    evaluation.draw_boxes_figure(args.out, [tile[2] for tile in columns["view 1"]],
-                                 {titles.get(k, k): tiles for k, tiles in columns.items()})
+    titles = [f"{name}: {row['accuracy']:.1%} on the diagonal" for name, row in means.items()]
+    evaluation.draw_rows(args.out, ("view 1", "view 2", *titles), rows)
     images = len(next(iter(found.values())))
-    return finish(args, {"images": images, "tau": args.tau, "checkpoints": means}, means,
-                  f"affinity of an object's {S * S} places in two views, Eq. (9): conv5, {images} images")
+    return write_numbers(args, {"images": images, "tau": args.tau, "checkpoints": means}, means,
+                         f"affinity of an object's {S * S} places in two views, Eq. (9): conv5, {images} images")
 
 
-# ==== DUPR, Fig. 10: matching patches of two views ====
+# ==== 5. DUPR, Fig. 10: matching patches of two views ====
+
 
 def true_places(boxes: Tensor, flips: Sequence[bool], size: int, grid: int) -> tuple[Tensor, Tensor]:
-    """Where the grid x grid patches of view 1 lie in view 2, of size px both. boxes [2, 4] xyxy px:
-    their overlap in each (dupr.overlap_boxes).
+    """Where the grid x grid patches of view 1 lie in view 2, of size px both. boxes [2, 4] xyxy px: their overlap in
+    each (dupr.overlap_boxes).
 
-    Returns (x, y [grid * grid, 2] in patches: (j, i) is the centre of view 2's patch in row i, column j;
-    whether they lie in view 2, bool).
+    Returns (x, y [grid * grid, 2] in patches: (j, i) is the centre of view 2's patch in row i, column j; whether they
+    lie in view 2, bool).
     """
-    stride, steps = size / grid, torch.arange(grid, dtype=torch.float64)
-    centres = (torch.cartesian_prod(steps, steps).flip(1) + 0.5) * stride    # x, y px of view 1, row by row
+    stride = size / grid
+    steps = torch.arange(grid, dtype=torch.float64)
+    centres = (torch.cartesian_prod(steps, steps).flip(1) + 0.5) * stride  # x, y px of view 1, row by row
     first, second = boxes.double()
-    share = (centres - first[:2]) / (first[2:] - first[:2])                  # of the overlap's sides
+    share = (centres - first[:2]) / (first[2:] - first[:2])  # of the overlap's sides
     inside = ((share >= 0) & (share <= 1)).all(1)
     if flips[0] != flips[1]:
         share[:, 0] = 1 - share[:, 0]
@@ -459,13 +488,14 @@ def match_numbers(found: list[Tensor]) -> dict[str, float]:
 
 
 def draw_lines(views: Sequence[Image.Image], patches: Tensor, best: Tensor, off: Tensor, grid: int) -> Image.Image:
-    """View 1 beside view 2, and lines from some `patches` to where they were found; cyan:
-    at most 1 patch off, yellow: 3, red: more."""
+    """View 1 beside view 2, and lines from some `patches` to where they were found; cyan: at most 1 patch off, yellow:
+    3, red: more."""
     size, gap = views[0].width, 12
     sheet = Image.new("RGB", (2 * size + gap, size), "white")
     sheet.paste(views[0], (0, 0))
     sheet.paste(views[1], (size + gap, 0))
-    draw, stride = ImageDraw.Draw(sheet), size / grid
+    draw = ImageDraw.Draw(sheet)
+    stride = size / grid
     for p, q, distance in zip(patches.tolist(), best[patches].tolist(), off[patches].tolist()):
         ends = [((k % grid + 0.5) * stride + shift, (k // grid + 0.5) * stride)
                 for k, shift in ((p, 0), (q, size + gap))]
@@ -478,12 +508,15 @@ def draw_lines(views: Sequence[Image.Image], patches: Tensor, best: Tensor, off:
 
 @torch.no_grad()
 def draw_match(args: argparse.Namespace) -> dict[str, Any]:
-    """{"images", "patches", "checkpoints": {name: {"within_1", "median_distance", "shuffled":
-    the same with view 2 of another image}}, ...}."""
-    source, backbones, grid = open_source(args, least=2), open_backbones(args, "conv4"), args.size // STAGES["conv4"][1]
-    right, wrong, tiles = ({name: [] for name in backbones} for _ in range(3))
+    """{"images", "patches", "checkpoints": {name: {"within_1", "median_distance", "shuffled": the same with view 2 of
+    another image}}, ...}."""
+    source = open_source(args, least=2)
+    backbones = open_backbones(args, "conv4")
+    grid = args.size // STAGES["conv4"][1]
+    right, wrong = ({name: [] for name in backbones} for _ in range(2))  # distances
+    rows = []  # of the picture
     before: dict[str, Tensor] = {}
-    for index, image in sample(source, range(len(source)), args.images, args):
+    for index, image in sample_images(source, range(len(source)), args.images, args):
         rng = data.sample_rng(args.seed, 0, index)
         draws = [dupr.draw_view(rng, (image.height, image.width), CROP_AREA, COLOURS) for _ in range(2)]
         flips = [d["flip"] for d in draws]
@@ -493,34 +526,37 @@ def draw_match(args: argparse.Namespace) -> dict[str, Any]:
             continue
         views = torch.stack([dupr.apply_view(image, d, args.size) for d in draws]).to(args.device)  # [2, 3, H, W]
         shown = torch.from_numpy(rng.permutation(inside.nonzero()[:, 0].numpy())[:20])
+        cells = []
         for name, backbone in backbones.items():
-            f1, f2 = backbone(views)[0].flatten(2)                           # [C, grid * grid]
+            f1, f2 = backbone(views)[0].flatten(2)  # [C, grid * grid]
             best = match(f1, f2).cpu()
             off = distances(best, places, grid)
             right[name].append(off[inside])
             if name in before:
                 wrong[name].append(distances(match(f1, before[name]).cpu(), places, grid)[inside])
             before[name] = f2
-            if len(tiles[name]) < SHOWN:
-                tiles[name].append(((), None,
-                                    draw_lines([evaluation.picture(v) for v in views.cpu()], shown, best, off, grid)))
+            if len(rows) < SHOWN:
+                pictures = [evaluation.to_image(view) for view in views.cpu()]
+                cells.append((draw_lines(pictures, shown, best, off, grid), (), None))
+        if cells:
+            rows.append(cells)
     first = right[next(iter(right))]
     if len(first) < 2:
         raise UserError(f"--data {args.data}: the views of only {len(first)} images overlap, but 2 are needed; "
                         "give more --images or another --seed")
     found = {name: {**match_numbers(right[name]), "shuffled": match_numbers(wrong[name])} for name in backbones}
-    columns = {f"{name}: {row['within_1']:.1%} within 1 patch (cyan; yellow: 3)": tiles[name]
-               for name, row in found.items()}
-    evaluation.draw_boxes_figure(args.out, [tile[2] for tile in next(iter(tiles.values()))], columns)
+    titles = [f"{name}: {row['within_1']:.1%} within 1 patch (cyan; yellow: 3)" for name, row in found.items()]
+    evaluation.draw_rows(args.out, tuple(titles), rows)
     patches = sum(map(len, first))
-    rows = {f"{name}{what}": {k: row[k] for k in ("within_1", "median_distance")}
-            for name, numbers in found.items() for what, row in (("", numbers), (", shuffled", numbers["shuffled"]))}
-    return finish(args, {"images": len(first), "patches": patches, "grid": grid, "checkpoints": found}, rows,
-                  "patches of view 1 found in view 2 (distances in patches): conv4, "
-                  f"{patches} patches of {len(first)} images")
+    table = {f"{name}{what}": {k: row[k] for k in ("within_1", "median_distance")}
+             for name, numbers in found.items() for what, row in (("", numbers), (", shuffled", numbers["shuffled"]))}
+    numbers = {"images": len(first), "patches": patches, "grid": grid, "checkpoints": found}
+    return write_numbers(args, numbers, table, "patches of view 1 found in view 2 (distances in patches): conv4, "
+                         f"{patches} patches of {len(first)} images")
 
 
-# ==== DUPR, Fig. 6: nearest neighbours ====
+# ==== 6. DUPR, Fig. 6: nearest neighbours ====
+
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """The central size x size of an image whose short side is 256 / 224 of it."""
@@ -536,14 +572,29 @@ def map_similarity(q: Tensor, k: Tensor) -> Tensor:
 
 def same_folder(keys: dict[int, str], neighbours: dict[int, list[int]]) -> float | None:
     """Share of neighbours {query: indices} from the query's class folder, over queries whose folder holds other images
-    too. keys: all that was searched. None where there is nothing to count,
-    or folders are not ImageNet's (n01440764, ...)."""
+    too. keys: all that was searched. None where there is nothing to count, or folders are not ImageNet's (n01440764,
+    ...)."""
     folders = {index: Path(key).parent.name for index, key in keys.items()}
     if not all(re.fullmatch(r"n\d{8}", folder) for folder in folders.values()):
         return None
     sizes = Counter(folders.values())
     hits = [folders[n] == folders[q] for q, near in neighbours.items() if sizes[folders[q]] > 1 for n in near]
     return sum(hits) / len(hits) if hits else None
+
+
+def draw_neighbour_rows(args: argparse.Namespace, source: Any, queries: list[dict], names: list[str]) -> None:
+    """Fig. 6: per query and checkpoint a row, the query and its neighbours with their similarity."""
+    def cell(index: int, text: str) -> tuple:
+        image = centre_crop(source.load(index), args.size).resize((evaluation.TILE,) * 2)
+        draw = ImageDraw.Draw(image)
+        draw.rectangle([0, image.height - 22, image.width, image.height], "black")
+        draw.text((image.width / 2, image.height - 11), text, "white", ImageFont.load_default(14), anchor="mm")
+        return image, (), None
+
+    cells = [[cell(row["index"], name), *(cell(n["index"], f"{n['similarity']:.3f}") for n in row["neighbours"][name])]
+             for row in queries for name in names]
+    titles = ("query", *(f"neighbour {i + 1}" for i in range(args.top)))
+    evaluation.draw_rows(args.out, titles, cells)
 
 
 @torch.no_grad()
@@ -554,60 +605,51 @@ def draw_neighbours(args: argparse.Namespace) -> dict[str, Any]:
     if min(args.top, args.queries) < 1:
         raise UserError(f"--top {args.top}, --queries {args.queries}: both must be at least 1")
     source = open_source(args, least=max(args.top + 1, args.queries))
-    backbones, everything = open_backbones(args, "conv5"), range(len(source))
-    maps, parts, indices = {name: [] for name in backbones}, {name: [] for name in backbones}, []
+    backbones = open_backbones(args, "conv5")
 
     def chunks(count: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        loaded = sample(source, everything, count, args)
+        loaded = sample_images(source, range(len(source)), count, args)
         while chunk := list(itertools.islice(loaded, 16)):
-            tensor = torch.stack([data.to_normalized_tensor(centre_crop(image, args.size))
-                                  for _, image in chunk]).to(args.device)
-            yield [index for index, _ in chunk], {name: backbone(tensor)[0].flatten(2)
-                                                  for name, backbone in backbones.items()}
+            tensors = [data.to_normalized_tensor(centre_crop(image, args.size)) for _, image in chunk]
+            batch = torch.stack(tensors).to(args.device)
+            yield [index for index, _ in chunk], {name: b(batch)[0].flatten(2) for name, b in backbones.items()}
 
-    for _, features in chunks(args.queries):                                 # the first of those below
+    maps = {name: [] for name in backbones}
+    for _, features in chunks(args.queries):  # the first of those below
         for name, feature in features.items():
             maps[name].append(feature)
+    indices = []
+    parts = {name: [] for name in backbones}  # of the similarities [queries, images]
     for some, features in chunks(args.images):
         indices += some
         for name, feature in features.items():
             parts[name].append(map_similarity(torch.cat(maps[name]), feature).cpu())
-    keys, queries = {i: source.key(i) for i in indices}, indices[:args.queries]
+    keys = {i: source.key(i) for i in indices}
+    queries = indices[:args.queries]
     rows: list[dict[str, Any]] = [{"index": q, "key": keys[q], "neighbours": {}} for q in queries]
     means = {}
     for name in backbones:
-        similarity = torch.cat(parts[name], 1).fill_diagonal_(-math.inf)     # [queries, images]; not itself
+        similarity = torch.cat(parts[name], 1).fill_diagonal_(-math.inf)  # [queries, images]; not itself
         values, places = similarity.topk(args.top)
         near = [[indices[p] for p in line] for line in places.tolist()]
         for row, found, scores in zip(rows, near, values.tolist()):
             row["neighbours"][name] = [{"index": i, "key": keys[i], "similarity": score}
                                        for i, score in zip(found, scores)]
         means[name] = {"similarity": values.mean().item(), "same_folder": same_folder(keys, dict(zip(queries, near)))}
-
-    def tile(index: int, text: str) -> tuple:
-        image = centre_crop(source.load(index), args.size).resize((evaluation.TILE,) * 2)
-        draw = ImageDraw.Draw(image)
-        draw.rectangle([0, image.height - 22, image.width, image.height], "black")
-        draw.text((image.width / 2, image.height - 11), text, "white", ImageFont.load_default(14), anchor="mm")
-        return (), None, image
-
-    lines = [(row, name) for row in rows[:SHOWN] for name in backbones]
-    columns = {"query": [tile(row["index"], name) for row, name in lines]}
-    for i in range(args.top):
-        near = [row["neighbours"][name][i] for row, name in lines]
-        columns[f"neighbour {i + 1}"] = [tile(n["index"], f"{n['similarity']:.3f}") for n in near]
-    evaluation.draw_boxes_figure(args.out, [entry[2] for entry in columns["query"]], columns)
-    return finish(args, {"images": len(indices), "top": args.top, "checkpoints": means, "queries": rows}, means,
-                  f"top-{args.top} neighbours of {len(queries)} queries among {len(indices)} images, means: conv5")
+    draw_neighbour_rows(args, source, rows[:SHOWN], list(backbones))
+    numbers = {"images": len(indices), "top": args.top, "checkpoints": means, "queries": rows}
+    return write_numbers(args, numbers, means, f"top-{args.top} neighbours of {len(queries)} queries among "
+                         f"{len(indices)} images, means: conv5")
 
 
-# ==== Main ====
+# ==== 7. Main ====
 
-def add_analysis(commands: Any, figure: str, run: Callable, text: str, images: int,
-                 size: int = 448) -> argparse.ArgumentParser:
+
+def add_analysis(commands: Any, figure: str, draw: Callable, text: str, images: int, size: int = 448
+                 ) -> argparse.ArgumentParser:
     """A subcommand on backbones, with the flags that all of them have."""
     command = commands.add_parser(figure, help=text)
-    command.set_defaults(run=run, figure=figure)
+    command.set_defaults(draw=draw, figure=figure)
     command.add_argument("--checkpoint", required=True, nargs="+", metavar="[NAME=]FILE",
                          help="or random, imagenet, moco_v2, swav; any number")
     command.add_argument("--data", required=True,
@@ -644,7 +686,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
     command = commands.add_parser("localize", help="UP-DETR, Fig. 5: find query patches in an image")
-    command.set_defaults(run=localize)
+    command.set_defaults(draw=localize)
     command.add_argument("--checkpoint", required=True, help="last.pt of updetr.py, or the released file")
     command.add_argument("--image", required=True, help="where to look")
     command.add_argument("--patches", required=True, nargs="+", metavar="X1,Y1,X2,Y2",
@@ -669,9 +711,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     command.add_argument("--top", type=int, default=4, help="neighbours of a query (default: 4)")
     command.add_argument("--queries", type=int, default=8, help="how many of the images are queries (default: 8)")
     args = parser.parse_args(argv)
-    if args.run is not localize:
+    if args.draw is not localize:
         check(args)
-    return args.run(args)
+    return args.draw(args)
 
 
 if __name__ == "__main__":

@@ -1,85 +1,57 @@
 """Fine-tuning: any checkpoint -> a detector -> COCO and VOC numbers.
 
-Idea: the pretrained detector loses its class head and its pretext heads, gets a class head with one row per category of
+Idea: The pretrained detector loses its class head and its pretext heads, gets a class head with one row per category of
     the labelled set, and is trained as the detector's own paper trains it: DETR with softmax and "no object" (Carion et
     al., ECCV 2020, arXiv 2005.12872), Conditional DETR (Meng et al., ICCV 2021, arXiv 2108.06152) and Deformable DETR
     (Zhu et al., ICLR 2021, arXiv 2010.04159) with the focal loss; Faster and Mask R-CNN, RetinaNet and FCOS,
     torchvision's, as SoCo and DUPR train detectron2's, from what the checkpoint has: backbone, pyramid, box head.
+    Detector and architecture are read off the checkpoint; the class list comes from the annotation files and is saved.
 
 Run:
-    python finetune.py --preset demo --init_from out/detreg-demo/last.pt          # 40 labelled synthetic images, 2.5 minutes on 2 cores
-    torchrun --nproc_per_node=8 finetune.py --data coco --init_from FILE          # DETReg, UP-DETR, Siamese DETR, or a released file of theirs
-    torchrun --nproc_per_node=8 finetune.py --data coco --detector detr           # from scratch: SwAV backbone, random transformer
+    python finetune.py --preset demo --init_from out/detreg-demo/last.pt                # 40 scenes, 2.5 minutes on CPU
+    torchrun --nproc_per_node=8 finetune.py --data coco --init_from FILE                # ours, or a released file
     torchrun --nproc_per_node=8 finetune.py --data coco --labels_percent 1 --init_from FILE
-    python finetune.py --data voc --data_root VOCDEVKIT --init_from FILE          # --labels_percent 10, 30, 50, 70: Siamese DETR, Fig. 8
-    python finetune.py --data voc --init_from FILE --freeze_detector              # heads only: Siamese DETR, Table 5 (AR@1, 10, 100)
-    torchrun --nproc_per_node=8 finetune.py --data coco --detector mask_rcnn_fpn --init_from FILE         # SoCo, DUPR; --schedule 2x
-    torchrun --nproc_per_node=8 finetune.py --data voc --detector faster_rcnn_c4 --backbone_weights imagenet   # supervised; random: from scratch
-    python finetune.py --preset demo --detector faster_rcnn_fpn --init_from out/soco-demo/last.pt         # SoCo on a CPU
-    python finetune.py --data coco --init_from FILE --eval_only                   # numbers of a fine-tuned detector
-    python finetune.py --data coco --init_from FILE --class_agnostic              # of a pretrained one: DETReg, Table 6; Siamese DETR, Table 5
+    torchrun --nproc_per_node=8 finetune.py --data coco --detector mask_rcnn_fpn --init_from FILE  # from SoCo, DUPR
+    torchrun --nproc_per_node=8 finetune.py --data voc --detector faster_rcnn_c4 --backbone_weights imagenet
+    python finetune.py --data coco --init_from FILE --eval_only                         # a fine-tuned detector
+    python finetune.py --data coco --init_from FILE --class_agnostic                    # a pretrained one
+    Your own labels, from scratch, frozen detectors, the rows of the papers' tables: docs/methods/finetune.md
 
-Detector and architecture are read off the checkpoint (pre- or post-norm too);
-the class list comes from the annotation files and is saved.
+Schedules (epochs / drop; with shares of labels and `--protocol` in full in docs/methods/finetune.md):
+    detr                  150 / 100                      lr 1e-4, backbone 5e-5      UP-DETR, Sec. 4
+    conditional_detr      50 / 40                        lr 1e-4, backbone 5e-5      Siamese DETR, Sec. 4
+    deformable_detr(_ss)  50 / 40, VOC 100 / 70          lr 2e-4, backbone 2e-5      DETReg, released
+    R-CNN family          COCO 90k steps, VOC 24k steps  SGD 0.02, one-stage 0.01    MoCo, SoCo, DUPR: detectron2
 
-Schedules (epochs / drop at), batch 32; learning rate, that of the backbone:
-                         COCO                        VOC
-    detr                 150 / 100, 1e-4, 5e-5       150 / 100                 UP-DETR, Sec. 4; `--protocol updetr_long`: 300 / 200
-    conditional_detr     50 / 40, 1e-4, 5e-5         50 / 40                   Siamese DETR, Sec. 4
-    deformable_detr(_ss) 50 / 40, 2e-4, 2e-5         100 / 70                  DETReg, released
-    `--protocol siamese`: detr COCO 150 / 120; all detectors on VOC, or a share of it, 50 / 40 (Siamese DETR, Sec. 4)
-    Shares of labels (DETReg, released for Deformable DETR): COCO, any detector: 1 % 2000 epochs, 2 % 1000, 5 % 500, 10
-        % 400, never dropped, batch 24; `--protocol semi_supervised`: 1-2 % 200 / 150, 5-10 % 100 / 40 (DETReg,
-        Sec. 6.1); `--protocol low_data`: 150, no drop (Fig. 3); VOC, Deformable DETR: 10 % 200 / 150, batch 8.
-    R-CNN family (steps; SGD 0.02, one-stage 0.01; batch 16): COCO 90k (`--schedule 2x, 4x`: 180k, 360k), drops after
-    2/3 and 8/9, warm-up 1000; VOC 24k, 3/4 and 11/12, warm-up 100; other data 50 epochs, 2/3 and 8/9, warm-up 100.
-    `--protocol dupr` (DUPR, MoCo, scratch, supervised; the default): 2fc head without norm;
-    1-2 % of COCO 15k, larger shares 60k.
-    `--protocol soco` (default of a SoCo checkpoint): 4conv1fc, BatchNorm in the heads, weight decay 2.5e-5 on COCO;
-    shares of COCO (Mini COCO 5, 10 %) 90k; RetinaNet and FCOS 12 epochs, drops after 8 and 11, warm-up 500, 800 px
-    (mmdetection's defaults).
-
-Deviations (released code / here):
-    F1  One class row per category / 91 rows for COCO, 21 for VOC. A released head is still evaluated:
-        its rows are mapped to category ids.
-    F2  Each process drew its own x % subset until 2022-04, which invalidates DETReg's Table 4 / one
-        subset, from --seed alone.
-    F3  VOC: COCO-style AP and the VOC07 11-point metric are both printed (DETReg: the latter, averaged over ten IoU
-        thresholds; UP-DETR and Siamese DETR: the former, with difficult objects as ordinary ones / ignored).
+Deviations (released code / here; in full in docs/methods/finetune.md):
+    F1  Class rows: 91 for COCO, 21 for VOC / one per category; a released head is still evaluated.
+    F2  Shares of labels: each process drew its own until 2022-04 / one, from --seed alone.
+    F3  VOC: one metric each / COCO-style AP and VOC07 are both printed, difficult objects ignored.
     F4  DETR's cross-entropy: weighted mean of each process / over all processes and micro-batches.
-    F5  UP-DETR, VOC: not in the released code. Batch: 2 per GPU when its README is followed (16) / the paper's 32.
-        lr_backbone: 1e-5 by default, 5e-4 in an older README / 5e-5, the paper's.
-    F6  A checkpoint of UP-DETR's single-query variant holds 3 queries:
-        its query_embed is dropped (not said in the paper).
-    F7  --freeze_detector (no released code): all but class and box head keep their weights,
-        statistics and run without dropout.
-    F8  R-CNN family: detectron2 / torchvision's parts with detectron2's RoIAlign, anchors, L1 losses, C4 head, start
-        and PreciseBN. What still differs: mask targets come from bitmaps; C4 pads to 16 px; short sides round down;
-        batches are not grouped by aspect ratio.
-    F9  RetinaNet's loss is divided by a moving average of the positives / by each image's own. FCOS (mmdetection): IoU
-        loss, no centre sampling, points at half strides, bias rate x 2 / torchvision's GIoU, centre sampling 1.5,
-        points at full strides, one rate.
-    F10 R-CNN losses: means of each process (released) and micro-batch; --accumulate averages those,
-        and BatchNorm sees micro-batches.
-    F11 Not in the papers: SoCo's length on VOC / MoCo's; DUPR's rate and drops on shares of COCO / those of 1x.
-        Shares are drawn from --seed.
-    F12 PreciseBN: training went on with the estimated statistics / they are put back after an evaluation,
-        and saved after the last one.
-    F13 SoCo's cutout and its LVIS recipe (repeat-factor sampling) are not built:
-        the first is broken in the released code and not in the paper.
+    F5  UP-DETR: no VOC; batch 16, backbone rate 1e-5 or 5e-4 / the paper's 32 and 5e-5.
+    F6  UP-DETR's single-query checkpoints hold 3 queries: they are made anew.
+    F7  --freeze_detector: - / all but class and box head keep weights and statistics, without dropout.
+    F8  R-CNN family: detectron2 / torchvision's parts with detectron2's RoIAlign, anchors, losses, C4 head, start.
+    F9  RetinaNet's and FCOS's losses: detectron2's and mmdetection's / torchvision's.
+    F10 R-CNN losses and BatchNorm: means of each process / and of each micro-batch.
+    F11 SoCo's length on VOC, DUPR's rates on shares of COCO: not in the papers / MoCo's, those of 1x.
+    F12 PreciseBN: training goes on with its statistics / they are put back, and kept after the last step.
+    F13 SoCo's cutout and LVIS recipe: - / not built.
+
+Expected: the demo from DETReg's demo checkpoint ends with AP 0.056 (AR100 0.378), from scratch with 0.022 (0.264).
+    The papers' own numbers need COCO or VOC and were not rerun here.
 """
 from __future__ import annotations
 
 import common  # first: it tells OpenMP how to wait before torch is loaded
 
 import dataclasses
-import hashlib
+import functools
 import itertools
-import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,97 +63,87 @@ import rcnn
 import run
 from annotations import DetectionSet, open_detection
 from common import UserError
+from run import Count, Natural, NonNegative, Positive, Share
 
 # ==== 1. Hyperparameters ====
 
+PROTOCOLS = Literal["released", "semi_supervised", "low_data", "updetr_long", "siamese", "soco", "dupr"]
+Percent = Annotated[float, run.Range(0, 100, open=True)]
+PartOfRun = Annotated[float, run.Range(0, 1, open=True)]
+
 
 @dataclass
-class Config:
-    # data
+class Config(run.RunConfig):
     data: str = "coco"  # coco, voc, synthetic, a COCO json, or a folder in VOC layout or with train.json and test.json
-    data_root: str | None = None  # where a named data set lies; else $DATA_ROOT, else data/<name>
-    labels_percent: float = 100  # use this share of the training images, the same on every process (DETReg, Sec. 6.1)
-    protocol: Literal["released", "semi_supervised", "low_data", "updetr_long", "siamese", "soco", "dupr"] = "released"  # schedule, see above
-    synthetic_images: int = 40  # labelled synthetic images
-    synthetic_test_images: int = 100  # test images of the synthetic set
-    synthetic_size: int = 160  # side of a synthetic scene, pixels
-    out: str | None = None  # output folder; else out/finetune-<preset or data>
-    preset: str | None = None  # demo
+    synthetic_images: Count = 40  # labelled synthetic images
+    synthetic_test_images: Count = 100  # test images of the synthetic set
+    labels_percent: Percent = 100  # use this share of the training images, the same on every process (DETReg, Sec. 6.1)
     # what to do
-    init_from: str | None = None  # checkpoint of a detector, ours or released; without one training starts from --backbone_weights
+    init_from: str | None = None  # checkpoint of a detector, ours or released; else it starts from --backbone_weights
+    protocol: PROTOCOLS = "released"  # schedule (docs/methods/finetune.md)
     freeze_detector: bool = False  # train the class head and the box head only (Siamese DETR, Table 5)
     eval_only: bool = False  # only evaluate --init_from
     class_agnostic: bool = False  # evaluate the boxes of --init_from without categories (DETReg, Table 6); no training
     # images
-    scales: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # short side in training, pixels (Deformable DETR)
-    max_size: int = 1333  # longest side, pixels
-    crop_scales: tuple[int, ...] = (400, 500, 600)  # short side before a random crop (R-CNN family: no crop)
-    crop_range: tuple[int, ...] = (384, 600)  # smallest and largest side of the crop
-    eval_size: int = 800  # short side in evaluation, pixels
+    scales: tuple[Count, ...] = tuple(range(480, 801, 32))  # short side in training, pixels (Deformable DETR)
+    max_size: Count = 1333  # longest side, pixels
+    crop_scales: tuple[Count, ...] = (400, 500, 600)  # short side before a random crop (R-CNN family: no crop)
+    crop_range: tuple[Count, ...] = (384, 600)  # smallest and largest side of the crop
+    eval_size: Count = 800  # short side in evaluation, pixels
     # model (read off --init_from when given)
     detector: Literal[common.DETECTORS, rcnn.RCNN_DETECTORS] = "deformable_detr"  # which one
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone
-    backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file; only without --init_from (released: swav)
-    backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm with constant or with learned statistics (released: frozen; R-CNN family: bn)
-    stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see; below 32 the last stages are left out
-    num_feature_levels: int = 4  # of deformable_detr
+    backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file; only without --init_from
+    backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant or learned (R-CNN family: bn)
+    stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see
+    num_feature_levels: Count = 4  # of deformable_detr
     pre_norm: bool = False  # LayerNorm before each block, of detr (DETR: off)
-    hidden_dim: int = 256  # transformer width
-    nheads: int = 8  # attention heads
-    enc_layers: int = 6  # encoder layers
-    dec_layers: int = 6  # decoder layers
-    dim_feedforward: int = 1024  # width of the feed-forward layers (detr, conditional_detr: 2048)
-    dropout: float = 0.1  # in the transformer
-    num_queries: int = 300  # object queries (detr, conditional_detr: 100)
+    hidden_dim: Count = 256  # transformer width
+    nheads: Count = 8  # attention heads
+    enc_layers: Count = 6  # encoder layers
+    dec_layers: Count = 6  # decoder layers
+    dim_feedforward: Count = 1024  # width of the feed-forward layers (detr, conditional_detr: 2048)
+    dropout: Share = 0.1  # in the transformer
+    num_queries: Count = 300  # object queries (detr, conditional_detr: 100)
     with_box_refine: bool = False  # iterative box refinement of deformable_detr (its Sec. 4.2)
-    box_head: Literal["2fc", "4conv1fc"] = "2fc"  # of faster_ and mask_rcnn_fpn; 2fc: no norm in the heads, 4conv1fc: BatchNorm, in the mask head too
-    fpn_channels: int = 256  # width of the pyramid and of the convolutions on it
-    head_dim: int = 1024  # width behind the box head
-    anchor_size: int = 32  # side of the smallest anchors, pixels; there are five sizes, each twice the last (fcos_fpn has no anchors)
-    proposals_per_image: int = 1000  # that the region proposal network passes on (C4 in training: twice as many)
-    rois_per_image: int = 512  # of them that the box head learns from
+    box_head: Literal["2fc", "4conv1fc"] = "2fc"  # of *_rcnn_fpn; 2fc: no norm in box and mask head, else BatchNorm
+    fpn_channels: Count = 256  # width of the pyramid and of the convolutions on it
+    head_dim: Count = 1024  # width behind the box head
+    anchor_size: Count = 32  # side of the smallest of five anchors, pixels, each twice the last (fcos_fpn: none)
+    proposals_per_image: Count = 1000  # that the region proposal network passes on (C4 in training: twice as many)
+    rois_per_image: Count = 512  # of them that the box head learns from
     # loss
-    lambda_f: float = 2.0  # focal loss and its matching cost (detr: cross-entropy, 1)
-    lambda_l1: float = 5.0  # L1 box loss and its matching cost
-    lambda_giou: float = 2.0  # GIoU loss and its matching cost
-    eos_coef: float = 0.1  # class weight of "no object", of detr
-    # optimisation
-    batch_size: int = 32  # images per step over all processes (released: 4 per GPU x 8)
-    accumulate: int = 1  # micro-batches per step: one GPU reaches the global batch
-    epochs: int = 50  # see Schedules above
-    iterations: int | None = None  # R-CNN family: length of the run in steps instead of epochs
-    schedule: Literal["1x", "2x", "4x"] = "1x"  # R-CNN family: how many times the length that stands above
-    lr_drop: float = 40  # epoch after which the rate is x 0.1
-    lr_drops: tuple[float, ...] = (2 / 3, 8 / 9)  # R-CNN family: shares of the run after which the rate is x 0.1
-    warmup_iters: int = 1000  # R-CNN family: steps in which the rate rises from lr / 1000
-    lr: float = 2e-4  # see Schedules above
-    lr_backbone: float = 2e-5  # see Schedules above
-    lr_linear_proj_mult: float = 0.1  # rate of sampling offsets and reference points
-    sgd_momentum: float = 0.9  # R-CNN family, which is trained by SGD
-    weight_decay: float = 1e-4  # on every parameter (R-CNN family: not on scale and shift of norms)
-    clip_max_norm: float = 0.1  # gradient norm, 0 = not clipped
-    precise_bn: int = 200  # R-CNN family: batches from which BatchNorm's statistics are estimated before an evaluation, 0 = off
-    amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling and losses stay fp32
-    compile: bool = False  # torch.compile the layers (slow to start; meant for GPUs)
-    # run
-    seed: int = 42  # everything random follows from it
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    num_workers: int = 8  # loader processes per training process
-    max_steps: int | None = None  # stop after this many steps
-    save_every: int = 1000  # steps between checkpoints
-    log_every: int = 50  # steps between lines of log.jsonl
-    eval_every: int = 10  # epochs between evaluations, 0 = only at the end
-    allow_config_change: bool = False  # continue a run although the configuration differs
+    lambda_f: NonNegative = 2.0  # focal loss and its matching cost (detr: cross-entropy, 1)
+    lambda_l1: NonNegative = 5.0  # L1 box loss and its matching cost
+    lambda_giou: NonNegative = 2.0  # GIoU loss and its matching cost
+    eos_coef: NonNegative = 0.1  # class weight of "no object", of detr
+    # optimisation (schedules: docs/methods/finetune.md)
+    batch_size: Count = 32  # images per step over all processes (released: 4 per GPU x 8; R-CNN family: 16)
+    epochs: Count = 50  # length of the run
+    iterations: Count | None = None  # R-CNN family: length of the run in steps instead of epochs
+    schedule: Literal["1x", "2x", "4x"] = "1x"  # R-CNN family: how many times the length of its schedule
+    lr_drop: NonNegative = 40  # epoch after which the rate is x 0.1
+    lr_drops: tuple[PartOfRun, ...] = (2 / 3, 8 / 9)  # R-CNN family: shares of the run after which the rate is x 0.1
+    warmup_iters: Natural = 1000  # R-CNN family: steps in which the rate rises from lr / 1000
+    lr: Positive = 2e-4  # of AdamW (detr, conditional_detr: 1e-4); R-CNN family: of SGD, 0.02, one-stage 0.01
+    lr_backbone: NonNegative = 2e-5  # of the backbone (detr, conditional_detr: 5e-5; R-CNN family: lr)
+    lr_linear_proj_mult: NonNegative = 0.1  # rate of sampling offsets and reference points
+    sgd_momentum: Share = 0.9  # R-CNN family, which is trained by SGD
+    weight_decay: NonNegative = 1e-4  # on every parameter (R-CNN family: not on scale and shift of norms)
+    clip_max_norm: NonNegative = 0.1  # gradient norm, 0 = not clipped
+    precise_bn: Natural = 200  # R-CNN family: batches for BatchNorm's statistics before an evaluation, 0 = off
+    eval_every: Natural = 10  # epochs between evaluations, 0 = only at the end
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "data": "synthetic", "scales": (96, 112), "max_size": 144,
-        "eval_size": 112, "arch": "resnet18", "backbone_weights": "random",
-        "backbone_norm": "bn", "num_workers": 2, "log_every": 10, "save_every": 100, "eval_every": 0,
+        "data": "synthetic", "scales": (96, 112), "max_size": 144, "eval_size": 112, "arch": "resnet18",
+        "backbone_weights": "random", "backbone_norm": "bn", "num_workers": 2, "log_every": 10, "save_every": 100,
+        "eval_every": 0,
     },
 }
-DEMO = {                                                                     # what of the demo depends on the detector
+# What of the demo depends on the detector.
+DEMO = {
     "detr": {"crop_scales": (112, 144), "crop_range": (72, 112), "lr_backbone": 4e-4, "hidden_dim": 128,
              "enc_layers": 2, "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0, "num_queries": 100,
              "with_box_refine": True, "batch_size": 8, "epochs": 50, "lr_drop": 40, "lr": 4e-4},
@@ -203,23 +165,33 @@ def is_rcnn(detector: str) -> bool:
     return detector in typing.get_args(rcnn.RCNN_DETECTORS)
 
 
-def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
-    """What follows from the detector, the data set and the share of its labels (module docstring)."""
-    of_rcnn = is_rcnn(values["detector"])
-    recipe = rcnn_recipe(values) if of_rcnn else detr_recipe(values)
+def recipe_of(values: dict[str, Any], architecture: dict[str, Any] | None = None, method: str | None = None,
+              given: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """What follows from the detector, the data set and the share of its labels (docs/methods/finetune.md).
+
+    architecture, method: of the checkpoint behind --init_from (read_init); given: the flags on the command line.
+    """
+    values = values | (architecture or {})
+    if values["protocol"] == "released" and method == "soco":
+        values["protocol"] = "soco"
+    recipe = rcnn_recipe(values) if is_rcnn(values["detector"]) else detr_recipe(values)
     if values["preset"] == "demo":
-        recipe |= DEMO["c4" if values["detector"].endswith("_c4") else "rcnn" if of_rcnn else "detr"]
+        c4 = values["detector"].endswith("_c4")
+        recipe |= DEMO["c4" if c4 else "rcnn" if is_rcnn(values["detector"]) else "detr"]
     if values["eval_only"] or values["class_agnostic"]:
-        recipe |= {"out": f"out/finetune-{values['preset'] or Path(values['data']).stem}-eval"}
+        recipe["out"] = f"out/finetune-{values['preset'] or Path(values['data']).stem}-eval"
+    if "epochs" in given:  # they are the length, not the recipe's steps
+        recipe["iterations"] = None
     return recipe
 
 
 def rcnn_recipe(values: dict[str, Any]) -> dict[str, Any]:
     name, share, times = values["data"], values["labels_percent"], int(values["schedule"][0])
-    one_stage, soco = values["detector"] in rcnn.ONE_STAGE, values["protocol"] == "soco"
+    one_stage = values["detector"] in rcnn.ONE_STAGE
+    soco = values["protocol"] == "soco"
     recipe = {"lr": 0.01 if one_stage else 0.02, "batch_size": 16, "clip_max_norm": 0.0, "crop_scales": (),
               "backbone_norm": "bn", "box_head": "4conv1fc" if soco else "2fc"}
-    if name == "coco" and soco and one_stage:                                # mmdetection's defaults
+    if name == "coco" and soco and one_stage:  # mmdetection's defaults
         return recipe | {"scales": (800,), "epochs": 12 * times, "lr_drops": (8 / 12, 11 / 12), "warmup_iters": 500}
     if name == "coco":
         steps = 90000 if share == 100 or soco else 15000 if share <= 2 else 60000
@@ -242,115 +214,169 @@ def detr_recipe(values: dict[str, Any]) -> dict[str, Any]:
     if protocol == "updetr_long" and detector == "detr":
         return recipe | {"epochs": 300, "lr_drop": 200}
     if protocol == "siamese":
-        return recipe | ({"epochs": 150, "lr_drop": 120} if detector == "detr" and name == "coco"
-                         else {"epochs": 50, "lr_drop": 40})
+        long = detector == "detr" and name == "coco"
+        return recipe | ({"epochs": 150, "lr_drop": 120} if long else {"epochs": 50, "lr_drop": 40})
     if name == "voc" and detector.startswith("deformable"):
         return {"epochs": 200, "lr_drop": 150, "batch_size": 8} if share == 10 else {"epochs": 100, "lr_drop": 70}
     if name == "coco" and share < 100:
+        epochs = {1: 2000, 2: 1000, 5: 500}.get(share, 400)
         epochs, drop = {"low_data": (150, 150), "semi_supervised": (200, 150) if share <= 2 else (100, 40)}.get(
-            protocol, ({1: 2000, 2: 1000, 5: 500}.get(share, 400),) * 2)
+            protocol, (epochs, epochs))
         return recipe | {"epochs": epochs, "lr_drop": drop, "batch_size": 24}
     return recipe
+
+
+def check(cfg: Config, given: frozenset[str], init: convert.Checkpoint | None) -> None:
+    """UserError for values and flags that contradict each other, or flags of the other family."""
+    common.check_detector(cfg)
+    run.check_pair(cfg, "crop_range")
+    of_rcnn = is_rcnn(cfg.detector)
+    if other := sorted(given & (DETR_ONLY if of_rcnn else RCNN_ONLY)):
+        raise UserError(f"--{', --'.join(other)}: not of {convert.NAMES[cfg.detector]}, "
+                        f"but of the {'DETR' if of_rcnn else 'R-CNN'} family; leave it out"
+                        + f", or give --detector {', '.join(typing.get_args(rcnn.RCNN_DETECTORS))}" * (not of_rcnn))
+    if cfg.freeze_detector and not cfg.init_from:
+        raise UserError("--freeze_detector needs --init_from FILE: without one the heads would be trained on a random "
+                        "detector")
+    if cfg.eval_only and not cfg.init_from:
+        raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
+    if cfg.eval_only and of_rcnn and not init.rcnn:
+        raise UserError(f"--eval_only: {cfg.init_from} holds no detector of the R-CNN family, only what one starts "
+                        "from; fine-tune it first")
+    if cfg.eval_only and (Path(cfg.out) / "last.pt").exists():
+        raise UserError(f"--out {cfg.out} holds a training run, whose metrics this evaluation would overwrite; "
+                        "give another --out")
+    if (cfg.protocol in ("soco", "dupr")) != of_rcnn and cfg.protocol != "released":
+        raise UserError(f"--protocol {cfg.protocol} is a schedule of the {'DETR' if of_rcnn else 'R-CNN'} family, "
+                        f"not of {cfg.detector}")
+    if cfg.protocol == "updetr_long" and cfg.detector != "detr":
+        raise UserError(f"--protocol updetr_long is a schedule of detr, not of {cfg.detector}")
+    if cfg.protocol in ("semi_supervised", "low_data") and not (cfg.data == "coco" and cfg.labels_percent < 100):
+        raise UserError(f"--protocol {cfg.protocol} is a schedule of shares of COCO: give --data coco "
+                        "--labels_percent P")
+    if cfg.detector == "fcos_fpn" and cfg.fpn_channels % 64:
+        raise UserError(f"--fpn_channels {cfg.fpn_channels}: FCOS normalises in 32 groups of at least two channels; "
+                        "give a multiple of 64")
 
 
 # ==== 2. Data ====
 
 
-class LabelledDataset(torch.utils.data.Dataset):
-    """Augmented training samples; crowd regions are left out, difficult objects are kept (released).
-    Random as a function of (seed, epoch, index).
+def open_sets(cfg: Config) -> tuple[DetectionSet, DetectionSet]:
+    """Training set (the --labels_percent share of it) and test set, which has the training set's categories."""
+    shared = {"synthetic_size": cfg.synthetic_size, "seed": cfg.seed, "masks": cfg.detector.startswith("mask")}
+    train_set = open_detection(cfg.data, cfg.data_root, "train", synthetic_images=cfg.synthetic_images, **shared)
+    test_set = open_detection(cfg.data, cfg.data_root, "test", categories=train_set.categories,
+                              synthetic_images=cfg.synthetic_test_images, **shared)
+    if cfg.labels_percent < 100:
+        train_set = train_set.subset(cfg.labels_percent, cfg.seed)  # F2
+    if is_rcnn(cfg.detector):
+        train_set = train_set.with_objects()
+    for note in dict.fromkeys([*train_set.notes, *test_set.notes]):
+        run.print_rank0(f"note: {note}")
+    return train_set, test_set
 
-    A mask detector's targets also have "masks" uint8 [n, h, w]; an object that resizing leaves without a pixel
-    is left out (detectron2)."""
+
+class LabelledDataset(torch.utils.data.Dataset):
+    """Augmented training samples, random as a function of (seed, epoch, index). Crowd regions are left out, difficult
+    objects are kept (released).
+
+    A mask detector's targets also have "masks" uint8 [n, h, w]; an object that resizing leaves without a pixel is left
+    out (detectron2).
+    """
 
     def __init__(self, cfg: Config, labelled: DetectionSet):
         self.cfg, self.labelled = cfg, labelled
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        rng = data.sample_rng(self.cfg.seed, epoch, index)
-        skipped: list[str] = []
-        (image, target), index = data.load_usable(self.labelled, index, rng, skipped)
-        use = ~target["crowd"]
-        geometry = data.draw_geometry(rng, (image.height, image.width),
-                                      scales=self.cfg.scales, max_size=self.cfg.max_size,
-                                      crop_scales=self.cfg.crop_scales, crop_range=self.cfg.crop_range)
-        view, boxes, keep = data.apply_geometry(image, target["boxes_xyxy"][use], geometry)
-        target = {"boxes": data.normalized_cxcywh(boxes, (view.height, view.width)),
-                  "labels": target["labels"][use][keep]}
-        if self.cfg.detector.startswith("mask"):
-            masks = data.apply_geometry_to_masks(self.labelled.masks(index)[use], geometry)[keep]
-            seen = masks.flatten(1).sum(1) > 0
-            target = {k: v[seen] for k, v in {**target, "masks": masks}.items()}
-        return {"image": data.to_normalized_tensor(view), "target": target, "index": index, "skipped": skipped}
-
     def __len__(self) -> int:
         return len(self.labelled)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        cfg, (epoch, index) = self.cfg, key
+        rng = data.sample_rng(cfg.seed, epoch, index)
+        skipped: list[str] = []
+        (image, target), index = data.load_usable(self.labelled, index, rng, skipped)
+        objects = ~target["crowd"]
+        geometry = data.draw_geometry(rng, (image.height, image.width), scales=cfg.scales, max_size=cfg.max_size,
+                                      crop_scales=cfg.crop_scales, crop_range=cfg.crop_range)
+        view, boxes, keep = data.apply_geometry(image, target["boxes_xyxy"][objects], geometry)
+        target = {"boxes": data.normalized_cxcywh(boxes, (view.height, view.width)),
+                  "labels": target["labels"][objects][keep]}
+        if cfg.detector.startswith("mask"):
+            masks = data.apply_geometry_to_masks(self.labelled.masks(index)[objects], geometry)[keep]
+            visible = masks.flatten(1).sum(1) > 0
+            target = {k: v[visible] for k, v in {**target, "masks": masks}.items()}
+        return {"image": data.to_normalized_tensor(view), "target": target, "index": index, "skipped": skipped}
 
 
 # ==== 3. Model ====
 
+# The flags of a model of the R-CNN family, which its checkpoint holds.
+RCNN_ARCHITECTURE = ("detector", "arch", "backbone_norm", "box_head", "fpn_channels", "head_dim", "anchor_size")
+
 
 def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tuple[convert.Checkpoint, dict[str, Any]]:
-    """(the file, the model flags it was made with) of --init_from. detector: the wanted one;
-    an R-CNN also takes a mere backbone.
+    """(checkpoint, the model flags it was made with) of --init_from. detector: the wanted one; an R-CNN also takes a
+    mere backbone.
 
-    UP-DETR's single-query variant (F6) has 3 queries: without keep_queries nothing is said of their number,
-    and --num_queries is free.
+    UP-DETR's single-query variant (F6) has 3 queries: without keep_queries nothing is said of their number, and
+    --num_queries is free.
     """
-    found = convert.open_checkpoint(path)
-    if found.rcnn:
-        return found, {k: found.config[k] for k in ("detector", "arch", "backbone_norm", "box_head", "fpn_channels",
-                                                    "head_dim", "anchor_size")}
+    init = convert.open_checkpoint(path)
+    if init.rcnn:
+        return init, {k: init.config[k] for k in RCNN_ARCHITECTURE}
     if is_rcnn(detector):
-        return found, rcnn_architecture(found, detector)
-    arch = convert.architecture(found.state, path)
-    if "nheads" in found.config:
-        arch["nheads"] = found.config["nheads"]
-    single = found.config.get("num_patches", 1 if arch["num_queries"] == 3 and found.method == "updetr" else None) == 1
-    if "patch2query.weight" in found.state and single and not keep_queries:
-        del arch["num_queries"]
-    return found, arch
+        return init, rcnn_architecture(init, detector)
+    architecture = convert.architecture(init.state, path)
+    if "nheads" in init.config:
+        architecture["nheads"] = init.config["nheads"]
+    three = architecture["num_queries"] == 3 and init.method == "updetr"
+    single_query = init.config.get("num_patches", 1 if three else None) == 1
+    if "patch2query.weight" in init.state and single_query and not keep_queries:
+        del architecture["num_queries"]
+    return init, architecture
 
 
-def rcnn_architecture(found: convert.Checkpoint, detector: str) -> dict[str, Any]:
-    """The flags of an R-CNN that fits a foreign checkpoint:
-    its ResNet, and where its pyramid and head are used, their widths."""
-    tensors = convert.rcnn_state(found, detector)[0]
-    arch = {"arch": convert.resnet_name(tensors, "backbone.body.", found.path)}
+def rcnn_architecture(init: convert.Checkpoint, detector: str) -> dict[str, Any]:
+    """The flags of an R-CNN that fits a foreign checkpoint: its ResNet, and where its pyramid and head are used, their
+    widths."""
+    tensors = convert.rcnn_state(init, detector)[0]
+    architecture = {"arch": convert.resnet_name(tensors, "backbone.body.", init.path)}
     for field, name in (("fpn_channels", "backbone.fpn.layer_blocks.0.0.weight"),
                         ("head_dim", "roi_heads.box_head.5.weight")):
-        arch |= {field: len(tensors[name])} if name in tensors else {}
-    return arch
+        if name in tensors:
+            architecture[field] = len(tensors[name])
+    return architecture
 
 
-def adopt_architecture(cfg: Config, arch: dict[str, Any], given: set[str]) -> Config:
-    """The configuration with the model fields of the checkpoint.
-    A flag on the command line that says otherwise is a UserError."""
-    if "detector" in given and cfg.detector != arch.get("detector", cfg.detector):
-        backbone = (f"; for its backbone alone give it as --backbone_weights {cfg.init_from}"
-                    if is_rcnn(arch["detector"]) else "")
-        queries = f" with {arch['num_queries']} queries" if "num_queries" in arch else ""
-        raise UserError(f"{cfg.init_from}: this is a {convert.NAMES[arch['detector']]} checkpoint{queries}; "
-                        f"--detector is {cfg.detector}. Give --detector {arch['detector']} or leave it out{backbone}")
-    wrong = [f"--{k} {getattr(cfg, k)} (it has {v})" for k, v in arch.items() if k in given and getattr(cfg, k) != v]
+def adopt_architecture(cfg: Config, architecture: dict[str, Any], given: frozenset[str]) -> Config:
+    """The configuration with the model fields of the checkpoint. A flag on the command line that says otherwise is a
+    UserError."""
+    theirs = architecture.get("detector", cfg.detector)
+    if "detector" in given and cfg.detector != theirs:
+        backbone = f"; for its backbone alone give it as --backbone_weights {cfg.init_from}" if is_rcnn(theirs) else ""
+        queries = f" with {architecture['num_queries']} queries" if "num_queries" in architecture else ""
+        raise UserError(f"{cfg.init_from}: this is a {convert.NAMES[theirs]} checkpoint{queries}; --detector is "
+                        f"{cfg.detector}. Give --detector {theirs} or leave it out{backbone}")
+    wrong = [f"--{name} {getattr(cfg, name)} (it has {value})" for name, value in architecture.items()
+             if name in given and getattr(cfg, name) != value]
     if wrong:
-        raise UserError(f"{cfg.init_from} was trained with another architecture than "
-                        f"{', '.join(wrong)}; leave these flags out")
-    return dataclasses.replace(cfg, **arch)
+        raise UserError(f"{cfg.init_from} was trained with another architecture than {', '.join(wrong)}; leave these "
+                        "flags out")
+    return dataclasses.replace(cfg, **architecture)
 
 
-def head_rows(content: dict[str, Any], rows: int, categories: list[dict]) -> list[int] | None:
+def categories_of_rows(content: dict[str, Any], rows: int, categories: list[dict]) -> list[int] | None:
     """Which category (position in `categories`) each row of a checkpoint's class head stands for, -1 = none; None when
     the head is of other classes. DETR's last row, "no object", is not counted.
 
-    Our checkpoints carry their categories. Released heads carry none: 91 rows are COCO ids,
-    21 rows the sorted VOC names (F1).
+    Our checkpoints carry their categories. Released heads carry none: 91 rows are COCO ids, 21 rows the sorted VOC
+    names (F1).
     """
     if content.get("categories"):
         position = {c["name"]: i for i, c in enumerate(categories)}
-        mapped = [position.get(c["name"], -1) for c in content["categories"]]
-        return mapped if sorted(mapped) == list(range(len(categories))) else None
+        label_map = [position.get(c["name"], -1) for c in content["categories"]]
+        return label_map if sorted(label_map) == list(range(len(categories))) else None
     if rows == 91 and len(categories) == 80 and max(c["id"] for c in categories) == 90:
         position = {c["id"]: i for i, c in enumerate(categories)}
         return [position.get(row, -1) for row in range(rows)]
@@ -359,84 +385,118 @@ def head_rows(content: dict[str, Any], rows: int, categories: list[dict]) -> lis
     return None
 
 
-def build_model(cfg: Config, init: convert.Checkpoint | None,
-                categories: list[dict]) -> tuple[common.Detector, list[int]]:
-    """The detector on CPU and the map from its head's rows to categories. Heads that do not fit the categories are made
-    anew; all else must load."""
+class ClassHead(typing.NamedTuple):
+    """The class head of a checkpoint of the DETR family."""
+    rows: int  # without "no object"; 0: it has no head
+    softmax: bool  # over its rows and a last one, "no object"; else a sigmoid on each
+    pretext: bool  # of a pretraining: its rows are no categories
+
+
+def class_head(init: convert.Checkpoint, detector: str) -> ClassHead:
+    state = init.state
+    weight = state.get("class_embed.weight", state.get("class_embed.0.weight"))
+    pretext = any(name.startswith(("feature_embed.", "patch2query.", "feature_align.")) for name in state)
+    # UP-DETR and Siamese DETR end in softmax over 3 rows on every detector; DETReg keeps the detector's own head
+    softmax = detector == "detr" or "patch2query.weight" in state
+    return ClassHead(0 if weight is None else len(weight) - softmax, softmax, pretext or weight is None)
+
+
+def build_model(cfg: Config, init: convert.Checkpoint | None, categories: list[dict]) -> tuple[nn.Module, list[int]]:
+    """The detector, on CPU, and its label map: for each row of its class head the position of its category, -1 = none.
+    A class head that does not fit the categories is made anew; all else of a checkpoint must load."""
     torch.manual_seed(cfg.seed)
     if is_rcnn(cfg.detector):
         return build_rcnn_model(cfg, init, categories)
-    softmax = cfg.detector == "detr"                                         # one more row: "no object"
+    positions = list(range(len(categories)))
     if init is None:
-        model = common.build_detector(cfg, len(categories) + softmax, focal=not softmax)
-        convert.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
-        return model, list(range(len(categories)))
-    state = init.state
-    head = next((k for k in ("class_embed.weight", "class_embed.0.weight") if k in state), None)
-    pretext = head is None or any(k.startswith(("feature_embed.", "patch2query.", "feature_align.")) for k in state)
-    # UP-DETR and Siamese DETR end in softmax over 3 rows on every detector; DETReg keeps the detector's own head
-    ends_in_softmax = softmax or "patch2query.weight" in state
-    rows = state[head].shape[0] - ends_in_softmax if head else 0
-    mapped = None if pretext else head_rows(init.content, rows, categories)
-    drop = dict(convert.PRETEXT)
-    if len(state["query_embed.weight"]) != cfg.num_queries:                  # F6
-        drop[r"^query_embed\."] = f"queries of a single-query checkpoint, made anew for {cfg.num_queries} queries"
+        return detector_from_backbone(cfg, len(categories)), positions
     if cfg.class_agnostic:
-        if head is None:
-            raise UserError(f"{cfg.init_from} has no class head, so its boxes have no scores; "
-                            "evaluate the file from before its conversion")
-        mapped, softmax = [-1] * rows if pretext else list(range(rows)), ends_in_softmax
-    elif cfg.eval_only and mapped is None:
-        raise UserError(f"{cfg.init_from}: its classifier has {rows} rows, "
-                        f"and nothing says which of the {len(categories)} categories of {cfg.data} "
-                        "they are; fine-tune it first, or evaluate its boxes with --class_agnostic")
-    elif mapped is None:
-        drop[r"^class_embed\."] = f"class head, made anew for {len(categories)} categories"
-        mapped, rows = list(range(len(categories))), len(categories)
-    elif not cfg.eval_only and mapped != list(range(rows)):
-        # labels are positions in `categories`: put the rows in that order
-        order = [mapped.index(i) for i in range(len(categories))] + [rows] * softmax
-        state = {k: v[order] if k.startswith("class_embed.") else v for k, v in state.items()}
-        mapped, rows = list(range(len(categories))), len(categories)
-        run.say(f"the class head's rows were put in the order of the {rows} categories of {cfg.data}")
-    # where nothing is trained any more, positions stay those of the pretraining (Siamese DETR, D9)
-    offset = init.config.get("position_offset", 0.0) if cfg.class_agnostic and init.method == "siamese_detr" else None
-    model = common.build_detector(cfg, rows + softmax, focal=not softmax, position_offset=offset)
-    convert.tell_left(init.left)
+        return class_agnostic_detector(cfg, init)
+    head = class_head(init, cfg.detector)
+    label_map = None if head.pretext else categories_of_rows(init.content, head.rows, categories)
+    if label_map is None and cfg.eval_only:
+        raise UserError(f"{cfg.init_from}: its classifier has {head.rows} rows, and nothing says which of the "
+                        f"{len(categories)} categories of {cfg.data} they are; fine-tune it first, or evaluate its "
+                        "boxes with --class_agnostic")
+    if label_map is None:
+        return detector_with_new_head(cfg, init, len(categories)), positions
+    if cfg.eval_only or label_map == positions:
+        return load_detector(cfg, init, init.state, head.rows, head.softmax), label_map
+    return detector_with_reordered_head(cfg, init, label_map, len(categories)), positions
+
+
+def load_detector(cfg: Config, init: convert.Checkpoint, state: dict[str, Tensor], rows: int, softmax: bool,
+                  drop: dict[str, str] | None = None, position_offset: float | None = None) -> common.Detector:
+    """A detector with these class rows (and "no object" where they end in softmax), filled with `state`, the
+    checkpoint's tensors, strictly but for what `drop` (name: reason) leaves out."""
+    drop = convert.PRETEXT | (drop or {})
+    if len(state["query_embed.weight"]) != cfg.num_queries:  # F6
+        drop[r"^query_embed\."] = f"queries of a single-query checkpoint, made anew for {cfg.num_queries} queries"
+    model = common.build_detector(cfg, rows + softmax, focal=not softmax, position_offset=position_offset)
+    convert.print_unused(init.left)
     convert.load_matching(model, state, drop=drop, source=f"{init.path} ({init.what})")
-    return model, mapped
+    return model
 
 
-def build_rcnn_model(cfg: Config, init: convert.Checkpoint | None,
-                     categories: list[dict]) -> tuple[nn.Module, list[int]]:
-    """build_model() of the R-CNN family. A checkpoint is our fine-tuned one, which must load but for its class head,
-    or any with a ResNet in it."""
-    mapped = list(range(len(categories)))
+def detector_from_backbone(cfg: Config, rows: int) -> common.Detector:
+    """No checkpoint: all but the backbone starts random."""
+    softmax = cfg.detector == "detr"
+    model = common.build_detector(cfg, rows + softmax, focal=not softmax)
+    convert.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
+    return model
+
+
+def detector_with_new_head(cfg: Config, init: convert.Checkpoint, rows: int) -> common.Detector:
+    """A pretrained detector, or one of other classes, with a class head that starts random."""
+    drop = {r"^class_embed\.": f"class head, made anew for {rows} categories"}
+    return load_detector(cfg, init, init.state, rows, softmax=cfg.detector == "detr", drop=drop)
+
+
+def detector_with_reordered_head(cfg: Config, init: convert.Checkpoint, label_map: list[int], rows: int
+                                 ) -> common.Detector:
+    """For training, where row i must be category i: the checkpoint's rows in this order, "no object" last."""
+    softmax = cfg.detector == "detr"
+    order = [label_map.index(i) for i in range(rows)] + [len(label_map)] * softmax
+    state = {k: v[order] if k.startswith("class_embed.") else v for k, v in init.state.items()}
+    run.print_rank0(f"the class head's rows were put in the order of the {rows} categories of {cfg.data}")
+    return load_detector(cfg, init, state, rows, softmax)
+
+
+def class_agnostic_detector(cfg: Config, init: convert.Checkpoint) -> tuple[common.Detector, list[int]]:
+    """For --class_agnostic: the head as it is. The label map is -1 throughout where its rows are no categories."""
+    head = class_head(init, cfg.detector)
+    if not head.rows:
+        raise UserError(f"{cfg.init_from} has no class head, so its boxes have no scores; evaluate the file from "
+                        "before its conversion")
+    # where nothing is trained any more, positions stay those of the pretraining (Siamese DETR, D9)
+    offset = init.config.get("position_offset", 0.0) if init.method == "siamese_detr" else None
+    model = load_detector(cfg, init, init.state, head.rows, head.softmax, position_offset=offset)
+    return model, [-1] * head.rows if head.pretext else list(range(head.rows))
+
+
+def build_rcnn_model(cfg: Config, init: convert.Checkpoint | None, categories: list[dict]
+                     ) -> tuple[nn.Module, list[int]]:
+    """build_model of the R-CNN family. A checkpoint is our fine-tuned one, which must load but for its class head, or
+    any with a ResNet in it."""
+    model = rcnn.build_rcnn(cfg, len(categories))
+    positions = list(range(len(categories)))
     if init is None:
-        model = rcnn.build_rcnn(cfg, len(categories))
-        convert.load_backbone_weights(rcnn.rcnn_trunk(model), cfg.backbone_weights, cfg.arch)
-        return model, mapped
+        convert.load_backbone_weights(rcnn.whole_resnet(model), cfg.backbone_weights, cfg.arch)
+        return model, positions
     if not init.rcnn:
-        model = rcnn.build_rcnn(cfg, len(categories))
         convert.load_rcnn(model, init, cfg.detector, cfg.box_head)
-        return model, mapped
-    theirs, drop = init.content["categories"], {}
-    found = head_rows(init.content, len(theirs), categories)
-    if cfg.eval_only and found is None:
-        raise UserError(f"{cfg.init_from}: it was trained on {', '.join(c['name'] for c in theirs)}, "
-                        f"and {cfg.data} has {', '.join(c['name'] for c in categories)}; fine-tune it first")
-    if cfg.eval_only:
-        mapped = found
-    elif found != mapped:
-        drop[convert.CLASS_LAYERS] = (f"class head, made anew for {len(categories)} other categories "
-                                      "or another order of them")
-    model = rcnn.build_rcnn(cfg, len(mapped))
+        return model, positions
+    theirs = init.content["categories"]
+    label_map = categories_of_rows(init.content, len(theirs), categories)
+    if label_map is None and cfg.eval_only:
+        raise UserError(f"{cfg.init_from}: it was trained on {', '.join(c['name'] for c in theirs)}, and {cfg.data} "
+                        f"has {', '.join(c['name'] for c in categories)}; fine-tune it first")
+    drop = {}
+    if label_map != positions and not cfg.eval_only:
+        why = f"class head, made anew for {len(categories)} other categories or another order of them"
+        label_map, drop = positions, {convert.CLASS_LAYERS: why}
     convert.load_matching(model, init.state, drop=drop, source=f"{init.path} ({init.what})")
-    return model, mapped
-
-
-# The only place where the conventions of torchvision's detectors are known:
-# xyxy pixels of the network's input, and where labels start.
+    return model, label_map
 
 
 def freeze(model: common.Detector) -> None:
@@ -480,43 +540,36 @@ def build_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
     return rcnn.build_sgd(cfg, model) if is_rcnn(cfg.detector) else common.build_optimizer(cfg, model)
 
 
-def run_length(cfg: Config, steps_per_epoch: int) -> int:
-    return cfg.iterations or cfg.epochs * steps_per_epoch
-
-
-def lr_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
+def lr_factor(cfg: Config, step: int, steps_per_epoch: int, run_length: int) -> float:
+    """By which the learning rates are multiplied in this step of a run of run_length steps."""
     if is_rcnn(cfg.detector):
-        return rcnn.warmup_step_schedule(step, run_length(cfg, steps_per_epoch), cfg.warmup_iters, cfg.lr_drops)
+        return rcnn.warmup_step_schedule(step, run_length, cfg.warmup_iters, cfg.lr_drops)
     return common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,))
 
 
 def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | None, optimizer: torch.optim.Optimizer,
                micro_batches: list[dict], device: torch.device) -> dict[str, Tensor]:
-    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole,
-    the total and the gradient norm."""
+    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and
+    the gradient norm."""
     if criterion:
         counts = [len(t["labels"]) for batch in micro_batches for t in batch["targets"]]
         num_boxes = common.normalizer(sum(counts), device)
         class_weight = common.normalizer(criterion.class_weight_sum(counts, cfg.num_queries), device)  # F4
-    optimizer.zero_grad()
     terms: dict[str, Tensor] = {}
+    optimizer.zero_grad()
     for i, batch in enumerate(micro_batches):
         with common.gradient_sync(model, i == len(micro_batches) - 1):
             if criterion is None:
                 losses = rcnn_losses(cfg, model, batch, device)
                 loss = torch.stack(list(losses.values())).sum()
             else:
-                images, mask = (batch["images"].to(device, non_blocking=True),
-                                batch["mask"].to(device, non_blocking=True))
-                targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in batch["targets"]]
+                batch = common.batch_to_device(batch, device)
                 with common.autocast(device, cfg.amp):
-                    outputs = model(images, mask)
-                losses, _ = criterion(outputs, targets, num_boxes, class_weight)
+                    outputs = model(batch["images"], batch["mask"])
+                losses, _ = criterion(outputs, batch["targets"], num_boxes, class_weight)
                 loss = criterion.total(losses)
             loss.backward()
-        for name, value in {"loss": loss, **losses}.items():
-            share = 1 / len(micro_batches) if "error" in name else 1  # losses add up, the log values are averaged
-            terms[name] = terms.get(name, 0) + share * value.detach()
+        common.add_terms(terms, {"loss": loss, **losses}, len(micro_batches))
     terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
     optimizer.step()
     return terms
@@ -533,16 +586,17 @@ def precise_bn(cfg: Config, model: nn.Module, train_set: DetectionSet, device: t
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not (is_rcnn(cfg.detector) and cfg.precise_bn and norms):
         return {}
-    before, momenta = {k: v.clone() for k, v in model.named_buffers()}, [m.momentum for m in norms]
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    momenta = [m.momentum for m in norms]
     sampler = data.StepSampler(len(train_set), cfg.batch_size, -(-cfg.precise_bn // cfg.accumulate),
                                world=common.world_size(), rank=common.rank(), accumulate=cfg.accumulate, seed=cfg.seed)
-    loader = data.make_loader(LabelledDataset(cfg, train_set), sampler,
-                              num_workers=cfg.num_workers, collate=data.collate)
+    loader = data.make_loader(LabelledDataset(cfg, train_set), sampler, num_workers=cfg.num_workers,
+                              collate=data.collate)
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None                                                 # a cumulative mean
+        norm.momentum = None  # a cumulative mean
     model.train()
-    run.seed_step(cfg.seed, 0)                                            # regions are drawn at random
+    run.seed_step(cfg.seed, 0)  # regions are drawn at random
     for batch in run.progress(itertools.islice(loader, cfg.precise_bn), total=cfg.precise_bn,
                               desc="BatchNorm statistics"):
         rcnn_losses(cfg, model, batch, device)
@@ -554,250 +608,160 @@ def precise_bn(cfg: Config, model: nn.Module, train_set: DetectionSet, device: t
 
 
 @torch.no_grad()
-def rcnn_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet,
-                    device: torch.device) -> list[dict]:
+def rcnn_detections(cfg: Config, model: nn.Module, label_map: list[int], test_set: DetectionSet, device: torch.device
+                    ) -> list[dict]:
     """COCO results of this process's slice, image by image, as released: nothing depends on what else is in a batch."""
-    rows = [test_set.categories[i]["id"] if i >= 0 else None for i in mapped]
-    found = []
+    category_ids = [test_set.categories[i]["id"] if i >= 0 else None for i in label_map]
+    detections = []
     for batch in evaluation.each_batch(model, test_set, size=cfg.eval_size, max_size=cfg.max_size, batch_size=1,
                                        num_workers=cfg.num_workers, text="evaluation"):
         images = rcnn.input_images(batch, device)
-        found += rcnn.from_rcnn(model(images), images, batch["targets"], cfg.detector, rows)
-    return found
+        detections += rcnn.from_rcnn(model(images), images, batch["targets"], cfg.detector, category_ids)
+    return detections
 
 
-def detr_detections(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet,
-                    device: torch.device) -> list[dict]:
-    found = []
-    heads = model.class_embed if isinstance(model.class_embed, nn.Linear) else model.class_embed[0]
-    softmax = heads.out_features > len(mapped)                               # a last row "no object"
-    ids = [c["id"] for c in test_set.categories]
-    for target, logits, boxes_xyxy in evaluation.predict(model, test_set, size=cfg.eval_size,
-                                                         max_size=cfg.max_size, device=device, batch_size=8,
-                                                         num_workers=cfg.num_workers, text="evaluation"):
+def detr_detections(cfg: Config, model: nn.Module, label_map: list[int], test_set: DetectionSet, device: torch.device
+                    ) -> list[dict]:
+    """COCO results of this process's slice; with --class_agnostic of one category."""
+    head = model.class_embed if isinstance(model.class_embed, nn.Linear) else model.class_embed[0]
+    softmax = head.out_features > len(label_map)  # a last row "no object"
+    category_ids = [c["id"] for c in test_set.categories]
+    detections = []
+    for target, logits, boxes_xyxy in evaluation.predict(model, test_set, size=cfg.eval_size, max_size=cfg.max_size,
+                                                         device=device, batch_size=8, num_workers=cfg.num_workers,
+                                                         text="evaluation"):
         if cfg.class_agnostic:  # a pretext head's row 1 is "object"; else the best class counts
             rows = logits.log_softmax(-1)[:, :-1] if softmax else logits
-            scores = rows[:, min(1, rows.shape[-1] - 1)] if mapped[0] < 0 else rows.max(-1).values
-            found += evaluation.class_agnostic_detections(scores[:, None], boxes_xyxy,
-                                                          target["image_id"], object_class=0)
+            scores = rows[:, min(1, rows.shape[-1] - 1)] if label_map[0] < 0 else rows.max(-1).values
+            detections += evaluation.class_agnostic_detections(scores[:, None], boxes_xyxy, target["image_id"],
+                                                               object_class=0)
         else:
-            found += category_detections(logits, boxes_xyxy, mapped, ids, target["image_id"], softmax)
-    return found
+            detections += category_detections(logits, boxes_xyxy, label_map, category_ids, target["image_id"], softmax)
+    return detections
 
 
-def evaluate(cfg: Config, model: nn.Module, mapped: list[int], test_set: DetectionSet, device: torch.device,
+def category_detections(logits: Tensor, boxes_xyxy: Tensor, label_map: list[int], category_ids: list[int],
+                        image_id: int, softmax: bool) -> list[dict]:
+    """The detections of one image (common.top_detections); those of rows of a released head that stand for no category
+    are dropped."""
+    best = common.top_detections(logits, boxes_xyxy, focal=not softmax)
+    return [{"image_id": image_id, "category_id": category_ids[label_map[row]], "bbox": [x1, y1, x2 - x1, y2 - y1],
+             "score": score}
+            for score, row, (x1, y1, x2, y2) in zip(*(best[k].tolist() for k in ("scores", "labels", "boxes")))
+            if label_map[row] >= 0]
+
+
+def evaluate(cfg: Config, model: nn.Module, label_map: list[int], test_set: DetectionSet, device: torch.device,
              write: bool) -> dict[str, Any]:
     """All metrics of the test set; on rank 0 also detections.json (COCO results format) and predictions.png when
-    `write`. All processes call it."""
-    detections = rcnn_detections if is_rcnn(cfg.detector) else detr_detections
-    found = evaluation.gather(detections(cfg, model, mapped, test_set, device))
+    `write`. All processes call it; rank 0 alone gets metrics."""
+    detect = rcnn_detections if is_rcnn(cfg.detector) else detr_detections
+    detections = evaluation.gather(detect(cfg, model, label_map, test_set, device))
     if common.rank() != 0:
         return {}
     truth = test_set.coco_ground_truth()
-    metrics = evaluation.detection_metrics(truth, found, class_agnostic=cfg.class_agnostic,
+    metrics = evaluation.detection_metrics(truth, detections, class_agnostic=cfg.class_agnostic,
                                            per_class=not cfg.class_agnostic)
     if cfg.detector.startswith("mask"):
-        masks = evaluation.detection_metrics(truth, found, iou_type="segm")
+        masks = evaluation.detection_metrics(truth, detections, iou_type="segm")
         metrics |= {f"{k}_mask": masks[k] for k in ("AP", "AP50", "AP75")}
     if test_set.voc and not cfg.class_agnostic:
-        metrics |= evaluation.voc07_metrics(truth, found)
+        metrics |= evaluation.voc07_metrics(truth, detections)  # F3
     if cfg.freeze_detector:  # Siamese DETR, Table 5: class-agnostic or not is not said, so both
-        boxes_only = evaluation.detection_metrics(truth, found, class_agnostic=True)
+        boxes_only = evaluation.detection_metrics(truth, detections, class_agnostic=True)
         metrics |= {f"agnostic_AR{k}": boxes_only[f"AR{k}"] for k in (1, 10, 100)}
     if write:
-        evaluation.write_json(Path(cfg.out) / "detections.json", found)
+        run.write_json(Path(cfg.out) / "detections.json", detections)
+        columns = {"ground truth": truth["annotations"], "predictions (best 10)": detections}
         names = {} if cfg.class_agnostic else {c["id"]: c["name"] for c in test_set.categories}
-        draw_predictions(Path(cfg.out) / "predictions.png", test_set, found, truth, names)
+        evaluation.draw_detections(Path(cfg.out) / "predictions.png", test_set, columns, names)
     return metrics
 
 
-def category_detections(logits: Tensor, boxes_xyxy: Tensor, mapped: list[int], category_ids: list[int], image_id: int,
-                        softmax: bool) -> list[dict]:
-    """The detections of one image (common.top_detections); those of rows of a released head that stand
-    for no category are dropped."""
-    best = common.top_detections(logits, boxes_xyxy, focal=not softmax)
-    keep = [(s, mapped[l], b) for s, l, b in zip(best["scores"].tolist(), best["labels"].tolist(),
-                                                 best["boxes"].tolist()) if mapped[l] >= 0]
-    return [{"image_id": image_id, "category_id": category_ids[l], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": s}
-            for s, l, (x1, y1, x2, y2) in keep]
+def evaluate_between(cfg: Config, model: nn.Module, label_map: list[int], train_set: DetectionSet,
+                     test_set: DetectionSet, device: torch.device) -> dict[str, float]:
+    """The metrics of a run that goes on, as if it had not been evaluated: a resumed one has not (F12)."""
+    common.broadcast_buffers(model)
+    statistics = precise_bn(cfg, model, train_set, device)
+    metrics = evaluate(cfg, model, label_map, test_set, device, write=False)
+    model.load_state_dict(statistics, strict=False)
+    return {k: v for k, v in metrics.items() if isinstance(v, float) and v == v}
 
 
-def draw_predictions(path: Path, test_set, detections: list[dict], truth: dict,
-                     names: dict[int, str], rows: int = 6) -> None:
-    """One row per image: ground truth beside the best predictions, with category names and scores."""
-    images, columns = [], {"ground truth": [], "predictions (best 10)": []}
-    for i in range(min(rows, len(test_set))):
-        image, target = test_set.load(i)
-        images.append(image)
-        true = [a for a in truth["annotations"] if a["image_id"] == target["image_id"]]
-        best = sorted((d for d in detections if d["image_id"] == target["image_id"]), key=lambda d: -d["score"])[:10]
-        for column, some in zip(columns.values(), (true, best)):
-            boxes = torch.tensor([d["bbox"] for d in some]).reshape(-1, 4)
-            labels = [names.get(d["category_id"], "") + (f" {d['score']:.2f}" if "score" in d else "") for d in some]
-            column.append((torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1), labels))
-    evaluation.draw_boxes_figure(path, images, columns, max_boxes=30)
+def evaluate_checkpoint(cfg: Config, init: convert.Checkpoint, categories: list[dict], test_set: DetectionSet,
+                        device: torch.device) -> dict[str, Any]:
+    """--eval_only and --class_agnostic. `categories`: those of the training set."""
+    model, label_map = build_model(cfg, init, categories)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = evaluate(cfg, model.to(device), label_map, test_set, device, write=True)
+    run.finish(out, metrics, summary(metrics))
+    return metrics
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The table of metrics.json, and AP of every class."""
+    columns = [k for k in metrics if k not in ("per_class", "steps")]
+    text = evaluation.metrics_table({"detection" if "per_class" in metrics else "class-agnostic": metrics}, columns)
+    if metrics.get("per_class"):
+        shown = {name: "-" if ap is None or ap != ap else f"{ap:.3f}" for name, ap in metrics["per_class"].items()}
+        text += "\nAP per class: " + ", ".join(f"{name} {ap}" for name, ap in shown.items())
+    return text
 
 
 # ==== 7. Main ====
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    argv = sys.argv[1:] if argv is None else argv
-    given = {a.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for a in argv if a.startswith("--")}
-    init, arch = None, {}
-
-    def recipe(values: dict[str, Any]) -> dict[str, Any]:
-        nonlocal init, arch
-        if values["init_from"]:
-            init, arch = read_init(values["init_from"], values["class_agnostic"], values["detector"])
-        protocol = {"protocol": "soco"} if values["protocol"] == "released" and init and init.method == "soco" else {}
-        return recipe_of(values | arch | protocol) | ({"iterations": None} if "epochs" in given else {})
-
-    cfg = run.parse_config(Config, PRESETS, argv, script="finetune",
-                           description=__doc__.split("\n\n")[0], by_data=recipe)
-    device = common.setup_distributed(cfg.device)
+def parse(argv: list[str] | None) -> tuple[Config, frozenset[str], convert.Checkpoint | None]:
+    """(configuration, names of the flags on the command line, checkpoint behind --init_from)."""
+    parse_config = functools.partial(run.parse_config, Config, PRESETS, argv, script="finetune", description=__doc__)
+    flags = parse_config()  # the recipe depends on the checkpoint, which these name
+    given = frozenset(a[2:].split("=")[0].removeprefix("no_") for a in run.normalized_flags(argv) if a.startswith("--"))
+    init, architecture = None, {}
+    if flags.init_from:
+        init, architecture = read_init(flags.init_from, flags.class_agnostic, flags.detector)
+    recipe = functools.partial(recipe_of, architecture=architecture, method=init and init.method, given=given)
+    cfg = adopt_architecture(parse_config(recipe=recipe), architecture, given)
     cfg.eval_only |= cfg.class_agnostic
-    if cfg.init_from:
-        cfg = adopt_architecture(cfg, arch, given)
-    check_flags(cfg, given, init)
-    train_set, test_set = open_sets(cfg)
-    if cfg.eval_only:
-        if (Path(cfg.out) / "last.pt").exists():
-            raise UserError(f"--out {cfg.out} holds a training run, "
-                            "whose metrics this evaluation would overwrite; give another --out")
-        model, mapped = build_model(cfg, init, train_set.categories)
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        return finish(cfg, evaluate(cfg, model.to(device), mapped, test_set, device, write=True))
+    return cfg, given, init
 
-    sampler_args = {"world": common.world_size(), "rank": common.rank(), "accumulate": cfg.accumulate, "seed": cfg.seed}
-    # complains about sizes before anything is written
-    data.StepSampler(len(train_set), cfg.batch_size, 1, **sampler_args)
-    identity = run.identity("finetune", len(train_set), fingerprint(train_set))
-    out, state = Path(cfg.out), run.open_run(cfg, **identity)
-    steps_per_epoch = len(train_set) // cfg.batch_size
-    total_steps = min(run_length(cfg, steps_per_epoch), cfg.max_steps or sys.maxsize)
-    if metrics := run.finished(out, state, total_steps):
-        return finish(cfg, metrics)
-    model, mapped = build_model(cfg, init, train_set.categories)
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    cfg, given, init = parse(argv)
+    device = common.setup_distributed(cfg.device)
+    check(cfg, given, init)
+    train_set, test_set = open_sets(cfg)
+    categories = train_set.categories
+    if cfg.eval_only:
+        return evaluate_checkpoint(cfg, init, categories, test_set, device)
+    job = run.Run(cfg, "finetune", train_set, len(train_set), device, summary, categories=categories)
+    if job.metrics:
+        return job.metrics
+    model, label_map = build_model(cfg, init, categories)
     if cfg.freeze_detector:
         freeze(model)
     model = model.to(device)
-    optimizer = build_optimizer(cfg, model)
-    start = run.restore(state, model, optimizer, cfg) if state else 0
-    wrapped, criterion = common.wrap_model(model, device, compiled=cfg.compile), build_criterion(cfg)
-    sampler = data.StepSampler(len(train_set), cfg.batch_size, total_steps, start_step=start, **sampler_args)
-    batches = iter(data.make_loader(LabelledDataset(cfg, train_set), sampler,
-                                    num_workers=cfg.num_workers, collate=data.collate))
-    log, skipped, seen = run.Log(out, start, device), data.SkipCount(len(train_set)), 0
-    watch = run.FiniteWatch(out, lambda i: str(train_set.records[i].image))
-    run.tell_plan(cfg, len(train_set), f"labelled images of {len(mapped)} categories", steps_per_epoch,
-                  start, total_steps, device)
-    bar = run.progress(range(start, total_steps), initial=start, total=total_steps, desc="fine-tuning")
-    for step in run.until_stopped(bar):
-        run.seed_step(cfg.seed, step)
+    optimizer, criterion = build_optimizer(cfg, model), build_criterion(cfg)
+    job.restore(model, optimizer)
+    wrapped = common.wrap_model(model, device, compiled=cfg.compile)
+    loader = data.train_loader(job, LabelledDataset(cfg, train_set), data.collate)
+    for step in job.steps(what=f"labelled images of {len(label_map)} categories"):
         train_mode(cfg, wrapped)
-        lr = common.set_lr(optimizer, lr_factor(cfg, step, steps_per_epoch))
-        micro_batches = [next(batches) for _ in range(cfg.accumulate)]
-        for batch in micro_batches:
-            skipped.add(batch["skipped"])
-            seen += len(batch["targets"])
-        with watch.step(step, micro_batches) as look:
-            terms = train_step(cfg, wrapped, criterion, optimizer, micro_batches, device)
-            look(terms)
-        if step % cfg.log_every == 0 or step == total_steps - 1:
-            watch.settle()
-            line = log.write(step, terms, seen, epoch=step // steps_per_epoch, lr=lr)
-            bar.set_postfix({k.removeprefix("loss_"): f"{line[k]:.3f}" for k in list(terms)[:3]})
-            seen = 0
-        if run.save_due(step + 1, total_steps, cfg.save_every):
-            watch.settle()
-            run.save_checkpoint(out / "last.pt", model, optimizer, step + 1, cfg, **identity,
-                                categories=train_set.categories)
-        epoch, rest = divmod(step + 1, steps_per_epoch)
-        if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step < total_steps - 1:
-            common.share_buffers(model)
-            moving = precise_bn(cfg, model, train_set, device)
-            metrics = evaluate(cfg, model, mapped, test_set, device, write=False)
-            model.load_state_dict(moving, strict=False)  # a resumed run has not seen this evaluation
-            metrics = {k: v for k, v in metrics.items() if isinstance(v, float) and v == v}
-            log.append({"step": step, "epoch": epoch, **metrics})
-            run.say(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-    common.share_buffers(model)
+        lr = common.set_lr(optimizer, lr_factor(cfg, step, job.steps_per_epoch, job.length()))
+        micro_batches = job.next_batches(loader)
+        terms = train_step(cfg, wrapped, criterion, optimizer, micro_batches, device)
+        job.check(step, terms, micro_batches)
+        job.log(step, terms, *list(terms)[:3], lr=lr)
+        job.save(step)
+        epoch, rest = divmod(step + 1, job.steps_per_epoch)
+        if cfg.eval_every and not rest and epoch % cfg.eval_every == 0 and step < job.total_steps - 1:
+            metrics = evaluate_between(cfg, model, label_map, train_set, test_set, device)
+            job.log_file.append({"step": step, "epoch": epoch, **metrics})
+            run.print_rank0(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+    common.broadcast_buffers(model)
     if precise_bn(cfg, model, train_set, device):  # what was evaluated is what is saved (released)
-        run.save_checkpoint(out / "last.pt", model, optimizer, total_steps, cfg, **identity,
-                            categories=train_set.categories)
-    skipped.tell()
-    return finish(cfg, evaluate(cfg, model, mapped, test_set, device, write=True) | {"steps": total_steps})
-
-
-def check_flags(cfg: Config, given: set[str], init: convert.Checkpoint | None) -> None:
-    """UserError for flags that contradict each other, or belong to the other family."""
-    of_rcnn = is_rcnn(cfg.detector)
-    if other := sorted(given & (DETR_ONLY if of_rcnn else RCNN_ONLY)):
-        raise UserError(f"--{', --'.join(other)}: not of {convert.NAMES[cfg.detector]}, "
-                        f"but of the {'DETR' if of_rcnn else 'R-CNN'} family; leave it out"
-                        + f", or give --detector {', '.join(typing.get_args(rcnn.RCNN_DETECTORS))}" * (not of_rcnn))
-    if cfg.freeze_detector and not cfg.init_from:
-        raise UserError("--freeze_detector needs "
-                        "--init_from FILE: without one the heads would be trained on a random detector")
-    if cfg.eval_only and not cfg.init_from:
-        raise UserError("--eval_only and --class_agnostic need --init_from FILE: the checkpoint to evaluate")
-    if cfg.eval_only and of_rcnn and not init.rcnn:
-        raise UserError(f"--eval_only: {cfg.init_from} holds no detector of the R-CNN family, "
-                        "only what one starts from; fine-tune it first")
-    if (cfg.protocol in ("soco", "dupr")) != of_rcnn and cfg.protocol != "released":
-        raise UserError(f"--protocol {cfg.protocol} is a schedule of the {'DETR' if of_rcnn else 'R-CNN'} family, "
-                        f"not of {cfg.detector}")
-    if cfg.protocol == "updetr_long" and cfg.detector != "detr":
-        raise UserError(f"--protocol updetr_long is a schedule of detr, not of {cfg.detector}")
-    if cfg.protocol in ("semi_supervised", "low_data") and not (cfg.data == "coco" and cfg.labels_percent < 100):
-        raise UserError(f"--protocol {cfg.protocol} is a schedule of shares of COCO: give "
-                        "--data coco --labels_percent P")
-    if cfg.detector == "fcos_fpn" and cfg.fpn_channels % 64:
-        raise UserError(f"--fpn_channels {cfg.fpn_channels}: "
-                        "FCOS normalises in 32 groups of at least two channels; give a multiple of 64")
-    if not all(0 < drop <= 1 for drop in cfg.lr_drops):
-        raise UserError(f"--lr_drops {' '.join(map(str, cfg.lr_drops))}: shares of the run, above 0 and at most 1")
-
-
-def open_sets(cfg: Config) -> tuple[DetectionSet, DetectionSet]:
-    """Training set (the --labels_percent share of it) and test set, which has the training set's categories."""
-    shared = {"synthetic_size": cfg.synthetic_size, "seed": cfg.seed, "masks": cfg.detector.startswith("mask")}
-    train_set = open_detection(cfg.data, cfg.data_root, "train", synthetic_images=cfg.synthetic_images, **shared)
-    test_set = open_detection(cfg.data, cfg.data_root, "test", categories=train_set.categories,
-                                   synthetic_images=cfg.synthetic_test_images, **shared)
-    if not 0 < cfg.labels_percent <= 100:
-        raise UserError(f"--labels_percent {cfg.labels_percent:g}: must lie above 0 and not above 100")
-    if cfg.labels_percent < 100:
-        train_set = train_set.subset(cfg.labels_percent, cfg.seed)           # F2
-    if is_rcnn(cfg.detector):
-        train_set = train_set.with_objects()
-    for note in dict.fromkeys([*train_set.notes, *test_set.notes]):
-        run.say(f"note: {note}")
-    return train_set, test_set
-
-
-def fingerprint(labelled: DetectionSet) -> str:
-    """sha256 over the names of the images and all their boxes and labels, in order."""
-    digest = hashlib.sha256()
-    for r in labelled.records:
-        digest.update(f"{Path(str(r.image)).name} {r.id} {r.hw}".encode("utf-8", "surrogateescape"))
-        for part in (r.boxes, r.labels, r.crowd):
-            digest.update(part.tobytes())
-    return digest.hexdigest()
-
-
-def finish(cfg: Config, metrics: dict[str, Any]) -> dict[str, Any]:
-    if common.rank() == 0:
-        evaluation.write_json(Path(cfg.out) / "metrics.json", metrics)
-        columns = [k for k in metrics if k not in ("per_class", "steps")]
-        run.say(evaluation.metrics_table({"class-agnostic" if cfg.class_agnostic else "detection": metrics}, columns))
-        if metrics.get("per_class"):
-            shown = {name: "-" if ap is None or ap != ap else f"{ap:.3f}" for name, ap in metrics["per_class"].items()}
-            run.say("AP per class: " + ", ".join(f"{name} {ap}" for name, ap in shown.items()))
-        run.say(f"wrote {cfg.out}/metrics.json, detections.json, predictions.png")
-    common.barrier()
-    return metrics
+        job.save(job.total_steps - 1, again=True)
+    return job.end(evaluate(cfg, model, label_map, test_set, device, write=True))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
 """Region proposals without labels, and the store that keeps them: selective search, edge boxes, random boxes.
 
-image [H, W, 3] -Generator-> rects xywh int [n, 4] -build_store-> folder -ProposalStore.boxes-> xyxy px [n, 4]
--select()-> the boxes of a batch
+image [H, W, 3] --Generator--> rects xywh int [n, 4] --build_store--> folder --ProposalStore.boxes--> xyxy px [n, 4]
 
 Run (the same command again continues an interrupted build):
-  python proposals.py --data imagenet100 --method selective_search --workers 16         # DETReg: 128x128, fast
-  python proposals.py --data imagenet --method selective_search --grid 0 --workers 16   # SoCo: original size
-  python proposals.py --data coco --method edge_boxes [--edge_model model.yml.gz]       # Siamese DETR
+    python proposals.py --data imagenet100 --method selective_search --workers 16         # DETReg: 128 x 128, fast
+    python proposals.py --data imagenet --method selective_search --grid 0 --workers 16   # SoCo: original size
+    python proposals.py --data coco --method edge_boxes [--edge_model model.yml.gz]       # Siamese DETR
 
 Deviations:
-  D1  OpenCV expects BGR; DETReg's released code hands it the RGB array,
-      which gives other boxes. Here: RGB, as released.
-  D2  OpenCV ranks a box by C rand() * level, which its boxes do not tell. Released: another order in every call. Here:
-      srand(seed of the image), so an order can be drawn again. A store keeps ONE order per image; DETReg's default (no
-      store) draws anew in each epoch.
-  D3  Importance sampling (DETReg, Sec. 4) normalises over the n boxes there are; released:
-      -ln(i/301)/10 whatever n ("importance_released").
-  D4  Edge boxes without the structured forest (its file may not be passed on):
-      Lab gradients, and parameters measured for them.
-  D5  Edge boxes' last resort is a centre box w/4..3w/4 (released: converted to xyxy twice). Boxes are clipped to the
-      image; those found on a resized copy are rounded to pixels of the original (released: truncated); the retry's
-      upscaling is bounded (released: 1 x 500 px explodes).
-  D6  Mode "quick" is ours: on the 128 grid 3.1 times the images/s of fast; held-out recall@100 (IoU 0.5) .578 for .434
-      on BCCD, .977 for .976 on 600 synthetic scenes. It gives more small boxes: recall@30 .402 for .324, but .796 for
-      .868 on the scenes (benchmarks/proposals.py).
+    D1  OpenCV expects BGR; DETReg's released code hands it the RGB array, which gives other boxes. Here: RGB, as
+        released.
+    D2  OpenCV ranks a box by C rand() * level, which its boxes do not tell. Released: another order in every call.
+        Here: srand(seed of the image), so an order can be drawn again. A store keeps ONE order per image; DETReg's
+        default (no store) draws anew in each epoch.
+    D3  Importance sampling (DETReg, Sec. 4): in detreg.py, D8 there.
+    D4  Edge boxes without the structured forest (its file may not be passed on): Lab gradients, and parameters measured
+        for them.
+    D5  Edge boxes' last resort is a centre box w/4..3w/4 (released: converted to xyxy twice). Boxes are clipped to the
+        image; those found on a resized copy are rounded to pixels of the original (released: truncated); the retry's
+        upscaling is bounded (released: 1 x 500 px explodes).
+    D6  Mode "quick" is ours: on the 128 grid 3.1 times the images/s of fast; held-out recall@100 (IoU 0.5) .578 for
+        .434 on BCCD, .977 for .976 on 600 synthetic scenes. It gives more small boxes: recall@30 .402 for .324, but
+        .796 for .868 on the scenes (benchmarks/proposals.py).
 """
 from __future__ import annotations
 
@@ -45,32 +43,36 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torchvision.ops import nms
 from tqdm import tqdm
 
 import common
 import run
 from common import UserError
-from data import SkipCount, UnreadableImage, open_images
+from data import UnreadableImage, open_images
+from run import Natural, SkipCount
 
 FORMAT_VERSION = 1
 RANDOM_BOXES = 300  # per image with method "random": as many as edge boxes gives at most
 
 
+# ==== 1. Seeds and units ====
+
+
 def image_seed(*parts: Any) -> int:
-    """Stable seed in [0, 2**31) from e.g. (seed, key) or (seed, epoch, index):
-    the same on every machine and in every process."""
+    """Seed in [0, 2**31) from e.g. (seed, key) or (seed, epoch, index): the same on every machine, in every process."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
 
 
 def rects_to_boxes(rects: np.ndarray, image_hw: tuple[int, int], grid: int | None) -> np.ndarray:
-    """int [n, 4] xywh on a grid x grid copy of the image (None: its own pixels) -> float32 [n, 4] xyxy px.
+    """int [n, 4] xywh on a grid x grid copy of the image (None: its own pixels) -> float32 [n, 4] xyxy px, in
     float32 throughout, as released."""
     boxes = np.asarray(rects).reshape(-1, 4).astype(np.float32)
     if grid:
@@ -80,7 +82,9 @@ def rects_to_boxes(rects: np.ndarray, image_hw: tuple[int, int], grid: int | Non
     return boxes
 
 
-# ==== 1. Selective search (DETReg, Sec. 4, SoCo Sec. 3.1) ====
+# ==== 2. Selective search (DETReg, Sec. 4, SoCo Sec. 3.1) ====
+
+
 def _switch_to_quick(search: Any, image: np.ndarray) -> None:
     """Ours (D6), 3 hierarchies: Lab alone; small segments (k 60, at least 60 px) stand in for the other colour space;
     no texture, no colour term."""
@@ -88,30 +92,32 @@ def _switch_to_quick(search: Any, image: np.ndarray) -> None:
     search.addImage(cv2.cvtColor(image, cv2.COLOR_BGR2Lab))
     for k in (60, 150, 300):  # these segmentations take nearly all of its time
         search.addGraphSegmentation(cv.createGraphSegmentation(0.8, k, 60))
-    search.addStrategy(
-        cv.createSelectiveSearchSegmentationStrategyMultiple(cv.createSelectiveSearchSegmentationStrategyFill(),
-                                                             cv.createSelectiveSearchSegmentationStrategySize()))
+    fill = cv.createSelectiveSearchSegmentationStrategyFill()
+    size = cv.createSelectiveSearchSegmentationStrategySize()
+    search.addStrategy(cv.createSelectiveSearchSegmentationStrategyMultiple(fill, size))
 
 
 def _search(image: np.ndarray, mode: str, before: Callable[[], Any]) -> np.ndarray:
+    """int [n, 4] xywh in OpenCV's order; before() is called right before its boxes are made and ranked."""
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.ascontiguousarray(image))
-    {"fast": search.switchToSelectiveSearchFast, "quality": search.switchToSelectiveSearchQuality,
-     "quick": functools.partial(_switch_to_quick, search, image)}[mode]()
+    switch = {"fast": search.switchToSelectiveSearchFast, "quality": search.switchToSelectiveSearchQuality,
+              "quick": functools.partial(_switch_to_quick, search, image)}
+    switch[mode]()
     before()
     return np.asarray(search.process(), np.int32).reshape(-1, 4)
 
 
 @functools.cache
 def _c_srand() -> Any | None:
-    """The C library's srand if it steers OpenCV's order, else None (a wheel with its own C
-    runtime): found out by trying."""
+    """The C library's srand if it steers OpenCV's order (found out by trying), else None: a wheel with its own C
+    runtime."""
     try:
         srand = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None).srand
     except (OSError, AttributeError):
         return None
-    image = np.kron(np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8),
-                    np.ones((16, 16, 1), np.uint8))
+    blocks = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    image = np.kron(blocks, np.ones((16, 16, 1), np.uint8))
     first, other, again = (_search(image, "fast", functools.partial(srand, seed)) for seed in (1, 2, 1))
     return srand if np.array_equal(first, again) and not np.array_equal(first, other) else None
 
@@ -127,14 +133,15 @@ def _search_rects(image: np.ndarray, grid: int | None, mode: str, seed: int) -> 
 
 
 def selective_search(image: np.ndarray, *, grid: int | None = 128, mode: str = "fast", seed: int) -> np.ndarray:
-    """uint8 RGB [H, W, 3] -> float32 [n, 4] xyxy px, in OpenCV's order for `seed` (D1, D2).
-    One thread per process may call this: rand() is shared.
-    `mode`: "fast", "quality" or "quick" (D6); `grid`: search on a grid x grid copy (None: original size).
-    A flat or tiny image gives its full box."""
+    """uint8 RGB [H, W, 3] -> float32 [n, 4] xyxy px, in OpenCV's order for `seed` (D1, D2). One thread per process may
+    call this: rand() is shared. `mode`: "fast", "quality" or "quick" (D6); `grid`: search on a grid x grid copy (None:
+    original size). A flat or tiny image gives its full box."""
     return rects_to_boxes(_search_rects(image, grid, mode, seed), image.shape[:2], grid)
 
 
-# ==== 2. Edge boxes (Siamese DETR Sec. 4.1) ====
+# ==== 3. Edge boxes (Siamese DETR Sec. 4.1) ====
+
+
 @functools.cache
 def _structured_forest(path: str) -> Any:
     try:
@@ -149,8 +156,8 @@ def _structured_forest(path: str) -> Any:
 
 
 def _edges_without_model(image: np.ndarray, radius: int = 2, border: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 RGB -> thin edges float32 [H, W] in 0..1, direction across them in [0, pi) (D4).
-    What OpenCV offers only with a model, redone."""
+    """uint8 RGB -> thin edges float32 [H, W] in 0..1, direction across them in [0, pi) (D4). What OpenCV offers only
+    with a model, redone."""
     lab = cv2.GaussianBlur(cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2Lab) / 100, (0, 0), 2)
     edges = np.hypot(cv2.Scharr(lab, cv2.CV_32F, 1, 0), cv2.Scharr(lab, cv2.CV_32F, 0, 1)).max(axis=2) / 32
     edges = np.clip(edges / max(float(np.percentile(edges, 99)), 1e-6), 0, 1).astype(np.float32)
@@ -165,24 +172,23 @@ def _edges_without_model(image: np.ndarray, radius: int = 2, border: int = 5) ->
     for d in (d for d in range(-radius, radius + 1) if d):  # edgesNms: only what is largest across the edge stays
         keep &= edges >= cv2.remap(edges, x + d * np.cos(angle), y + d * np.sin(angle), cv2.INTER_LINEAR,
                                    borderMode=cv2.BORDER_REPLICATE)
-    # gradients are unsure there
+    # towards the border, where gradients are unsure, edges fade
     fade = [np.minimum(np.minimum(np.arange(n), np.arange(n)[::-1]) / max(min(border, n // 2), 1), 1) for n in (h, w)]
     return (edges * keep * np.outer(*fade)).astype(np.float32), angle
 
 
 def _edge_search(image: np.ndarray, edge_model: str | None, max_boxes: int) -> np.ndarray:
     """One pass of edge boxes: uint8 RGB -> int [n, 4] xywh in score order, possibly none."""
-    # with a model OpenCV's other parameters stay, as released
     finder = cv2.ximgproc.createEdgeBoxes(maxBoxes=max_boxes)
-    if edge_model:
+    if edge_model:  # OpenCV's other parameters stay, as released
         forest = _structured_forest(edge_model)
         edges = forest.detectEdges(image.astype(np.float32) / 255)
         angle = forest.computeOrientation(edges)
         edges = forest.edgesNms(edges, angle)
     else:
-        finder.setBeta(0.65), finder.setEta(0.9)  # fewer near-duplicates of large windows
-        # 1000 px belongs to an image of about 490 x 367
-        finder.setMinBoxArea(1000 * image.shape[0] * image.shape[1] / 180_000)
+        finder.setBeta(0.65)  # with Eta: fewer near-duplicates of large windows
+        finder.setEta(0.9)
+        finder.setMinBoxArea(1000 * image.shape[0] * image.shape[1] / 180_000)  # 1000 px suit about 490 x 367
         edges, angle = _edges_without_model(image)
     return np.asarray(finder.getBoundingBoxes(edges, angle)[0], np.int32).reshape(-1, 4)
 
@@ -190,19 +196,19 @@ def _edge_search(image: np.ndarray, edge_model: str | None, max_boxes: int) -> n
 def _edge_rects(image: np.ndarray, edge_model: str | None, max_boxes: int, short_side: int | None) -> np.ndarray:
     """Edge boxes with the released retry, as int32 [n, 4] xywh in pixels of `image`; never empty."""
     h, w = image.shape[:2]
-    sharp = cv2.convertScaleAbs(cv2.filter2D(image, -1, np.array([[0, -1, 0], [-1, 5, -1], [0, -1, 0]], np.float32)),
-                                alpha=1.5)
+    sharpen = np.array([[0, -1, 0], [-1, 5, -1], [0, -1, 0]], np.float32)
+    sharp = cv2.convertScaleAbs(cv2.filter2D(image, -1, sharpen), alpha=1.5)
     retry_scale = max(1, min(math.ceil(1000 / min(h, w)), 4000 // max(h, w)))  # bounded: D5
     for picture, scale in ((image, short_side / min(h, w) if short_side else 1), (sharp, retry_scale)):
         size = (max(round(w * scale), 1), max(round(h * scale), 1))
-        picture = picture if scale == 1 else cv2.resize(picture, size,
-                                                        interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        if scale != 1:
+            picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         try:
             rects = _edge_search(picture, edge_model, max_boxes)
         except cv2.error:  # the released code retries after any exception too
             continue
-        corners = np.concatenate([rects[:, :2], rects[:, :2] + rects[:, 2:]],
-                                 1) * (np.array([w, h, w, h]) / np.tile(size, 2))
+        corners = np.concatenate([rects[:, :2], rects[:, :2] + rects[:, 2:]], 1)
+        corners = corners * (np.array([w, h, w, h]) / np.tile(size, 2))
         corners = np.rint(corners.clip(0, (w, h, w, h))).astype(np.int32)
         sides = corners[:, 2:] - corners[:, :2]
         if (sides > 0).all(1).any():
@@ -218,22 +224,24 @@ def edge_boxes(image: np.ndarray, *, edge_model: str | None = None, max_boxes: i
     return rects_to_boxes(_edge_rects(image, edge_model, max_boxes, short_side), image.shape[:2], None)
 
 
-# ==== 3. Random boxes, ranking, choosing ====
+# ==== 4. Random boxes; our ranking ====
+
+
 def random_boxes(rng: np.random.Generator, image_hw: tuple[int, int], n: int,
                  size_pool: np.ndarray | None = None) -> np.ndarray:
-    """float32 [n, 4] xyxy px, placed uniformly inside the image. Sizes come from `size_pool` ([m, 2] relative w,
-    h), else uniform in (0, 1]."""
-    pooled = size_pool is not None and len(size_pool) > 0
-    size = (np.clip(np.asarray(size_pool)[rng.integers(len(size_pool), size=n)], 0, 1) if pooled
-            else 1 - rng.random((n, 2)))
+    """float32 [n, 4] xyxy px, placed uniformly inside the image. Sizes come from `size_pool` ([m, 2] relative w, h),
+    else uniform in (0, 1]."""
+    if size_pool is not None and len(size_pool):
+        size = np.clip(np.asarray(size_pool)[rng.integers(len(size_pool), size=n)], 0, 1)
+    else:
+        size = 1 - rng.random((n, 2))
     start = rng.random((n, 2)) * (1 - size)
     h, w = image_hw
     return (np.concatenate([start, start + size], 1) * (w, h, w, h)).astype(np.float32)
 
 
 def _nms_order(boxes: np.ndarray, image_hw: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    # sorted first: the draw depends on the set of boxes, not on the order they came in
-    order = rng.permutation(np.lexsort(boxes.T))
+    order = rng.permutation(np.lexsort(boxes.T))  # sorted: the draw depends on the set of boxes, not on their order
     w, h = (boxes[order, 2:] - boxes[order, :2]).T
     area = w * h / (image_hw[0] * image_hw[1])
     usable = order[(area >= 0.005) & (area <= 0.95) & (np.maximum(w, h) <= 4 * np.minimum(w, h))]
@@ -249,52 +257,28 @@ def rank_nms(boxes: np.ndarray, image_hw: tuple[int, int], rng: np.random.Genera
     return boxes[_nms_order(np.asarray(boxes, np.float32), image_hw, rng)] if len(boxes) else boxes
 
 
-def importance_probability(n: int, m: int, released: bool = False) -> np.ndarray:
-    """float64 [n]: chance of rank i = 1..n when about `m` are wanted. p_i = min(1, m w_i / sum w),
-    w_i = -ln(i/n) (DETReg, Sec. 4; D3).
-    `released`: -ln(i/301)/10 for i <= 300 and 0 beyond, whatever n and m."""
-    rank = np.arange(1, n + 1, dtype=np.float64)
-    if released:
-        return np.where(rank <= 300, -np.log(np.minimum(rank, 301) / 301) / 10, 0.0)
-    weight = -np.log(rank / n)
-    return np.minimum(1, m * weight / weight.sum()) if n > 1 else np.ones(n)
-
-
-def select(boxes: np.ndarray, policy: str, k: int, rng: np.random.Generator) -> np.ndarray:
-    """`policy` topk, randomk, importance or importance_released -> a subset in rank order; all where there are at most
-    k. Importance draws each rank by itself, so the number varies around k and may be 0; the released variant draws
-    however few there are, as released."""
-    n = len(boxes)
-    if policy == "importance_released":
-        return boxes[rng.random(n) < importance_probability(n, k, released=True)]
-    if n <= k or policy == "topk":
-        return boxes[:k]
-    if policy == "randomk":
-        return boxes[np.sort(rng.choice(n, k, replace=False))]
-    if policy == "importance":
-        return boxes[rng.random(n) < importance_probability(n, k)]
-    raise ValueError(f"unknown policy {policy}")
+# ==== 5. Image -> boxes ====
 
 
 @dataclass(frozen=True)
 class Generator:
-    """Image -> boxes, with every setting that the result depends on. For edge boxes `grid` is the short side of
-    the copy that is searched."""
+    """Image -> boxes, with every setting that the result depends on."""
     method: str = "selective_search"  # selective_search | edge_boxes | random
     mode: str = "fast"  # selective search: fast (12 hierarchies) | quality (100) | quick (3; D6)
-    grid: int | None = 128  # None: original size
+    grid: int | None = 128  # side of the copy that is searched (edge boxes: its short side); None: original size
     rank: str = "opencv"  # opencv: the generator's own order | nms: rank_nms
-    edge_model: str | None = None
-    seed: int = 42
+    edge_model: str | None = None  # OpenCV's structured forest file
+    seed: int = 42  # build_store draws with (seed, key of the image)
 
     @property
     def units(self) -> int | None:
-        """What the integer rects count: cells of a units x units grid over the image, or its pixels (None)."""
+        """What integer rects count: cells of a units x units grid over the image, or its pixels (None)."""
         return None if self.method == "edge_boxes" else self.grid
 
     def rects(self, image: np.ndarray, seed: int) -> np.ndarray:
         """uint8 RGB [H, W, 3] -> int32 [n, 4] xywh in `units`, ranked."""
-        hw, rng = image.shape[:2], np.random.default_rng(seed)
+        hw = image.shape[:2]
+        rng = np.random.default_rng(seed)
         if self.method == "selective_search":
             rects = _search_rects(image, self.grid, self.mode, seed)
         elif self.method == "edge_boxes":
@@ -316,38 +300,34 @@ class Generator:
         return rects_to_boxes(self.rects(array, seed), array.shape[:2], self.units)
 
     def header(self) -> dict[str, Any]:
-        """Everything the boxes depend on, for a store's header.
-        Raises UserError where the edge model cannot be used."""
+        """All that the boxes depend on, for a store's header. UserError where the edge model cannot be used."""
         head = asdict(self) | {"opencv": cv2.__version__, "units": self.units or "pixels"}
         if self.method == "selective_search":
             head["order"] = ("C rand(), seeded per image" if _c_srand()
                              else "own shuffle (OpenCV's order cannot be seeded here)")
         if self.method == "edge_boxes" and self.edge_model:
             _structured_forest(self.edge_model)
-            head["edge_model"] = (f"{Path(self.edge_model).name} sha256 "
-                                  f"{hashlib.sha256(Path(self.edge_model).read_bytes()).hexdigest()[:16]}")
-        if self.method == "edge_boxes":
-            head["edges"] = "structured forest, OpenCV's parameters" if self.edge_model else (
-                "no model: Lab, Gaussian 2, Scharr, 99th percentile; Beta .65, Eta .9, MinBoxArea scaled")
+            digest = hashlib.sha256(Path(self.edge_model).read_bytes()).hexdigest()
+            head["edge_model"] = f"{Path(self.edge_model).name} sha256 {digest[:16]}"
+            head["edges"] = "structured forest, OpenCV's parameters"
+        elif self.method == "edge_boxes":
+            head["edges"] = "no model: Lab, Gaussian 2, Scharr, 99th percentile; Beta .65, Eta .9, MinBoxArea scaled"
         return head
 
 
-# ==== 4. Store ====
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    run.write_atomic(path, json.dumps(value, indent=1).encode())
+# ==== 6. A store, read ====
+
+_HEADER_KEYS = {*(f.name for f in fields(Generator)), "opencv", "units", "dtype", "images", "source", "source_images",
+                "fingerprint"}
 
 
-_HEADER = {*(f.name for f in fields(Generator)), "opencv", "units", "dtype", "images", "source",
-           "source_images", "fingerprint"}
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_header(path: Path) -> dict[str, Any] | None:
     """None where there is no such file. Raises UserError for one that is no store header."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {value['format_version']}, this program reads {FORMAT_VERSION}")
-        if missing := _HEADER - value.keys():
+        if missing := _HEADER_KEYS - value.keys():
             raise ValueError(f"without {', '.join(sorted(missing))}")
         units = value["units"] == "pixels" or 0 < int(value["units"]) < 65536
         if type(value["images"]) is not int or value["dtype"] not in ("uint8", "uint16") or not units:
@@ -360,19 +340,18 @@ def _read_json(path: Path) -> dict[str, Any] | None:
                         "Delete the folder and build it again.") from error
 
 
-def _command(head: dict[str, Any] | None, path: Path) -> str:
+def _build_command(head: dict[str, Any] | None, path: Path) -> str:
     """What to type; the header knows the data only by name, and the edge model by its hash."""
-    how = ("".join(f" --{k} {head[k] or 0}" for k in ("method", "grid", "mode", "rank", "seed"))
-           if head else " --method METHOD")
-    how += " --edge_model FILE" if head and head["edge_model"] else ""
-    how += f" --limit {head['images']}" if head and head["images"] < head["source_images"] else ""
-    return (f"python proposals.py --data DATA{how} --out {path}"
-            + (f" (DATA: where {head['source']} lies)" if head else ""))
+    if not head:
+        return f"python proposals.py --data DATA --method METHOD --out {path}"
+    flags = "".join(f" --{k} {head[k] or 0}" for k in ("method", "grid", "mode", "rank", "seed"))
+    flags += " --edge_model FILE" if head["edge_model"] else ""
+    flags += f" --limit {head['images']}" if head["images"] < head["source_images"] else ""
+    return f"python proposals.py --data DATA{flags} --out {path} (DATA: where {head['source']} lies)"
 
 
 class ProposalStore:
-    """A finished store, memory-mapped: opening takes the same time and memory for any number of
-    images, workers share the pages."""
+    """A finished store, memory-mapped: opening it costs the same for any number of images; workers share the pages."""
 
     def __init__(self, path: Path, header: dict[str, Any], rects: np.ndarray, offsets: np.ndarray):
         self.path, self.header, self._rects, self._offsets = path, header, rects, offsets
@@ -380,28 +359,20 @@ class ProposalStore:
 
     @classmethod
     def open(cls, path: str | Path, source: Any = None) -> ProposalStore:
-        """`source` (len, name, fingerprint()): refuse a store made from other images.
-        Raises UserError with the reason and what to do."""
+        """UserError, saying what to do: there is no such store, it is unfinished or damaged, or it was made from other
+        images than those of `source` (len, name, fingerprint())."""
         path = Path(path)
-        header = _read_json(path / "meta.json")
+        header = _read_header(path / "meta.json")
         if header is None:
-            head = _read_json(path / "header.partial")
+            head = _read_header(path / "header.partial")
             state = ("is unfinished; continue it with" if head
                      else "holds no proposals; build them with" if path.exists() else "does not exist; build it with")
-            raise UserError(f"{path} {state}: {_command(head, path)}")
+            raise UserError(f"{path} {state}: {_build_command(head, path)}")
         if source is not None:
-            reason = ""
-            if header["images"] != len(source):
-                reason = (f"made from {header['images']} images of {header['source']}, "
-                          f"this has {len(source)} ({source.name})")
-            elif header["fingerprint"] != source.fingerprint():
-                reason = (f"made from the same number of images ({len(source)}), "
-                          f"but another list of files ({header['source']}, this is {source.name})")
-            if reason:
-                raise UserError(f"{path} does not fit these images: {reason}. Give the store of these images, "
-                                "or build one with --out elsewhere.")
+            cls._check_source(path, header, source)
         try:
-            offsets, file = np.load(path / "offsets.npy", mmap_mode="r", allow_pickle=False), path / "boxes.bin"
+            offsets = np.load(path / "offsets.npy", mmap_mode="r", allow_pickle=False)
+            file = path / "boxes.bin"
             total = int(offsets[-1]) if offsets.dtype == np.int64 and offsets.shape == (header["images"] + 1,) else -1
             if file.stat().st_size != total * 4 * np.dtype(header["dtype"]).itemsize:
                 raise ValueError("its files do not have the length its header says")
@@ -410,8 +381,21 @@ class ProposalStore:
         except Exception as error:
             # not only OSError and ValueError: numpy's reader of headers raises what its tokenizer does
             raise UserError(f"{path} is damaged: {error}. Delete the folder and build it again: "
-                            f"{_command(header, path)}") from error
+                            f"{_build_command(header, path)}") from error
         return cls(path, header, rects, offsets)
+
+    @staticmethod
+    def _check_source(path: Path, header: dict[str, Any], source: Any) -> None:
+        if header["images"] != len(source):
+            reason = (f"made from {header['images']} images of {header['source']}, "
+                      f"this has {len(source)} ({source.name})")
+        elif header["fingerprint"] != source.fingerprint():
+            reason = (f"made from the same number of images ({len(source)}), "
+                      f"but another list of files ({header['source']}, this is {source.name})")
+        else:
+            return
+        raise UserError(f"{path} does not fit these images: {reason}. Give the store of these images, "
+                        "or build one with --out elsewhere.")
 
     def __reduce__(self):  # a worker started afresh maps the files itself instead of receiving a copy of them
         return ProposalStore.open, (self.path,)
@@ -420,8 +404,8 @@ class ProposalStore:
         return len(self._offsets) - 1
 
     def boxes(self, i: int, image_hw: tuple[int, int]) -> np.ndarray:
-        """Image i of the source, of original size `image_hw` -> float32 [n, 4] xyxy px in the stored order;
-        n = 0 for an unreadable image."""
+        """Image i of the source, of original size `image_hw` -> float32 [n, 4] xyxy px in the stored order; n = 0 for
+        an unreadable image."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         first, last = int(self._offsets[i]), int(self._offsets[i + 1])
@@ -431,52 +415,55 @@ class ProposalStore:
             or (rects[:, :2] + rects[:, 2:] > (width, height)).any()):
             raise UserError(f"{self.path} is damaged, or image {i} has changed since: "
                             f"its boxes are not inside its {image_hw[1]} x {image_hw[0]} px. "
-                            f"Delete the folder and build it again: {_command(self.header, self.path)}")
+                            f"Delete the folder and build it again: {_build_command(self.header, self.path)}")
         return rects_to_boxes(rects, image_hw, self._grid)
 
 
-_WORK: dict[str, Any] = {}  # what a worker process works with
+# ==== 7. A store, filled ====
+
+_WORKER: dict[str, Any] = {}  # source, generator and dtype of a worker process
 
 
 def _start_worker(source: Any, generator: Generator, dtype: str, own_process: bool) -> None:
     cv2.setNumThreads(0)
-    _WORK.update(source=source, generator=generator, dtype=np.dtype(dtype))
+    _WORKER.update(source=source, generator=generator, dtype=np.dtype(dtype))
     if own_process:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the pool
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the main process is killed
 
 
-def _work(indices: range) -> list[tuple[np.ndarray | None, str]]:
+def _rects_of(indices: range) -> list[tuple[np.ndarray | None, str]]:
     """Per image (rects, "") or (None, "path: reason")."""
-    source, generator, dtype, results = _WORK["source"], _WORK["generator"], _WORK["dtype"], []
+    source, generator, dtype = (_WORKER[name] for name in ("source", "generator", "dtype"))
+    results = []
     for i in indices:
         try:
             image = np.asarray(source.load(i).convert("RGB"))
             if generator.units is None and max(image.shape) > np.iinfo(dtype).max:
                 raise UnreadableImage(source.key(i), f"a side above {np.iinfo(dtype).max} px")
-            results.append((generator.rects(image, image_seed(generator.seed, source.key(i))).astype(dtype), ""))
+            rects = generator.rects(image, image_seed(generator.seed, source.key(i)))
+            results.append((rects.astype(dtype), ""))
         except UnreadableImage as error:
             results.append((None, f"{error.path}: {error.reason}"))
     return results
 
 
-def _results(source: Any, generator: Generator, dtype: str, todo: range,
-             workers: int) -> Iterator[list[tuple[np.ndarray | None, str]]]:
-    """_work over chunks of `todo`, in order. An executor, as a Pool waits for ever on a
-    worker that the system killed."""
+def _compute_rects(source: Any, generator: Generator, dtype: str, todo: range, workers: int
+                   ) -> Iterator[list[tuple[np.ndarray | None, str]]]:
+    """_rects_of chunks of `todo`, in order. An executor: a Pool waits for ever on a worker that the system killed."""
     # small, or all wait at the end for one process with a whole chunk to do
     size = max(1, min(16, len(todo) // (32 * workers or 1)))
     chunks = [todo[a:a + size] for a in range(0, len(todo), size)]
     cv2.setNumThreads(0)  # here too: forking beside OpenCV's own threads can hang the child
     if not workers:
         _start_worker(source, generator, dtype, False)
-        yield from map(_work, chunks)
+        yield from map(_rects_of, chunks)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
         with ProcessPoolExecutor(workers, context, _start_worker, (source, generator, dtype, True)) as pool:
-            yield from pool.map(_work, chunks)
+            yield from pool.map(_rects_of, chunks)
     except BrokenProcessPool as error:
         raise UserError(f"a worker process was killed (memory?): {error}. Run the same command with fewer "
                         "--workers: it continues.") from error
@@ -500,9 +487,9 @@ def _recover(path: Path, itemsize: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _sole_writer(path: Path) -> Iterator[None]:
-    """UserError while another process fills the folder. The system drops the lock of a process that died:
-    none is left over to block."""
+def _writer_lock(path: Path) -> Iterator[None]:
+    """UserError while another process fills the folder. The system drops the lock of a process that died: none is left
+    over to block."""
     path.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -516,7 +503,8 @@ def _sole_writer(path: Path) -> Iterator[None]:
             raise UserError(f"{path} is being filled by another process. Wait until it is done, "
                             "or give another --out.") from error
         except OSError:  # a file system without locks
-            run.say(f"{path} is on a file system without locks: see to it that no other process fills it meanwhile")
+            run.print_rank0(f"{path} is on a file system without locks: "
+                            "see to it that no other process fills it meanwhile")
         yield
         if (path / "meta.json").exists():
             (path / "writer.lock").unlink(missing_ok=True)
@@ -524,8 +512,8 @@ def _sole_writer(path: Path) -> Iterator[None]:
 
 def _is_complete(path: Path, head: dict[str, Any]) -> bool:
     """UserError for a folder with other parameters, naming the difference."""
-    finished = _read_json(path / "meta.json")
-    old = finished or _read_json(path / "header.partial")
+    finished = _read_header(path / "meta.json")
+    old = finished or _read_header(path / "header.partial")
     changed = [f"{k}: {old.get(k)} there, {v} now" for k, v in head.items() if old.get(k) != v] if old else []
     if changed:
         raise UserError(f"{path} was begun with other settings ({'; '.join(changed)}). Use the same settings, another "
@@ -535,26 +523,28 @@ def _is_complete(path: Path, head: dict[str, Any]) -> bool:
 
 def build_store(path: str | Path, source: Any, generator: Generator, *, workers: int = 0, limit: int | None = None,
                 progress: bool = True) -> ProposalStore:
-    """Proposals of every image of `source` (the first `limit`) -> the opened store. A finished store is opened,
-    an interrupted build continues.
+    """Proposals of every image of `source` (the first `limit`) -> the opened store. A finished store is opened, an
+    interrupted build continues.
 
     A build killed at any moment, or stopped by a full disk, loses only images in flight. Unreadable images get no boxes
     and are named. Raises UserError for a folder with other parameters (naming the difference), one that another process
-    fills, and past 1 % unreadable images."""
-    path, total = Path(path), min(limit or len(source), len(source))
+    fills, and past 1 % unreadable images.
+    """
+    path = Path(path)
+    total = min(limit or len(source), len(source))
     dtype = "uint8" if generator.units and generator.units <= 255 else "uint16"
     head = {"format_version": FORMAT_VERSION, **generator.header(), "dtype": dtype, "images": total,
             "source": source.name, "source_images": len(source), "fingerprint": source.fingerprint()}
     if not _is_complete(path, head):
         try:
-            with _sole_writer(path):
+            with _writer_lock(path):
                 if not _is_complete(path, head):  # as another process may have made it meanwhile
                     _fill(path, head, source, generator, workers, progress)
                     return ProposalStore.open(path)
         except OSError as error:
-            raise UserError(f"{path} could not be filled further: {error.strerror or error}. "
-                            "What is there is kept; once this is mended (room on the "
-                            "disk, permissions), the same command continues.") from error
+            raise UserError(f"{path} could not be filled further: {error.strerror or error}. What is there is kept; "
+                            "once this is mended (room on the disk, permissions), the same command continues."
+                            ) from error
     for name in ("counts.partial", "header.partial", "writer.lock"):  # of a build killed after its last file
         with contextlib.suppress(OSError):
             (path / name).unlink()
@@ -563,26 +553,28 @@ def build_store(path: str | Path, source: Any, generator: Generator, *, workers:
 
 
 def _fill(path: Path, head: dict[str, Any], source: Any, generator: Generator, workers: int, progress: bool) -> None:
-    total, dtype, began = head["images"], head["dtype"], time.perf_counter()
+    began = time.perf_counter()
+    total, dtype = head["images"], head["dtype"]
     foreign = [n for n in ("boxes.bin", "offsets.npy", "boxes.partial", "counts.partial") if (path / n).exists()]
     if foreign and not (path / "header.partial").exists():
         raise UserError(f"{path} holds {', '.join(foreign)}, but no header: nothing to continue, "
                         "and maybe not ours. Give another --out.")
-    _write_json(path / "header.partial", head)
+    run.write_json(path / "header.partial", head)
     counts = _recover(path, np.dtype(dtype).itemsize)
-    skips, start = SkipCount(total), len(counts)
+    start = len(counts)
+    skips = SkipCount(total)
     skips.add([f"{source.key(int(i))}: unreadable in the interrupted build" for i in np.flatnonzero(counts < 0)])
     threads = cv2.getNumThreads()
     try:
         with (open(path / "boxes.partial", "ab") as boxes_file, open(path / "counts.partial", "ab") as counts_file,
               tqdm(total=total, initial=start, unit="image", disable=not progress,
                    mininterval=0.5 if sys.stderr.isatty() else 30) as bar):
-            for results in _results(source, generator, dtype, range(start, total), workers):
+            for results in _compute_rects(source, generator, dtype, range(start, total), workers):
                 skips.add([reason for rects, reason in results if rects is None])
                 boxes_file.write(b"".join(rects.tobytes() for rects, _ in results if rects is not None))
                 boxes_file.flush()  # before the count: a count stands for boxes that are there
-                counts_file.write(np.array([-1 if rects is None else len(rects)
-                                            for rects, _ in results], np.int32).tobytes())
+                lengths = [-1 if rects is None else len(rects) for rects, _ in results]
+                counts_file.write(np.array(lengths, np.int32).tobytes())
                 counts_file.flush()
                 bar.update(len(results))
             os.fsync(boxes_file.fileno())
@@ -593,34 +585,73 @@ def _fill(path: Path, head: dict[str, Any], source: Any, generator: Generator, w
     np.save(offsets, np.concatenate([[0], np.cumsum(counts.clip(0), dtype=np.int64)]))
     run.write_atomic(path / "offsets.npy", offsets.getvalue())
     os.replace(path / "boxes.partial", path / "boxes.bin")
-    _write_json(path / "meta.json", head | {"unreadable": int((counts < 0).sum())})
+    unreadable = int((counts < 0).sum())
+    run.write_json(path / "meta.json", head | {"unreadable": unreadable})
     for name in ("counts.partial", "header.partial"):
         (path / name).unlink(missing_ok=True)
-    seconds, size = time.perf_counter() - began, sum(f.stat().st_size for f in path.iterdir())
-    print(f"{path}: {total} images, {counts.clip(0).sum() / max(total, 1):.1f} boxes per image, {(counts < 0).sum()} "
+    seconds = time.perf_counter() - began
+    size = sum(f.stat().st_size for f in path.iterdir())
+    print(f"{path}: {total} images, {counts.clip(0).sum() / max(total, 1):.1f} boxes per image, {unreadable} "
           f"unreadable, {seconds:.1f} s ({(total - start) / seconds:.1f} images/s), {size / 1e6:.2f} MB", flush=True)
 
 
-def open_store(cfg: Any, source: Any, generator: Generator) -> ProposalStore | None:
-    """The proposals a method trains on (`cfg`: its Config): a given store, one filled now in the output folder (rank 0
-    fills, the others wait), or None: boxes are computed in the loader."""
+# ==== 8. What a method trains on ====
+
+
+@dataclass
+class ProposalConfig:
+    """The knobs of the proposals that a method trains on."""
+    proposal_method: Literal["selective_search", "edge_boxes", "random"] = "selective_search"  # where boxes come from
+    proposal_mode: Literal["fast", "quality", "quick"] = "fast"  # selective search mode
+    proposal_grid: Natural = 128  # side the image is squeezed to before selective search, 0 = original size
+    proposal_rank: Literal["opencv", "nms"] = "opencv"  # order: OpenCV's, or size filter + seeded shuffle + NMS 0.7
+    proposal_store: str | None = None  # folder filled by proposals.py; without one boxes are computed in the loader
+    cache_proposals: bool = False  # fill a store in the output folder before training
+    edge_model: str | None = None  # OpenCV's structured forest file, for edge_boxes
+
+
+class Proposals:
+    """The boxes of an image: from a store where there is one, else computed, seeded by (seed, epoch, index).
+
+    cfg: a ProposalConfig with a seed.
+    """
+
+    def __init__(self, cfg: ProposalConfig, store: ProposalStore | None = None):
+        grid = (cfg.proposal_grid or None) if cfg.proposal_method == "selective_search" else None
+        self.generator = Generator(cfg.proposal_method, cfg.proposal_mode, grid, cfg.proposal_rank, cfg.edge_model,
+                                   cfg.seed)
+        self.seed, self.store = cfg.seed, store
+
+    def __call__(self, image: Image.Image, index: int, epoch: int) -> np.ndarray:
+        """float32 [n, 4] xyxy px."""
+        if self.store is not None:
+            return self.store.boxes(index, (image.height, image.width))
+        return self.generator(image, image_seed(self.seed, epoch, index))
+
+
+def open_proposals(cfg: ProposalConfig, source: Any) -> Proposals:
+    """The proposals a method trains on: from --proposal_store, from a store filled now in the output folder (rank 0
+    fills, the others wait), or computed in the loader."""
     if cfg.proposal_store:
         store = ProposalStore.open(cfg.proposal_store, source)
         made = ", ".join(f"{k} {store.header[k]}" for k in ("method", "mode", "grid", "rank", "seed", "opencv"))
-        run.say(f"proposals come from {cfg.proposal_store} ({made}); the flags --proposal_* are not used")
-        return store
+        run.print_rank0(f"proposals come from {cfg.proposal_store} ({made}); the flags --proposal_* are not used")
+        return Proposals(cfg, store)
     if not cfg.cache_proposals:
-        return None
+        return Proposals(cfg)
+    folder = Path(cfg.out) / "proposals"
     if common.rank() == 0:
-        build_store(Path(cfg.out) / "proposals", source, generator, workers=cfg.num_workers)
+        build_store(folder, source, Proposals(cfg).generator, workers=cfg.num_workers)
     common.barrier()
-    return ProposalStore.open(Path(cfg.out) / "proposals", source)
+    return Proposals(cfg, ProposalStore.open(folder, source))
 
 
-# ==== 5. Main ====
+# ==== 9. Main ====
+
+
 def main(argv: list[str] | None = None) -> ProposalStore:
-    parser = argparse.ArgumentParser(description="Fill a proposal store; "
-                                     "the same command again continues an interrupted build.")
+    parser = argparse.ArgumentParser(
+        description="Fill a proposal store; the same command again continues an interrupted build.")
     parser.add_argument("--data", required=True,
                         help="folder of images, .txt list, imagenet100, imagenet, coco, voc or synthetic")
     parser.add_argument("--data_root", "--data-root", help="where a named data set lies (default $DATA_ROOT)")

@@ -1,8 +1,12 @@
-"""The R-CNN family out of torchvision's parts (Faster and Mask R-CNN with FPN or C4, RetinaNet, FCOS), how it is
-optimised, and the adapter between our boxes and torchvision's."""
+"""The R-CNN family: Faster and Mask R-CNN on a pyramid (FPN) or on res4 (C4), RetinaNet, FCOS.
+
+The detectors are put together from torchvision's parts, under torchvision's names; where detectron2 does otherwise
+(exact anchors, aligned RoIAlign, L1 losses, one pass through res5, initial weights, optimiser), it is followed.
+"""
 from __future__ import annotations
 
 import math
+import typing
 from collections import OrderedDict
 from typing import Any, Literal
 
@@ -25,16 +29,12 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from common import Backbone, can_fuse
 
-# ==== Detectors =======================================================================================================
-
-RCNN_DETECTORS = Literal["mask_rcnn_fpn", "faster_rcnn_fpn", "mask_rcnn_c4", "faster_rcnn_c4",
-                         "retinanet_fpn", "fcos_fpn"]
-ONE_STAGE = ("retinanet_fpn", "fcos_fpn")
+# ==== 1. Parts ====
 
 
-class Prepared(GeneralizedRCNNTransform):
-    """Images come resized and normalised: all that is left is padding to a multiple of the largest stride.
-    Detections stay in these pixels."""
+class PaddingTransform(GeneralizedRCNNTransform):
+    """Pads images, which come resized and normalised, to a multiple of the largest stride. Detections stay in these
+    pixels."""
 
     def __init__(self, size_divisible: int):
         super().__init__(min_size=0, max_size=0, image_mean=[], image_std=[], size_divisible=size_divisible)
@@ -50,13 +50,15 @@ class Prepared(GeneralizedRCNNTransform):
 
 
 class Anchors(AnchorGenerator):
-    """Anchors [ratios (h / w) * scales, 4] with exact corners, as detectron2's;
-    torchvision rounds (46 x 22 for 45.25 x 22.63)."""
+    """Anchors [ratios (h / w) * scales, 4] with exact corners, as detectron2's; torchvision rounds (46 x 22 for
+    45.25 x 22.63)."""
 
     def generate_anchors(self, scales, aspect_ratios, dtype: torch.dtype = torch.float32,
                          device: torch.device = torch.device("cpu")) -> Tensor:
-        scales, ratios = (torch.as_tensor(v, dtype=dtype, device=device) for v in (scales, aspect_ratios))
-        h, w = ((root[:, None] * scales).flatten() for root in (ratios.sqrt(), 1 / ratios.sqrt()))
+        scales = torch.as_tensor(scales, dtype=dtype, device=device)
+        root = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
+        h = (root * scales).flatten()
+        w = (1 / root * scales).flatten()
         return torch.stack([-w, -h, w, h], 1) / 2
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -64,11 +66,11 @@ class Anchors(AnchorGenerator):
 
 
 class AlignedRoIAlign(MultiScaleRoIAlign):
-    """RoIAlign with pixel centres at .5 (aligned=True) and as many samples as a bin has pixels,
-    as detectron2's ROIAlignV2.
+    """RoIAlign with pixel centres at .5 (aligned=True) and as many samples as a bin has pixels, as detectron2's
+    ROIAlignV2.
 
-    levels: {name of a map: its stride}, finest first.
-    A RoI is pooled from level floor(4 + log2(sqrt(area) / 224)) (FPN, Eq. 1).
+    levels: {name of a map: its stride}, finest first. A RoI is pooled from level floor(4 + log2(sqrt(area) / 224))
+    (FPN, Eq. 1).
     """
 
     def __init__(self, levels: dict[str, int], output_size: int):
@@ -85,13 +87,15 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """x: maps [B, C, H, W]; boxes: per image [n, 4] xyxy px -> [sum of n, C, S, S]."""
         joined = torch.cat(boxes)
-        rois = torch.cat([torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]), joined], 1)
-        level, first = self.levels(joined), x[self.featmap_names[0]]
+        image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
+        rois = torch.cat([image, joined], 1)  # [sum of n, (image, x1, y1, x2, y2)]
+        level = self.levels(joined)
+        first = x[self.featmap_names[0]]
         pooled = first.new_zeros(len(rois), first.shape[1], *self.output_size)
         for i, (name, stride) in enumerate(zip(self.featmap_names, self.strides)):
             here = torch.nonzero(level == i)[:, 0]
-            pooled[here] = roi_align(x[name], rois[here], self.output_size, 1 / stride,
-                                     sampling_ratio=0, aligned=True).to(pooled)
+            pooled[here] = roi_align(x[name], rois[here], self.output_size, 1 / stride, sampling_ratio=0,
+                                     aligned=True).to(pooled)
         return pooled
 
 
@@ -99,13 +103,13 @@ class RPN(RegionProposalNetwork):
     """torchvision's, with the L1 loss on boxes (detectron2: smooth L1 with beta 0; torchvision: 1/9)."""
 
     def compute_loss(self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor],
-                     regression_targets: list[Tensor]
-                     ) -> tuple[Tensor, Tensor]:
+                     regression_targets: list[Tensor]) -> tuple[Tensor, Tensor]:
         positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
-        sampled, wanted = positive | negative, torch.cat(labels)
-        box_loss = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive],
-                             reduction="sum") / sampled.sum()
-        return F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], wanted[sampled]), box_loss
+        sampled = positive | negative
+        wanted = torch.cat(regression_targets)[positive]
+        box_loss = F.l1_loss(pred_bbox_deltas[positive], wanted, reduction="sum") / sampled.sum()
+        score_loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], torch.cat(labels)[sampled])
+        return score_loss, box_loss
 
 
 class RCNNHeads(RoIHeads):
@@ -119,8 +123,8 @@ class RCNNHeads(RoIHeads):
     @staticmethod
     def box_losses(class_logits: Tensor, box_regression: Tensor, labels: Tensor,
                    regression_targets: Tensor) -> dict[str, Tensor]:
-        """class_logits [n, C + 1], box_regression [n, 4 (C + 1)], labels [n] with 0 = background,
-        targets [n, 4]; L1 over all n RoIs."""
+        """class_logits [n, C + 1], box_regression [n, 4 (C + 1)], labels [n] with 0 = background, targets [n, 4]; L1
+        over all n RoIs."""
         positive = torch.nonzero(labels > 0)[:, 0]
         predicted = box_regression.unflatten(1, (-1, 4))[positive, labels[positive]]
         box_loss = F.l1_loss(predicted, regression_targets[positive], reduction="sum") / labels.numel()
@@ -128,8 +132,8 @@ class RCNNHeads(RoIHeads):
 
     def region_features(self, features: dict[str, Tensor], boxes: list[Tensor],
                         sizes: list) -> tuple[Tensor, Tensor | None]:
-        """What the box predictor sees [n, D], and for C4 the maps [n, 2048, 7, 7] before pooling,
-        which the mask predictor sees."""
+        """What the box predictor sees [n, D], and for C4 the maps [n, 2048, 7, 7] before pooling, which the mask
+        predictor sees."""
         pooled = self.box_roi_pool(features, boxes, sizes)
         if not hasattr(self.box_head, "res5"):
             return self.box_head(pooled), None
@@ -141,44 +145,65 @@ class RCNNHeads(RoIHeads):
             return self.mask_predictor(self.box_head.res5(self.box_roi_pool(features, boxes, sizes)))
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, sizes)))
 
-    def forward(self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list,
-                targets: list[dict] | None = None):
-        if not self.training:
-            predictions = self.box_predictor(self.region_features(features, proposals, image_shapes)[0])
-            parts = self.postprocess_detections(*predictions, proposals, image_shapes)
-            result = [dict(zip(("boxes", "scores", "labels"), parts_of_image)) for parts_of_image in zip(*parts)]
-            if self.has_mask():
-                logits = self.mask_logits(features, [r["boxes"] for r in result], image_shapes)
-                for r, masks in zip(result, maskrcnn_inference(logits, [r["labels"] for r in result])):
-                    r["masks"] = masks                                        # [n, 1, S, S] in the box
-            return result, {}
+    def losses(self, features: dict[str, Tensor], proposals: list[Tensor], sizes: list,
+               targets: list[dict]) -> dict[str, Tensor]:
         proposals, matched, labels, regression_targets = self.select_training_samples(proposals, targets)
-        pooled, maps = self.region_features(features, proposals, image_shapes)
+        pooled, maps = self.region_features(features, proposals, sizes)
         losses = self.box_losses(*self.box_predictor(pooled), torch.cat(labels), torch.cat(regression_targets))
         if self.has_mask():
             positive = [torch.nonzero(l > 0)[:, 0] for l in labels]
             boxes = [p[i] for p, i in zip(proposals, positive)]
-            logits = (self.mask_logits(features, boxes, image_shapes) if maps is None
+            logits = (self.mask_logits(features, boxes, sizes) if maps is None
                       else self.mask_predictor(maps[torch.cat(labels) > 0]))
+            matched = [m[i] for m, i in zip(matched, positive)]
             losses["loss_mask"] = maskrcnn_loss(logits, boxes, [t["masks"] for t in targets],
-                                                [t["labels"] for t in targets],
-                                                [m[i] for m, i in zip(matched, positive)])
-        return [], losses
+                                                [t["labels"] for t in targets], matched)
+        return losses
+
+    def detections(self, features: dict[str, Tensor], proposals: list[Tensor], sizes: list) -> list[dict]:
+        """Per image {"boxes" [n, 4], "scores" [n], "labels" [n]} and, with masks, "masks" [n, 1, S, S] in the boxes."""
+        predictions = self.box_predictor(self.region_features(features, proposals, sizes)[0])
+        parts = self.postprocess_detections(*predictions, proposals, sizes)
+        result = [dict(zip(("boxes", "scores", "labels"), parts_of_image)) for parts_of_image in zip(*parts)]
+        if self.has_mask():
+            logits = self.mask_logits(features, [r["boxes"] for r in result], sizes)
+            for r, masks in zip(result, maskrcnn_inference(logits, [r["labels"] for r in result])):
+                r["masks"] = masks
+        return result
+
+    def forward(self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list,
+                targets: list[dict] | None = None) -> tuple[list[dict], dict[str, Tensor]]:
+        if self.training:
+            return [], self.losses(features, proposals, image_shapes, targets)
+        return self.detections(features, proposals, image_shapes), {}
 
 
-class C4(nn.Module):
+class C4Backbone(nn.Module):
     """A ResNet up to layer3 under the name `body`; one map of stride 16."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
-        self.body, self.out_channels = backbone.body[:-1], backbone.num_channels[2]
+        self.body = backbone.body[:-1]
+        self.out_channels = backbone.num_channels[2]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {"0": self.body(images)}
 
 
+# ==== 2. Detectors ====
+
+RCNN_DETECTORS = Literal["mask_rcnn_fpn", "faster_rcnn_fpn", "mask_rcnn_c4", "faster_rcnn_c4",
+                         "retinanet_fpn", "fcos_fpn"]
+ONE_STAGE = ("retinanet_fpn", "fcos_fpn")
+RATIOS = (0.5, 1.0, 2.0)  # of anchors, h / w
+
+
+def is_rcnn(detector: str) -> bool:
+    return detector in typing.get_args(RCNN_DETECTORS)
+
+
 def build_rcnn(cfg: Any, classes: int) -> nn.Module:
-    """A detector of RCNN_DETECTORS out of torchvision's parts, with torchvision's names, weights still random.
+    """A detector of RCNN_DETECTORS, with torchvision's names, weights still random.
 
     Read from cfg: detector, arch, backbone_norm, box_head, fpn_channels, head_dim, anchor_size, rois_per_image,
     proposals_per_image. Faster and Mask R-CNN have one more class row, the first, for background. All of the ResNet
@@ -186,107 +211,124 @@ def build_rcnn(cfg: Any, classes: int) -> nn.Module:
     """
     backbone = Backbone(cfg.arch, (1, 2, 3, 4), cfg.backbone_norm, trainable=5)
     sizes = [cfg.anchor_size * 2 ** i for i in range(5)]
-    if cfg.detector not in ONE_STAGE:
-        return two_stage(cfg, backbone, classes + 1, sizes)
-    width, norm = backbone.num_channels[-1], nn.BatchNorm2d
-    c5_or_p5 = width if cfg.detector == "retinanet_fpn" else cfg.fpn_channels     # what P6 and P7 are made of
+    if cfg.detector in ONE_STAGE:
+        return one_stage(cfg, backbone, classes, sizes)
+    build = c4_rcnn if cfg.detector.endswith("_c4") else fpn_rcnn
+    return build(cfg, backbone, classes + 1, sizes)
+
+
+def one_stage(cfg: Any, backbone: Backbone, classes: int, sizes: list[int]) -> nn.Module:
+    """RetinaNet, or FCOS, on P3 to P7. P6 and P7 are made of C5 for RetinaNet, of P5 for FCOS."""
+    retinanet = cfg.detector == "retinanet_fpn"
+    top = LastLevelP6P7(backbone.num_channels[-1] if retinanet else cfg.fpn_channels, cfg.fpn_channels)
     pyramid = BackboneWithFPN(backbone.body, {"layer2": "0", "layer3": "1", "layer4": "2"}, backbone.num_channels[1:],
-                              cfg.fpn_channels, LastLevelP6P7(c5_or_p5, cfg.fpn_channels), norm)
-    if cfg.detector == "retinanet_fpn":
-        pyramid.fpn.extra_blocks.use_P5 = False                               # torchvision guesses it from the widths
-        anchors = Anchors(tuple((s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in sizes), ((0.5, 1.0, 2.0),) * 5)
+                              cfg.fpn_channels, top, nn.BatchNorm2d)
+    if retinanet:
+        top.use_P5 = False  # torchvision guesses it from the widths
+        anchors = Anchors(tuple((s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in sizes), (RATIOS,) * 5)
         model = RetinaNet(pyramid, classes, anchor_generator=anchors, detections_per_img=100)
     else:
-        model = FCOS(pyramid, classes,
-                     anchor_generator=Anchors(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5), score_thresh=0.05)
-    model.transform = Prepared(128)
-    model.head.register_forward_hook(in_float)
+        anchors = Anchors(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5)
+        model = FCOS(pyramid, classes, anchor_generator=anchors, score_thresh=0.05)
+    model.transform = PaddingTransform(128)
+    model.head.register_forward_hook(float_output)
     return model
 
 
-def in_float(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Forward hook: what a head predicts is fp32 under autocast too;
-    torchvision decodes boxes in the type of the prediction."""
+def fpn_rcnn(cfg: Any, backbone: Backbone, rows: int, sizes: list[int]) -> GeneralizedRCNN:
+    """Faster or Mask R-CNN on P2 to P6."""
+    width = cfg.fpn_channels
+    strides = {"0": 4, "1": 8, "2": 16, "3": 32}
+    pyramid = BackboneWithFPN(backbone.body, {f"layer{i + 1}": str(i) for i in range(4)}, backbone.num_channels, width,
+                              LastLevelMaxPool(), nn.BatchNorm2d)
+    norm = nn.BatchNorm2d if cfg.box_head == "4conv1fc" else None
+    box_head = (FastRCNNConvFCHead((width, 7, 7), [width] * 4, [cfg.head_dim], norm) if norm
+                else TwoMLPHead(width * 49, cfg.head_dim))
+    mask_parts = {}
+    if cfg.detector == "mask_rcnn_fpn":
+        mask_parts = {"mask_roi_pool": AlignedRoIAlign(strides, 14),
+                      "mask_head": MaskRCNNHeads(width, [width] * 4, 1, norm),
+                      "mask_predictor": MaskRCNNPredictor(width, width, rows)}
+    return two_stage(cfg, pyramid, Anchors(tuple((s,) for s in sizes), (RATIOS,) * 5), AlignedRoIAlign(strides, 7),
+                     box_head, cfg.head_dim, rows, mask_parts, size_divisible=64,
+                     before_nms={"training": 2000, "testing": 1000},
+                     after_nms={"training": cfg.proposals_per_image, "testing": cfg.proposals_per_image})
+
+
+def c4_rcnn(cfg: Any, backbone: Backbone, rows: int, sizes: list[int]) -> GeneralizedRCNN:
+    """Faster or Mask R-CNN on res4, with res5 and MoCo's extra norm as its box head."""
+    width = backbone.num_channels[-1]
+    res5 = nn.Sequential(OrderedDict(layer4=backbone.body.layer4, norm=nn.BatchNorm2d(width)))
+    box_head = nn.Sequential(OrderedDict(res5=res5, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
+    mask_parts = {}
+    if cfg.detector == "mask_rcnn_c4":
+        mask_parts = {"mask_predictor": MaskRCNNPredictor(width, cfg.fpn_channels, rows)}
+    return two_stage(cfg, C4Backbone(backbone), Anchors((tuple(sizes),), (RATIOS,)), AlignedRoIAlign({"0": 16}, 14),
+                     box_head, width, rows, mask_parts, size_divisible=16,
+                     before_nms={"training": 12000, "testing": 6000},
+                     after_nms={"training": 2 * cfg.proposals_per_image, "testing": cfg.proposals_per_image})
+
+
+def two_stage(cfg: Any, backbone: nn.Module, anchors: Anchors, pool: AlignedRoIAlign, box_head: nn.Module,
+              features: int, rows: int, mask_parts: dict[str, nn.Module], *, size_divisible: int,
+              before_nms: dict[str, int], after_nms: dict[str, int]) -> GeneralizedRCNN:
+    """Proposals and heads, alike for FPN and C4.
+
+    features: outputs of box_head; rows: of the class head; before_nms, after_nms: how many proposals are kept.
+    """
+    rpn = RPN(anchors, RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]), fg_iou_thresh=0.7,
+              bg_iou_thresh=0.3, batch_size_per_image=256, positive_fraction=0.5, pre_nms_top_n=before_nms,
+              post_nms_top_n=after_nms, nms_thresh=0.7)
+    heads = RCNNHeads(pool, box_head, FastRCNNPredictor(features, rows), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
+                      batch_size_per_image=cfg.rois_per_image, positive_fraction=0.25, bbox_reg_weights=None,
+                      score_thresh=0.05, nms_thresh=0.5, detections_per_img=100, **mask_parts)
+    init_heads(heads)
+    for module in (rpn.head, heads.box_predictor):
+        module.register_forward_hook(float_output)
+    return GeneralizedRCNN(backbone, rpn, heads, PaddingTransform(size_divisible))
+
+
+def float_output(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Forward hook: what a head predicts is fp32 under autocast too; torchvision decodes boxes in the type of the
+    prediction."""
     if isinstance(output, Tensor):
         return output.float()
-    return ({k: v.float() for k, v in output.items()} if isinstance(output, dict)
-            else [in_float(module, inputs, part) for part in output])
+    if isinstance(output, dict):
+        return {k: v.float() for k, v in output.items()}
+    return [float_output(module, inputs, part) for part in output]
 
 
-def two_stage(cfg: Any, backbone: Backbone, rows: int, sizes: list[int]) -> GeneralizedRCNN:
-    """Faster or Mask R-CNN on a pyramid (FPN) or on res4, with res5 as the head (C4)."""
-    masks, ratios, passed = cfg.detector.startswith("mask"), (0.5, 1.0, 2.0), cfg.proposals_per_image
-    mask_pool = mask_head = mask_predictor = None
-    if cfg.detector.endswith("_c4"):
-        body, width = C4(backbone), backbone.num_channels[-1]
-        anchors, top_n, pad = Anchors((tuple(sizes),), (ratios,)), (12000, 6000, 2 * passed, passed), 16
-        pool, features = AlignedRoIAlign({"0": 16}, 14), width
-        res5 = nn.Sequential(OrderedDict(layer4=backbone.body.layer4, norm=nn.BatchNorm2d(width)))  # MoCo's extra norm
-        head = nn.Sequential(OrderedDict(res5=res5, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
-    else:
-        width, features, norm = cfg.fpn_channels, cfg.head_dim, nn.BatchNorm2d if cfg.box_head == "4conv1fc" else None
-        body = BackboneWithFPN(backbone.body, {f"layer{i + 1}": str(i) for i in range(4)}, backbone.num_channels, width,
-                               LastLevelMaxPool(), nn.BatchNorm2d)
-        anchors, top_n, pad = Anchors(tuple((s,) for s in sizes), (ratios,) * 5), (2000, 1000, passed, passed), 64
-        pool, mask_pool = (AlignedRoIAlign({"0": 4, "1": 8, "2": 16, "3": 32}, size) for size in (7, 14))
-        head = (TwoMLPHead(width * 49, features) if norm is None
-                else FastRCNNConvFCHead((width, 7, 7), [width] * 4, [features], norm))
-        mask_head = MaskRCNNHeads(width, [width] * 4, 1, norm) if masks else None
-    if masks:
-        mask_predictor = MaskRCNNPredictor(width, cfg.fpn_channels, rows)
-    pre_nms, post_nms = ({"training": top_n[i], "testing": top_n[i + 1]} for i in (0, 2))
-    rpn = RPN(anchors, RPNHead(body.out_channels, anchors.num_anchors_per_location()[0]), 0.7, 0.3, 256,
-              0.5, pre_nms, post_nms, 0.7)
-    heads = RCNNHeads(pool, head, FastRCNNPredictor(features, rows), 0.5, 0.5, cfg.rois_per_image, 0.25, None, 0.05,
-                      0.5, 100, mask_pool if masks else None, mask_head, mask_predictor)
-    start_predictors(heads)
-    for module in (rpn.head, heads.box_predictor):
-        module.register_forward_hook(in_float)
-    return GeneralizedRCNN(body, rpn, heads, Prepared(pad))
-
-
-def start_predictors(heads: RCNNHeads) -> None:
-    """detectron2's start: class scores N(0, .01), boxes and masks N(0, .001), fully connected layers uniform by their
-    inputs, no bias anywhere."""
-    last = [(heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)]
-    if heads.has_mask():
-        nn.init.zeros_(heads.mask_predictor.conv5_mask.bias)
-        last.append((heads.mask_predictor.mask_fcn_logits, 0.001))
-    for layer in (m for m in heads.box_head.modules() if isinstance(m, nn.Linear)):
-        nn.init.kaiming_uniform_(layer.weight, a=1)
-        nn.init.zeros_(layer.bias)
-    for layer, std in last:
-        nn.init.normal_(layer.weight, std=std)
-        nn.init.zeros_(layer.bias)
-
-
-def paste_masks(masks: Tensor, boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
-    """Probabilities [n, 1, S, S] in boxes [n, 4] px -> bool [n, h, w]:
-    1/2 or more at a pixel's centre (torchvision draws one row too many)."""
-    pasted = torch.zeros(len(masks), *hw, dtype=torch.bool)
-    for out, mask, (x1, y1, x2, y2) in zip(pasted, masks, boxes_xyxy.tolist()):
-        left, top, right, bottom = (max(int(x1) - 1, 0), max(int(y1) - 1, 0), min(math.ceil(x2) + 1, hw[1]),
-                                    min(math.ceil(y2) + 1, hw[0]))
-        x = (torch.arange(left, right) + 0.5 - x1) / max(x2 - x1, 1e-6) * 2 - 1
-        y = (torch.arange(top, bottom) + 0.5 - y1) / max(y2 - y1, 1e-6) * 2 - 1
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)           # [rows, columns, (x, y)]
-        out[top:bottom, left:right] = F.grid_sample(mask[None].float(), grid[None], align_corners=False)[0, 0] >= 0.5
-    return pasted
-
-
-def rcnn_trunk(model: nn.Module) -> nn.Module:
-    """The whole ResNet of a detector of build_rcnn: children conv1, bn1,
-    layer1..layer4 (C4 keeps the last in its head)."""
+def whole_resnet(model: nn.Module) -> nn.Module:
+    """The ResNet of a detector of build_rcnn: children conv1, bn1, layer1..layer4 (C4 keeps the last in its head)."""
     stages = dict(model.backbone.body.named_children())
     return nn.ModuleDict(stages if "layer4" in stages else stages | {"layer4": model.roi_heads.box_head.res5.layer4})
 
 
-# ==== Optimisation ====================================================================================================
+# ==== 3. Initial weights ====
+
+
+def init_heads(heads: RCNNHeads) -> None:
+    """As detectron2: class scores N(0, .01), boxes and masks N(0, .001), fully connected layers uniform by their
+    inputs, no bias anywhere."""
+    predictors = [(heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)]
+    if heads.has_mask():
+        nn.init.zeros_(heads.mask_predictor.conv5_mask.bias)
+        predictors.append((heads.mask_predictor.mask_fcn_logits, 0.001))
+    for layer in heads.box_head.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+    for layer, std in predictors:
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+
+
+# ==== 4. Optimisation ====
 
 
 def build_sgd(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD as detectron2 trains the R-CNN family: no weight decay on the scale and shift of norms,
-    all else decays, biases too."""
+    """SGD as detectron2 trains the R-CNN family: no weight decay on the scale and shift of norms; all else decays,
+    biases too."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     owner = {f"{name}.{key}": module for name, module in model.named_modules()
              for key, _ in module.named_parameters(recurse=False)}
@@ -302,58 +344,77 @@ def build_sgd(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def warmup_step_schedule(step: int, total_steps: int, warmup: int, drops: tuple[float, ...]) -> float:
-    """Learning rate factor of detectron2: linear from 1/1000 over `warmup` steps,
-    x 0.1 at each of `drops` (shares of total_steps)."""
+    """Learning rate factor of detectron2: linear from 1/1000 over `warmup` steps, x 0.1 at each of `drops` (shares of
+    total_steps)."""
     start = min(1.0, 1e-3 + (1 - 1e-3) * step / warmup) if warmup else 1.0
     return start * 0.1 ** sum(step >= round(drop * total_steps) for drop in drops)
 
 
-# ==== Between our boxes and torchvision's =============================================================================
+# ==== 5. Between our boxes and torchvision's ====
 
 
 def first_label(detector: str) -> int:
-    return 0 if detector in ONE_STAGE else 1                          # Faster and Mask R-CNN: 0 is background
+    """torchvision's label of our category 0; of Faster and Mask R-CNN label 0 is background."""
+    return 0 if detector in ONE_STAGE else 1
 
 
 def input_images(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
     """The images of data.collate, [3, h, w], without their padding."""
-    sizes = zip((~batch["mask"]).any(2).sum(1).tolist(), (~batch["mask"]).any(1).sum(1).tolist())
-    return [image[:, :h, :w] for image, (h, w) in zip(batch["images"].to(device, non_blocking=True), sizes)]
+    covered = ~batch["mask"]
+    heights = covered.any(2).sum(1).tolist()
+    widths = covered.any(1).sum(1).tolist()
+    images = batch["images"].to(device, non_blocking=True)
+    return [image[:, :h, :w] for image, h, w in zip(images, heights, widths)]
 
 
 def to_rcnn(targets: list[dict], images: list[Tensor], detector: str) -> list[dict]:
-    """Our targets (boxes cxcywh in 0..1, labels from 0, masks) -> torchvision's, for images [3, h, w];
-    boxes without extent are left out."""
+    """Our targets (boxes cxcywh in 0..1, labels from 0, masks) -> torchvision's, for images [3, h, w]; boxes without
+    extent are left out."""
     converted = []
     for target, image in zip(targets, images):
         h, w = image.shape[-2:]
         boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * target["boxes"].new_tensor([w, h, w, h])
-        labels = target["labels"] + first_label(detector)
+        fields = {"boxes": boxes, "labels": target["labels"] + first_label(detector)}
+        if "masks" in target:
+            fields["masks"] = target["masks"]
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        masks = {"masks": target["masks"][keep]} if "masks" in target else {}
-        converted.append({k: v.to(image.device, non_blocking=True)
-                          for k, v in {"boxes": boxes[keep], "labels": labels[keep], **masks}.items()})
+        converted.append({k: v[keep].to(image.device, non_blocking=True) for k, v in fields.items()})
     return converted
 
 
 def from_rcnn(detections: list[dict], images: list[Tensor], targets: list[dict], detector: str,
               rows: list[int]) -> list[dict]:
-    """torchvision's detections on images [3, h, w] -> COCO results in pixels of the originals,
-    of sizes and ids in `targets`.
+    """torchvision's detections on images [3, h, w] -> COCO results in pixels of the originals, of sizes and ids in
+    `targets`.
 
     rows: category id of every class row, None = none. Masks become RLE of the original size.
     """
     found = []
     for detection, image, target in zip(detections, images, targets):
-        (h, w), (height, width) = image.shape[-2:], target["orig_size"].tolist()
+        h, w = image.shape[-2:]
+        height, width = target["orig_size"].tolist()
         boxes = detection["boxes"].cpu() * torch.tensor([width / w, height / h] * 2)
-        ids = [rows[label] for label in (detection["labels"] - first_label(detector)).tolist()]
-        results = [{"image_id": target["image_id"], "category_id": category,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
-                   for category, (x1, y1, x2, y2), score in zip(ids, boxes.tolist(), detection["scores"].tolist())]
+        categories = [rows[label] for label in (detection["labels"] - first_label(detector)).tolist()]
+        scores = detection["scores"].tolist()
+        results = [{"image_id": target["image_id"], "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": score} for category, (x1, y1, x2, y2), score in zip(categories, boxes.tolist(), scores)]
         if "masks" in detection:
             for result, mask in zip(results, paste_masks(detection["masks"].cpu(), boxes, (height, width))):
                 rle = coco_mask.encode(np.asfortranarray(mask.numpy(), np.uint8))
                 result["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
         found += [result for result in results if result["category_id"] is not None]
     return found
+
+
+def paste_masks(masks: Tensor, boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Probabilities [n, 1, S, S] in boxes [n, 4] px -> bool [n, h, w]: 1/2 or more at a pixel's centre (torchvision
+    draws one row too many)."""
+    pasted = torch.zeros(len(masks), *hw, dtype=torch.bool)
+    for out, mask, (x1, y1, x2, y2) in zip(pasted, masks, boxes_xyxy.tolist()):
+        left, right = max(int(x1) - 1, 0), min(math.ceil(x2) + 1, hw[1])
+        top, bottom = max(int(y1) - 1, 0), min(math.ceil(y2) + 1, hw[0])
+        x = (torch.arange(left, right) + 0.5 - x1) / max(x2 - x1, 1e-6) * 2 - 1
+        y = (torch.arange(top, bottom) + 0.5 - y1) / max(y2 - y1, 1e-6) * 2 - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # [rows, columns, (x, y)]
+        out[top:bottom, left:right] = F.grid_sample(mask[None].float(), grid[None], align_corners=False)[0, 0] >= 0.5
+    return pasted

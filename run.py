@@ -1,9 +1,11 @@
-"""A run's life: printing, command line, exit codes and signals, log, checkpoints and resume,
-the watch for numbers that are not finite."""
+"""A run's life: flags, exit codes, signals, log, checkpoints and resume, the watch for numbers that are not finite.
+
+`Run` is what the main() of every script is made of: it opens --out, counts, logs, saves and ends;
+what happens in a step stands in the script.
+"""
 from __future__ import annotations
 
-# first: it tells OpenMP how to wait before torch is loaded
-from common import UserError, all_reduce_sum, rank, world_size
+from common import UserError, all_reduce_sum, barrier, rank, to_device, world_size  # before torch: see there
 
 import argparse
 import collections
@@ -24,9 +26,10 @@ import traceback
 import types
 import typing
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ==== Printing ========================================================================================================
+# ==== 1. Printing ====
 
 
 def printable(text: str) -> str:
@@ -42,56 +45,112 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def progress(iterable, **kwargs) -> tqdm:
+def progress(iterable: Iterable, **kwargs: Any) -> tqdm:
     """A progress bar on rank 0; without a terminal it prints a line every ten seconds rather than every redraw."""
-    return tqdm(iterable, disable=rank() != 0, mininterval=0.5 if sys.stderr.isatty() else 10,
-                dynamic_ncols=True, **kwargs)
+    interval = 0.5 if sys.stderr.isatty() else 10
+    return tqdm(iterable, disable=rank() != 0, mininterval=interval, dynamic_ncols=True, **kwargs)
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
+    """A line on rank 0, above the progress bar."""
     if rank() == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
-# ==== Command line ====================================================================================================
+# ==== 2. Flags ====
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have: low..high, finite; `open`: low itself is none of them."""
+    low: float = -math.inf
+    high: float = math.inf
+    open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and self.low <= value <= self.high and not (self.open and value == self.low)
+
+    def __str__(self) -> str:
+        least = f"{'above' if self.open else 'at least'} {self.low:g}"
+        return least if self.high == math.inf else f"{least} and at most {self.high:g}"
+
+
+# Types of knobs: a number and its range.
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, open=True)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+
+
+@dataclass
+class RunConfig:
+    """The knobs of a run, the same in all scripts."""
+    data: str = "imagenet"  # imagenet100, imagenet, coco, voc, synthetic, a folder of images, or a .txt of paths
+    data_root: str | None = None  # where a named data set lies; else $DATA_ROOT, else data/<name>
+    synthetic_images: Count = 800  # size of the synthetic pool
+    synthetic_size: Count = 160  # side of a synthetic scene, pixels
+    out: str | None = None  # output folder; else out/<script>-<preset or data>
+    preset: str | None = None  # a set of values that differ from the defaults
+    accumulate: Count = 1  # micro-batches per step: one GPU reaches the global batch
+    amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling, RoIAlign and losses stay fp32
+    compile: bool = False  # torch.compile the layers (slow to start; meant for GPUs)
+    seed: Natural = 42  # everything random follows from it
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    num_workers: Natural = 8  # loader processes per training process
+    max_steps: Count | None = None  # stop after this many steps
+    save_every: Count = 1000  # steps between checkpoints
+    log_every: Count = 50  # steps between lines of log.jsonl
+    allow_config_change: bool = False  # continue a run although the configuration differs
+
+
+@dataclass
+class ProbeConfig:
+    """The knobs of a pretraining's before/after table."""
+    probe_data: str | None = None  # other images to probe on, as --data (DETReg: a labelled set); else held-out ones
+    probe_images: Natural = 0  # images of the probe, held out from training; 0 = no probe
+
 
 # What may differ between a run and its continuation: it changes neither the data nor the arithmetic.
 RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change",
             "data_root", "eval_every"}
-AT_LEAST_ONE = {"batch_size", "accumulate", "epochs", "max_prop", "num_queries", "num_feature_levels", "enc_layers",
-                "dec_layers", "log_every", "save_every", "max_steps", "num_patches", "num_regions", "queue_size",
-                "queued_patches", "logit_rows", "embedding_dim", "num_boxes", "iterations", "anchor_size",
-                "proposals_per_image", "rois_per_image", "fpn_channels", "head_dim"}
 
 
 def _knob_help(config_class: type) -> dict[str, str]:
     """The comment behind each field of a configuration class: what the reader reads is what --help prints."""
     pattern = re.compile(r"^\s+(\w+)\s*:[^#]*=[^#]*#\s*(.+?)\s*$", re.M)
-    return dict(pattern.findall(inspect.getsource(config_class)))
+    classes = [c for c in config_class.__mro__[::-1] if dataclasses.is_dataclass(c)]
+    return {name: text for c in classes for name, text in pattern.findall(inspect.getsource(c))}
+
+
+def _split_hint(hint: Any) -> tuple[Any, Range | None, bool]:
+    """(type, its range, whether None is allowed) of a knob's annotation; of a tuple the range of its elements."""
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    if optional:
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    element = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+    bounds = element.__metadata__[0] if typing.get_origin(element) is Annotated else None
+    if bounds:
+        plain = element.__origin__
+        hint = tuple[plain, ...] if typing.get_origin(hint) is tuple else plain
+    return hint, bounds, optional
 
 
 def _add_knob(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, text: str) -> None:
-    args = typing.get_args(hint)
-    optional = type(None) in args
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(a for a in args if a is not type(None))
-        args = typing.get_args(hint)
-    text = f"{text} (default: {default})".replace("%", "%%")
-    flag = f"--{name}"
+    hint, _, optional = _split_hint(hint)
+    args, flag = typing.get_args(hint), f"--{name}"
+    shared = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})".replace("%", "%%")}
     if hint is bool:
-        parser.add_argument(flag, nargs="?", const=True, default=argparse.SUPPRESS, type=_boolean,
-                            metavar="BOOL", help=text)
-        parser.add_argument(f"--no_{name}", dest=name, action="store_false",
-                            default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(flag, nargs="?", const=True, type=_boolean, metavar="BOOL", **shared)
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false", **shared | {"help": argparse.SUPPRESS})
     elif typing.get_origin(hint) is Literal:
-        parser.add_argument(flag, choices=args, type=type(args[0]), default=argparse.SUPPRESS, help=text)
+        parser.add_argument(flag, choices=args, type=type(args[0]), **shared)
     elif typing.get_origin(hint) is tuple:
-        parser.add_argument(flag, nargs="+", type=args[0], default=argparse.SUPPRESS,
-                            metavar=args[0].__name__.upper(), help=text)
+        parser.add_argument(flag, nargs="+", type=args[0], metavar=args[0].__name__.upper(), **shared)
     else:
         convert = (lambda s, t=hint: None if s.lower() == "none" else t(s)) if optional else hint
-        parser.add_argument(flag, type=convert, default=argparse.SUPPRESS, metavar=hint.__name__.upper(), help=text)
+        parser.add_argument(flag, type=convert, metavar=hint.__name__.upper(), **shared)
 
 
 def _boolean(text: str) -> bool:
@@ -100,58 +159,76 @@ def _boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] | None, *, script: str, description: str,
-                 by_data: Callable[[dict], dict] | None = None) -> Any:
-    """Command line -> config dataclass. Precedence: default < data set's recipe (`by_data`) < preset
-    < flag (decisions.md, Recipes).
-
-    Flags spell the field's name (hyphens are accepted); the comment behind a field is its help text.
-    """
-    hints = typing.get_type_hints(config_class)
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
-    parser = argparse.ArgumentParser(prog=f"{script}.py", description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--preset", choices=sorted(presets), default=None,
-                        help="a set of values that differ from the defaults")
-    texts = _knob_help(config_class)
-    for name, field in fields.items():
-        if name != "preset":
-            _add_knob(parser, name, hints[name], field.default, texts.get(name, ""))
+def normalized_flags(argv: list[str] | None) -> list[str]:
+    """The command line (None: the program's), the hyphens of its flags as underscores."""
     argv = sys.argv[1:] if argv is None else argv
-    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m.group()[2:].replace("-", "_"), a) for a in argv]
-    flags = vars(parser.parse_args(argv))
+    return [re.sub(r"^--[\w-]+", lambda m: "--" + m.group()[2:].replace("-", "_"), a) for a in argv]
+
+
+def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] | None, *, script: str,
+                 description: str, recipe: Callable[[dict], dict] | None = None) -> Any:
+    """Command line -> config dataclass. Precedence: default < recipe (a function of the other values) < preset < flag.
+
+    description: the script's docstring, whose first paragraph --help shows. Flags spell the field's name (hyphens are
+    accepted); the comment behind a field is its help text. A number outside its type's range is a UserError.
+    """
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
+    parser = argparse.ArgumentParser(prog=f"{script}.py", description=description.split("\n\n")[0],
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    texts = _knob_help(config_class)
+    parser.add_argument("--preset", choices=sorted(presets), default=None, help=texts["preset"])
+    for name, default in defaults.items():
+        if name != "preset":
+            _add_knob(parser, name, hints[name], default, texts.get(name, ""))
+    flags = vars(parser.parse_args(normalized_flags(argv)))
     preset = presets.get(flags["preset"], {})
-    chosen = {name: field.default for name, field in fields.items()} | preset | flags
-    values = ({name: field.default for name, field in fields.items()}
-              | (by_data(chosen) if by_data else {}) | preset | flags)
+    values = defaults | (recipe(defaults | preset | flags) if recipe else {}) | preset | flags
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for name in AT_LEAST_ONE & values.keys():
-        if values[name] is not None and values[name] < 1:
-            raise UserError(f"--{name} {values[name]}: must be at least 1")
-    if "nheads" in values and (values["hidden_dim"] % values["nheads"] or values["hidden_dim"] % 32):
-        raise UserError(f"--hidden_dim {values['hidden_dim']} with "
-                        f"--nheads {values['nheads']}: the width must be a multiple of the heads and of 32")
-    if "crop_range" in values and not (len(values["crop_range"]) == 2
-                                       and values["crop_range"][0] <= values["crop_range"][1]):
-        raise UserError(f"--crop_range {' '.join(map(str, values['crop_range']))}: "
-                        "give the smallest and the largest side, in this order")
+    for name, value in values.items():
+        bounds = _split_hint(hints[name])[1]
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if bounds and any(number not in bounds for number in numbers):
+            raise UserError(f"--{name} {' '.join(map(str, numbers))}: must be {bounds}")
     if values["out"] is None:
         values["out"] = f"out/{script}-{values['preset'] or Path(values['data']).stem}"
     return config_class(**values)
 
 
-# ==== Exit codes and signals ==========================================================================================
+def check_pair(cfg: Any, *names: str) -> None:
+    """UserError unless each of these knobs is a smallest and a largest value, in this order."""
+    for name in names:
+        pair = getattr(cfg, name)
+        if len(pair) != 2 or pair[0] > pair[1]:
+            raise UserError(f"--{name} {' '.join(map(str, pair))}: "
+                            "give the smallest and the largest value, in this order")
 
-EXIT_NOT_FINITE, EXIT_STOPPED = 3, 75                     # 75: EX_TEMPFAIL of sysexits.h, "try again later"
+
+def check_batch_size(images: int, batch_size: int, world: int, accumulate: int) -> None:
+    """UserError where a global batch cannot be cut into equal pieces, or is larger than the data set."""
+    pieces = world * accumulate
+    if batch_size < 1 or batch_size % pieces:
+        below, above = batch_size // pieces * pieces, (max(batch_size, 0) // pieces + 1) * pieces
+        near = sorted({max(pieces, below), above})
+        raise UserError(f"batch_size {batch_size} (global) is no multiple of {world} processes x {accumulate} "
+                        f"accumulated micro-batches = {pieces}. For example {' or '.join(map(str, near))} would work.")
+    if images < batch_size:
+        raise UserError(f"{images} images are fewer than one batch of {batch_size}. "
+                        f"Give a batch_size of at most {images} or more images.")
+
+
+# ==== 3. Exit codes and signals ====
+
+EXIT_NOT_FINITE = 3
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again later"
+_failure_file: list[Path] = []  # where a process says why it ended: in the output folder (open_run)
 
 
 def cli(main: Callable[[], Any]) -> None:
     """Run a script's main() and turn how it ended into an exit code: 2 and one line on stderr, bad input; 3 and one
-    line, a number is not finite; 75, stopped by SIGTERM or SIGUSR1 with everything saved;
-    1 and a traceback, our own fault.
+    line, a number is not finite; 75, stopped by SIGTERM or SIGUSR1 with everything saved; 1 and a traceback, our fault.
 
-    One of several processes leaves word why it ended; the others, whose collectives then fail,
-    repeat it and end with the same code.
+    One of several processes records why it ended; the others, whose collectives then fail, repeat it and end alike.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # no name that a file can have may end a run when it is printed
     try:
@@ -170,57 +247,55 @@ def cli(main: Callable[[], Any]) -> None:
     except Exception as error:
         if world_size() == 1:
             raise
-        word = read_word() if isinstance(error, RuntimeError) else None  # RuntimeError: what a failed collective raises
-        if word is None:
+        failure = read_failure() if isinstance(error, RuntimeError) else None  # RuntimeError: a failed collective
+        if failure is None:
             traceback.print_exc()
-        code, text = word or (1, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        if word is None and ("gloo" in text or isinstance(error, dist.DistError)):
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        code, text = failure or (1, f"{type(error).__name__}: {first_line}")
+        if failure is None and ("gloo" in text or isinstance(error, dist.DistError)):
             text = f"another process died, or kept this one waiting for more than PROCESS_TIMEOUT seconds ({text})"
     if text and code != EXIT_STOPPED:
         print(f"error{f' (process {rank()})' if rank() else ''}: {printable(text)}", file=sys.stderr, flush=True)
     if world_size() > 1:
-        leave_word(code, text)
+        record_failure(code, text)
         sys.stdout.flush()
-        os._exit(code)  # taking leave properly would wait for the others, who wait for this one
+        os._exit(code)  # leaving properly would wait for the others, who wait for this one
     sys.exit(code)
 
 
-_word: list[Path] = []                                    # where: in the output folder (open_run)
-
-
-def leave_word(code: int, text: str) -> None:
-    """For the other processes: why this one ends. The first word stays."""
-    if _word:
-        with contextlib.suppress(OSError), open(_word[0], "x") as file:
+def record_failure(code: int, text: str) -> None:
+    """For the other processes: why this one ends. The first record stays."""
+    if _failure_file:
+        with contextlib.suppress(OSError), open(_failure_file[0], "x") as file:
             file.write(f"{code} process {rank()}: {text}")
 
 
-def read_word() -> tuple[int, str] | None:
-    """(exit code, "ended because of process r: why") of the process that ended first, if it said so."""
-    if not _word or not _word[0].exists():
+def read_failure() -> tuple[int, str] | None:
+    """(exit code, "ended because of process r: why") of the process that ended first, if it recorded it."""
+    if not _failure_file or not _failure_file[0].exists():
         return None
-    code, text = _word[0].read_text().split(" ", 1)
+    code, text = _failure_file[0].read_text().split(" ", 1)
     return int(code), f"ended because of {text}"
 
 
 # Cluster preemption; SIGUSR1 is not there on Windows.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-_stop_asked: list[int] = []
+_stop_signals_received: list[int] = []
 
 
-def until_stopped(steps: Iterable[int]) -> Iterable[int]:
+def until_signalled(steps: Iterable[int]) -> Iterator[int]:
     """The steps of a run. Meanwhile SIGTERM and SIGUSR1 do not end the process: they make a checkpoint due at the end
     of the step (`save_due`), and rank 0 leaves when it is written (`save_checkpoint`). The other processes go on until
     they miss it: had they left first, its step would fail."""
-    _stop_asked.clear()
+    _stop_signals_received.clear()
     heard = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
 
-    def ask(number: int, _: Any) -> None:
-        _stop_asked.append(number)
+    def on_signal(number: int, _: Any) -> None:
+        _stop_signals_received.append(number)
         if rank() == 0 and hasattr(signal, "alarm"):
             signal.alarm(300)  # ends a process that no longer gets to the end of its step
 
-    before = {number: signal.signal(number, ask) for number in heard}
+    before = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield from steps
     finally:
@@ -228,32 +303,32 @@ def until_stopped(steps: Iterable[int]) -> Iterable[int]:
             signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
-    if _stop_asked and rank() == 0:                                          # after the last step was saved
+    if _stop_signals_received and rank() == 0:  # after the last step was saved
         sys.exit(EXIT_STOPPED)
 
 
 def save_due(done: int, total_steps: int, every: int) -> bool:
     """Is a checkpoint due after `done` steps?"""
-    return done % every == 0 or done == total_steps or bool(_stop_asked)
+    return done % every == 0 or done == total_steps or bool(_stop_signals_received)
 
 
 def seed_step(seed: int, step: int) -> None:
-    """All randomness inside a step (dropout, sampled regions) is a function of (seed, step, rank):
-    a resumed run draws what the unbroken one did."""
+    """All randomness inside a step (dropout, sampled regions) is a function of (seed, step, rank): a resumed run draws
+    what the unbroken one did."""
     states = np.random.SeedSequence([seed, step, rank()]).generate_state(3, np.uint64).tolist()
     torch.manual_seed(states[0] >> 1)
     np.random.seed(states[1] >> 32)
     random.seed(states[2])
 
 
-# ==== Log =============================================================================================================
+# ==== 4. Log and files ====
 
 
 class Log:
     """`log.jsonl` in the output folder: one JSON line per logged step, rank 0 only.
 
-    Keys: step, epoch, lr, loss, every loss term (averaged over processes), grad_norm,
-    images_per_s (all processes), memory_gib, seconds.
+    Keys: step, epoch, lr, loss, every loss term (averaged over processes), grad_norm, images_per_s (all processes),
+    memory_gib, seconds.
     """
 
     def __init__(self, out: Path, resume_step: int, device: torch.device):
@@ -261,7 +336,8 @@ class Log:
         self.start = self.last = time.perf_counter()
         if rank() == 0:
             lines = self.path.read_text().splitlines() if self.path.exists() and resume_step else []
-            write_atomic(self.path, "".join(line + "\n" for line in lines if self.step_of(line) < resume_step).encode())
+            kept = [line + "\n" for line in lines if self.step_of(line) < resume_step]
+            write_atomic(self.path, "".join(kept).encode())
 
     @staticmethod
     def step_of(line: str) -> float:
@@ -287,8 +363,8 @@ class Log:
         """One line with its "step", on rank 0."""
         if rank() == 0:
             with open(self.path, "a") as file:
-                file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()})
-                           + "\n")
+                rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+                file.write(json.dumps(rounded) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint that this line belongs to
 
@@ -297,23 +373,44 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
-        import resource                                    # absent on Windows
+        import resource  # absent on Windows
     except ImportError:
         return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write to a temporary name, flush to disk, rename:
-    a reader sees the old file or the new one, never half of one."""
-    with replacing(path) as file:
-        file.write(content)
+class SkipCount:
+    """Counts distinct unreadable files on each process; warns once each on stderr; more than 1 % of `total` is a
+    UserError."""
+
+    def __init__(self, total: int):
+        self.total, self.seen = total, []
+
+    def add(self, skipped: list[str]) -> None:
+        """`skipped`: the "path: reason" entries of data.load_usable(); a file's reason is the same every time."""
+        for entry in dict.fromkeys(skipped):
+            if entry not in self.seen:
+                self.seen.append(entry)
+                print(f"warning: skipped {printable(entry)}", file=sys.stderr, flush=True)
+        if len(self.seen) > 0.01 * self.total:
+            raise UserError(f"{len(self.seen)} of {self.total} images cannot be read (more than 1 %), the first: "
+                            f"{'; '.join(self.seen[:3])}. Repair or remove them.")
+
+    def report(self) -> None:
+        """The last word of a run: how many files were skipped since it began or continued, over all processes (all of
+        them call this)."""
+        parts = [self.seen] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(parts, self.seen)
+        if seen := sorted({entry for part in parts for entry in part}):
+            shown = printable("; ".join(seen[:3])) + ("; ..." if len(seen) > 3 else "")
+            print_rank0(f"skipped {len(seen)} of {self.total} images: {shown}")
 
 
 @contextlib.contextmanager
-def replacing(path: Path, previous: Path | None = None):
-    """A file to write, which takes the place of `path` when it is whole and on the disk;
-    what was there before is kept as `previous`."""
+def replacing(path: Path, previous: Path | None = None) -> Iterator[Any]:
+    """A file to write, which takes the place of `path` when it is whole and on the disk; what was there before is kept
+    as `previous`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -321,42 +418,66 @@ def replacing(path: Path, previous: Path | None = None):
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        temporary.unlink(missing_ok=True)                                    # the disk may be full
+        temporary.unlink(missing_ok=True)  # the disk may be full
         raise
     if previous and path.exists():
         os.replace(path, previous)
     os.replace(temporary, path)
-    if os.name == "posix":                                                   # the names too, not the contents alone
+    if os.name == "posix":  # the names too, not the contents alone
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
-# ==== Checkpoints =====================================================================================================
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new, never half of one."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def plain(obj: Any) -> Any:
+    """JSON's own types: arrays and numpy scalars become lists and numbers, nan and infinities null."""
+    if isinstance(obj, dict):
+        return {str(k): plain(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [plain(v) for v in obj]
+    if isinstance(obj, (np.ndarray, np.generic, Tensor)):
+        return plain(obj.tolist())
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write `obj` at `path`, all or nothing. nan becomes null; missing folders are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(path), (json.dumps(plain(obj), indent=1, default=str, allow_nan=False) + "\n").encode())
+
+
+# ==== 5. Checkpoints ====
 
 # How numpy rebuilds what was pickled.
-_ARRAY, _BUFFER, _SCALAR = np.zeros(1).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0], np.float64(0).__reduce__()[0]
+_ARRAY = np.zeros(1).__reduce__()[0]
+_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
+_SCALAR = np.float64(0).__reduce__()[0]
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads plain containers and numpy arrays, as detectron2's files are made of; whatever else a pickle asks for
-    is an error and is not run."""
+    """Reads plain containers and numpy arrays, as detectron2's files are made of; whatever else a pickle asks for is an
+    error and is not run."""
 
-    ALLOWED = {"multiarray._reconstruct": _ARRAY, "numeric._frombuffer": _BUFFER,
-               "multiarray.scalar": _SCALAR, "numpy.ndarray": np.ndarray,
-               "numpy.dtype": np.dtype, "_codecs.encode": lambda text, _: text.encode("latin1"),
+    ALLOWED = {"multiarray._reconstruct": _ARRAY, "numeric._frombuffer": _BUFFER, "multiarray.scalar": _SCALAR,
+               "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
+               "_codecs.encode": lambda text, _: text.encode("latin1"),
                "collections.OrderedDict": collections.OrderedDict}
 
     def find_class(self, module: str, name: str) -> Any:
         found = self.ALLOWED.get(f"{re.sub('^numpy[.]_?core[.]', '', module)}.{name}")
         if found is None:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not allowed")
-        # a pickle can set attributes of what it names: of this one only
+        # a pickle can set attributes of what it names: of this function only
         return found if isinstance(found, type) else lambda *args: found(*args)
 
 
-# Harmless containers that released files hold beside their tensors:
-# argparse.Namespace (DETR family, SoCo), numpy's numbers.
+# Harmless containers that released files hold beside their tensors: argparse.Namespace (DETR family, SoCo), numpy's.
 ALLOWED = [argparse.Namespace, np.dtype, *{type(np.dtype(t)) for t in "?bBhHiIlLqQefd"},
            *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
@@ -373,29 +494,30 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: the file is empty")
     try:
         with open(path, "rb") as file:
-            content = (ArrayUnpickler(file, encoding="latin1").load()
-                       if file.read(1) == b"\x80" and not file.seek(0) else None)
+            pickled = file.read(1) == b"\x80" and not file.seek(0)
+            content = ArrayUnpickler(file, encoding="latin1").load() if pickled else None
         if not isinstance(content, dict):  # old PyTorch files start with a pickled number
             with torch.serialization.safe_globals(ALLOWED):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can make a reader raise anything
-        reason = (str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__).splitlines()[0]
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__
+        reason = reason.splitlines()[0]
         if isinstance(error, OSError):
             raise UserError(f"{path}: cannot be read ({error.strerror or reason})") from error
         if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path}: refused, because loading it would run code ({code[1]}); "
-                            "a file of tensors (state_dict) needs none") from error
-        raise UserError(f"{path}: not a readable PyTorch checkpoint: cut, "
-                        f"damaged or something else ({reason[:120]})") from error
+            raise UserError(f"{path}: refused, because loading it would run code ({code[1]}); a file of tensors "
+                            "(state_dict) needs none") from error
+        raise UserError(f"{path}: not a readable PyTorch checkpoint: cut, damaged or something else "
+                        f"({reason[:120]})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, a checkpoint is a dict of tensors")
     return content
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, step: int,
-                    config: Any, **extra: Any) -> None:
-    """{"model", "optimizer", "step", "config", ...}: plain containers only, keys without `module.`,
-    so that weights_only=True reads it.
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, step: int, config: Any,
+                    **extra: Any) -> None:
+    """{"model", "optimizer", "step", "config", ...}: plain containers only, keys without `module.`, so that
+    weights_only=True reads it.
 
     step = number of finished steps. Rank 0 writes; the file appears whole or not at all, and the one before stays
     beside it as previous.pt. A process that a signal has asked to stop ends here.
@@ -409,11 +531,11 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         with replacing(path, path.with_name("previous.pt")) as file:
             torch.save(state, file)
     except OSError as error:
-        raise UserError(f"{path}: step {step} cannot be saved ({error.strerror or error}); "
-                        "the checkpoint before is untouched. Make room and start the same command again") from error
-    if _stop_asked:
-        say(f"stopped by {signal.Signals(_stop_asked[0]).name} after step {step}, which is saved; "
-            "the same command continues")
+        raise UserError(f"{path}: step {step} cannot be saved ({error.strerror or error}); the checkpoint before is "
+                        "untouched. Make room and start the same command again") from error
+    if _stop_signals_received:
+        name = signal.Signals(_stop_signals_received[0]).name
+        print_rank0(f"stopped by {name} after step {step}, which is saved; the same command continues")
         sys.exit(EXIT_STOPPED)
 
 
@@ -436,52 +558,26 @@ def read_run(out: Path) -> tuple[Path, dict] | None:
                             "--out, or remove the file to start anew")
         return None
     if damaged:
-        os.replace(out / "last.pt", out / "damaged.pt")                      # it must not become the next previous.pt
-        say(f"warning: {damaged[0]}; it is now damaged.pt, and {path.name} is used")
+        os.replace(out / "last.pt", out / "damaged.pt")  # it must not become the next previous.pt
+        print_rank0(f"warning: {damaged[0]}; it is now damaged.pt, and {path.name} is used")
     return path, state
 
 
-def identity(script: str, images: int, fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint says of its run beside the configuration; `fingerprint`: a hash of the list of images."""
-    return {"script": script, "data": f"{images} images, sha256 {fingerprint[:16]}", "world": world_size()}
-
-
 def open_run(config: Any, script: str, data: str | None = None, world: int | None = None) -> dict | None:
-    """Make `--out` ready. Returns the checkpoint to continue from, or None for a new run;
-    rank 0 decides which, for all processes.
+    """Make `--out` ready. Returns the checkpoint to continue from, or None for a new run; rank 0 decides which, for all
+    processes.
 
-    Refuses (UserError) a folder that holds a run of another script, another configuration or another data
-    set, showing the difference.
-    script, data, world: see `identity`.
+    Refuses (UserError) a folder that holds a run of another script, another configuration or another data set, showing
+    the difference. script, data, world: what a checkpoint says of its run beside the configuration (Run.identity).
     """
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot make this folder ({error.strerror}); give another one") from error
-    choice: list = [None, None, None]                                        # file, step, error
-    state = None
-    _word[:] = [out / "ended.txt"]
-    if rank() == 0:
-        _word[0].unlink(missing_ok=True)
-        try:
-            if found := read_run(out):
-                path, state = found
-                choice = [path.name, state.get("step"), None]
-        except UserError as error:
-            choice[2] = str(error)
-    if world_size() > 1:
-        dist.broadcast_object_list(choice, 0)
-    name, step, problem = choice
-    if problem:
-        raise UserError(problem)
-    if name is None:
+    state = _read_run_on_all_processes(out)
+    if state is None:
         return None
-    if rank() != 0:
-        state = read_checkpoint(out / name)
-        if state.get("step") != step:
-            raise UserError(f"{out / name} is at step {state.get('step')} here and at step {step} for process 0: "
-                            "--out must be a folder they share")
     if state.get("script") != script:
         raise UserError(f"{out} holds a run of {state.get('script')}.py; give {script}.py another --out")
     now, before = dataclasses.asdict(config), state["config"]
@@ -493,9 +589,36 @@ def open_run(config: Any, script: str, data: str | None = None, world: int | Non
         raise UserError(f"{out} holds a run with another configuration ({'; '.join(changed)}); "
                         "give another --out for a new run, or --allow_config_change to go on with the new values")
     if world and state.get("world", world) != world:
-        changed.append(f"{world} processes rather than {state['world']}: "
-                       "the same batches in the same order, but other dropout")
-    say(f"continuing the run in {out} at step {state['step']}" + (f" with {'; '.join(changed)}" if changed else ""))
+        changed.append(f"{world} processes rather than {state['world']}: the same batches in the same order, but other "
+                       "dropout")
+    difference = f" with {'; '.join(changed)}" if changed else ""
+    print_rank0(f"continuing the run in {out} at step {state['step']}{difference}")
+    return state
+
+
+def _read_run_on_all_processes(out: Path) -> dict | None:
+    """read_run() on rank 0; the others read the file that it has chosen."""
+    choice: list = [None, None, None]  # file, step, error
+    state = None
+    _failure_file[:] = [out / "ended.txt"]
+    if rank() == 0:
+        _failure_file[0].unlink(missing_ok=True)
+        try:
+            if found := read_run(out):
+                path, state = found
+                choice = [path.name, state.get("step"), None]
+        except UserError as error:
+            choice[2] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(choice, 0)
+    name, step, problem = choice
+    if problem:
+        raise UserError(problem)
+    if name and rank() != 0:
+        state = read_checkpoint(out / name)
+        if state.get("step") != step:
+            raise UserError(f"{out / name} is at step {state.get('step')} here and at step {step} for process 0: --out "
+                            "must be a folder they share")
     return state
 
 
@@ -503,19 +626,18 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, con
             target: nn.Module | None = None, sync_bn: bool = True) -> int:
     """Put a checkpoint of this very run back. Returns the number of finished steps.
 
-    target: the frozen network that the run learns from, saved with it because the file of --backbone_weights
-    may be another one by now.
-    Refuses (UserError) another number of processes where trained BatchNorm has the statistics of each
-    process, as wrap_model leaves it.
+    target: the frozen network that the run learns from, saved with it because the file of --backbone_weights may be
+    another one by now. Refuses (UserError) another number of processes where trained BatchNorm has the statistics of
+    each process, as wrap_model leaves it.
     """
-    local = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in m.parameters(False))
-                for m in model.modules())
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    local = any(p.requires_grad for m in norms for p in m.parameters(False))
     local = local and not (sync_bn and next(model.parameters()).is_cuda)
     before = state.get("world", world_size())
     if config and local and before != world_size() and not config.allow_config_change:
-        raise UserError(f"{config.out} holds a run of {before} process(es), this one has {world_size()}: "
-                        "BatchNorm's statistics are those of a process's share of the batch, "
-                        f"so it would train differently. Start {before}, or give --allow_config_change to go on")
+        raise UserError(f"{config.out} holds a run of {before} process(es), this one has {world_size()}: BatchNorm's "
+                        "statistics are those of a process's share of the batch, so it would train differently. Start "
+                        f"{before}, or give --allow_config_change to go on")
     getattr(model, "module", model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if target is not None and "target" in state:
@@ -523,28 +645,7 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, con
     return state["step"]
 
 
-def finished(out: Path, state: dict | None, total_steps: int) -> dict | None:
-    """The metrics of a run that has nothing left to do, else None."""
-    metrics = json.loads((out / "metrics.json").read_text()) if state and (out / "metrics.json").exists() else {}
-    if not state or state["step"] < total_steps or metrics.get("steps") != state["step"]:
-        return None
-    say(f"this run is finished ({state['step']} steps)")
-    return metrics
-
-
-def tell_plan(cfg: Any, images: int, what: str, steps_per_epoch: int, start: int, total_steps: int,
-              device: torch.device) -> None:
-    """One line on what is about to run; another one on a backbone that starts without weights."""
-    if cfg.backbone_weights == "random" and not getattr(cfg, "init_from", None):
-        learns, norm = getattr(cfg, "lr_backbone", 1) > 0, getattr(cfg, "backbone_norm", "bn")  # SoCo, DUPR: always, bn
-        say("the backbone starts random: " + ("it is trained, with ordinary BatchNorm" if learns and norm == "bn" else
-                                              "it is trained, with frozen BatchNorm" if learns else "and it is FROZEN"))
-    pieces = world_size() * cfg.accumulate
-    say(f"{images} {what}, {steps_per_epoch} steps per epoch, steps {start}..{total_steps}; "
-        f"batch {cfg.batch_size} = {world_size()} processes x {cfg.accumulate} x {cfg.batch_size // pieces}; {device}")
-
-
-# ==== Numbers that are not finite =====================================================================================
+# ==== 6. Numbers that are not finite ====
 
 
 class FiniteWatch:
@@ -552,24 +653,16 @@ class FiniteWatch:
     and leaving the batch in the output folder. The same command goes on from the last checkpoint and, as everything is
     seeded, arrives there again.
 
-    A step's numbers are looked at when the next has been started, so that nothing waits for the device:
-    `settle` before anything is written.
+    A step's numbers are looked at when the next has been started, so that nothing waits for the device: `settle` before
+    anything is written.
     """
 
     def __init__(self, out: Path, name_of: Callable[[int], str]):
         self.out, self.name_of = out, name_of
         self.pending: tuple | None = None  # step, names, values, when they are copied, batches
 
-    @contextlib.contextmanager
-    def step(self, step: int, batches: list[dict]):
-        """Around a training step; give its terms, which hold `loss` and `grad_norm`,
-        to the function that this yields."""
-        terms: dict[str, Tensor] = {}
-        try:
-            yield terms.update
-        except FloatingPointError as error:
-            self.settle()                                                    # an earlier step's fault comes first
-            self.fail(step, str(error), batches, error)
+    def check(self, step: int, terms: dict[str, Tensor], batches: list[dict]) -> None:
+        """After a training step: its terms, which hold `loss` and `grad_norm`, and its micro-batches."""
         values, copied = torch.stack([value.detach().float() for value in terms.values()]), None
         if values.is_cuda:
             values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
@@ -584,14 +677,134 @@ class FiniteWatch:
             (step, names, values, copied, batches), self.pending = self.pending, None
             if copied:
                 copied.synchronize()
-            if bad := [f"{name} {value}" for name, value in zip(names, values.tolist()) if not math.isfinite(value)]:
+            bad = [f"{name} {value}" for name, value in zip(names, values.tolist()) if not math.isfinite(value)]
+            if bad:
                 self.fail(step, "not finite: " + ", ".join(bad), batches)
 
-    def fail(self, step: int, reason: str, batches: list[dict], cause: Exception | None = None) -> None:
+    def fail(self, step: int, reason: str, batches: list[dict]) -> None:
         files = [self.name_of(int(i)) for batch in batches for i in batch["index"]]
         path = self.out / f"nonfinite-step{step}-rank{rank()}.pt"
         with replacing(path) as file:
             torch.save({"step": step, "error": reason, "files": files, "batches": batches}, file)
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         raise FloatingPointError(f"step {step}: {reason}; images of this process: {shown}; "
-                                 f"its batch is kept in {path}, and the last checkpoint is untouched") from cause
+                                 f"its batch is kept in {path}, and the last checkpoint is untouched")
+
+
+# ==== 7. Run ====
+
+
+class Run:
+    """One training run: what comes before its steps, between them and after them, the same in every script.
+
+    cfg: a RunConfig; script: its name; source: what it trains on (len, key(i), fingerprint()); images: how many of them
+    are trained on; summary: metrics -> the text printed at the end. `metrics` is not None where the run in --out was
+    finished before: then there is nothing to do. UserError: see check_batch_size and open_run.
+    """
+
+    def __init__(self, cfg: RunConfig, script: str, source: Any, images: int, device: torch.device,
+                 summary: Callable[[dict], str], **extra: Any):
+        check_batch_size(images, cfg.batch_size, world_size(), cfg.accumulate)  # before anything is written
+        self.cfg, self.images, self.device, self.summary, self.out = cfg, images, device, summary, Path(cfg.out)
+        data = f"{len(source)} images, sha256 {source.fingerprint()[:16]}"
+        self.identity = {"script": script, "data": data, "world": world_size()}
+        self.extra = extra  # further entries of the checkpoint
+        self.state = open_run(cfg, **self.identity)
+        self.start = self.state["step"] if self.state else 0
+        self.steps_per_epoch = images // cfg.batch_size
+        self.total_steps = min(self.length(), cfg.max_steps or sys.maxsize)
+        self.metrics = self._metrics_of_finished_run()
+        self.skipped, self.watch = SkipCount(len(source)), FiniteWatch(self.out, source.key)
+        self.fallbacks = torch.tensor(float(self.state.get("fallbacks", 0)) if self.state else 0.0, device=device)
+        self.counts_fallbacks = False  # do the script's batches say how many samples had to fall back?
+        self.seen = 0  # images of this process since the last line of the log
+
+    def length(self) -> int:
+        """Steps of the whole run, --max_steps aside."""
+        return getattr(self.cfg, "iterations", None) or self.cfg.epochs * self.steps_per_epoch
+
+    def _metrics_of_finished_run(self) -> dict | None:
+        path = self.out / "metrics.json"
+        metrics = json.loads(path.read_text()) if self.state and path.exists() else {}
+        if not self.state or self.start < self.total_steps or metrics.get("steps") != self.start:
+            return None
+        print_rank0(f"this run is finished ({self.start} steps)\n{self.summary(metrics)}")
+        return metrics
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, target: nn.Module | None = None,
+                sync_bn: bool = True) -> None:
+        """Put the checkpoint back, if there is one; from now on these are what is saved. See the function `restore`."""
+        if self.state:
+            restore(self.state, model, optimizer, self.cfg, target=target, sync_bn=sync_bn)
+        self.model, self.optimizer, self.state = model, optimizer, None
+        if target is not None:
+            self.extra["target"] = target.state_dict()
+
+    def steps(self, what: str = "images") -> Iterator[int]:
+        """The steps that are left, each seeded; see until_signalled."""
+        cfg, world = self.cfg, world_size()
+        if cfg.backbone_weights == "random" and not getattr(cfg, "init_from", None):
+            learns = getattr(cfg, "lr_backbone", 1) > 0  # SoCo, DUPR: always, with ordinary BatchNorm
+            norm = "ordinary" if getattr(cfg, "backbone_norm", "bn") == "bn" else "frozen"
+            how = f"it is trained, with {norm} BatchNorm" if learns else "and it is FROZEN"
+            print_rank0(f"the backbone starts random: {how}")
+        pieces = f"{world} processes x {cfg.accumulate} x {cfg.batch_size // (world * cfg.accumulate)}"
+        print_rank0(f"{self.images} {what}, {self.steps_per_epoch} steps per epoch, steps {self.start}.."
+                    f"{self.total_steps}; batch {cfg.batch_size} = {pieces}; {self.device}")
+        self.log_file = Log(self.out, self.start, self.device)
+        remaining = range(self.start, self.total_steps)
+        self.bar = progress(remaining, initial=self.start, total=self.total_steps, desc="training")
+        for step in until_signalled(self.bar):
+            seed_step(cfg.seed, step)
+            yield step
+
+    def next_batches(self, loader: Iterator[dict]) -> list[dict]:
+        """The micro-batches of a step; counts their images, unreadable files, and samples that had to fall back."""
+        batches = [next(loader) for _ in range(self.cfg.accumulate)]
+        for batch in batches:
+            self.skipped.add(batch["skipped"])
+            self.seen += len(batch["index"])
+        self.counts_fallbacks = "fallback" in batches[0]
+        if self.counts_fallbacks:
+            count = torch.tensor(float(sum(batch["fallback"] for batch in batches)))
+            self.fallbacks = self.fallbacks + all_reduce_sum(to_device(count, self.device))
+        return batches
+
+    def check(self, step: int, terms: dict[str, Tensor], batches: list[dict]) -> None:
+        """FloatingPointError, soon, if a number of this step is not finite; see FiniteWatch."""
+        self.watch.check(step, terms, batches)
+
+    def log(self, step: int, terms: dict[str, Tensor], *shown: str, **values: float) -> None:
+        """A line of log.jsonl where one is due; the terms in `shown` stand in the progress bar too."""
+        if step % self.cfg.log_every and step != self.total_steps - 1:
+            return
+        self.watch.settle()
+        if self.counts_fallbacks:
+            values["fallbacks"] = int(self.fallbacks)
+        line = self.log_file.write(step, terms, self.seen, epoch=step // self.steps_per_epoch, **values)
+        self.bar.set_postfix({name.removeprefix("loss_"): f"{line[name]:.3f}" for name in shown})
+        self.seen = 0
+
+    def save(self, step: int, again: bool = False) -> None:
+        """last.pt after this step where one is due; `again`: in any case."""
+        if again or save_due(step + 1, self.total_steps, self.cfg.save_every):
+            self.watch.settle()
+            counts = {"fallbacks": int(self.fallbacks)} if self.counts_fallbacks else {}
+            save_checkpoint(self.out / "last.pt", self.model, self.optimizer, step + 1, self.cfg, **self.identity,
+                            **self.extra, **counts)
+
+    def end(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write metrics.json and print the summary and what was skipped. All processes call it; returns the metrics."""
+        metrics = {"steps": self.total_steps} | metrics
+        finish(self.out, metrics, self.summary(metrics))
+        self.skipped.report()
+        return metrics
+
+
+def finish(out: Path, metrics: dict[str, Any], text: str) -> None:
+    """metrics.json, the text, and the names of what lies in the output folder."""
+    if rank() == 0:
+        write_json(out / "metrics.json", metrics)
+        names = ("last.pt", "log.jsonl", "metrics.json", "detections.json", "predictions.png")
+        print_rank0(f"{text}\nwrote {out}/" + ", ".join(name for name in names if (out / name).exists()))
+    barrier()

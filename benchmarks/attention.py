@@ -1,7 +1,8 @@
-"""Multi-scale deformable attention: our forms against the released core and Hugging Face transformers',
-in time, memory and exactness.
+"""Multi-scale deformable attention: our forms against the released core and Hugging Face transformers', in time, memory
+and exactness.
 
-  python benchmarks/attention.py [--device cpu|cuda] [--rounds N] [--batch_sizes 2 16] [--sizes 480x600 800x1333] [--compile]
+    python benchmarks/attention.py [--device cpu|cuda] [--rounds N] [--batch_sizes 2 16]
+                                   [--sizes 480x600 800x1333] [--compile]
 
 The stacked core is what the released codes fall back to without their CUDA operator: samples of all levels side by
 side, one weighted sum. On CPU the clock is this process's CPU time at one thread, since others share the cores;
@@ -10,15 +11,18 @@ side, one weighted sum. On CPU the clock is this process's CPU time at one threa
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from typing import Any, Callable
 
 import measure  # first: it finds the project's files
 
-import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import common
+import run
 
 
 def stacked_core(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -42,7 +46,7 @@ def transformers_core() -> Callable[..., Tensor] | None:
     module = MultiScaleDeformableAttention()
 
     def attend(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-        table = common.constant(tuple(shapes), value.device)
+        table = common.constant_tensor(tuple(shapes), value.device)
         return module(value, table, shapes, table.prod(1).cumsum(0) - table.prod(1), locations, weights, 64)
     return attend
 
@@ -53,13 +57,13 @@ def case(batch: int, image_hw: tuple[int, int], queries: int | None, device: tor
     queries None: the encoder, every pixel of every level asks. No point lies on the border of a cell, where the
     gradient of its place jumps."""
     torch.manual_seed(0)
-    shapes, (h, w) = [], image_hw
-    for stride in (8, 16, 32, 64):
-        shapes.append((-(-h // stride), -(-w // stride)))
+    h, w = image_hw
+    shapes = [(-(-h // stride), -(-w // stride)) for stride in (8, 16, 32, 64)]
     grids = [torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij") for h, w in shapes]
     reference = (torch.rand(queries, 2) if queries
                  else torch.cat([torch.stack([x, y], -1).view(-1, 2) for y, x in grids]))
-    Q, size = len(reference), torch.tensor([(w, h) for h, w in shapes]).view(4, 1, 2)
+    Q = len(reference)
+    size = torch.tensor([(w, h) for h, w in shapes]).view(4, 1, 2)
     place = reference.view(1, Q, 1, 1, 1, 2) * size + torch.randn(batch, Q, 8, 4, 4, 2) * 2 - 0.5
     locations = (place.floor() + (place % 1).clamp(0.01, 0.99) + 0.5) / size
     weights = torch.randn(batch, Q, 8, 16).softmax(-1).view(batch, Q, 8, 4, 4)
@@ -67,20 +71,20 @@ def case(batch: int, image_hw: tuple[int, int], queries: int | None, device: tor
     return value.to(device, dtype), shapes, locations.to(device), weights.to(device, dtype)
 
 
-def run(attend: Callable[..., Tensor], inputs: tuple, backward: bool, direction: Tensor | None = None) -> list[Tensor]:
-    """[output] or [output, gradients of value, locations, weights] for a given gradient of the output."""
+def outputs_of(attend: Callable[..., Tensor], inputs: tuple, backward: bool) -> list[Tensor]:
+    """[output] or [output, gradients of value, locations, weights] of its sum."""
     value, shapes, locations, weights = inputs
     leaves = [t.detach().requires_grad_(backward) for t in (value, locations, weights)]
     with torch.set_grad_enabled(backward):
         output = attend(leaves[0], shapes, *leaves[1:])
     if backward:
-        output.backward(torch.ones_like(output) if direction is None else direction)
+        output.backward(torch.ones_like(output))
     return [output.detach(), *(t.grad for t in leaves if backward)]
 
 
 def error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest deviation from the float64 result, relative to its standard deviation,
-    over the output and the three gradients."""
+    """Largest deviation from the float64 result, relative to its standard deviation, over the output and the three
+    gradients."""
     return max(((a.double() - b).abs().max() / b.std()).item() for a, b in zip(found, exact))
 
 
@@ -97,34 +101,32 @@ def main() -> None:
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     clock = time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
-    ways: dict[str, Callable[..., Tensor]] = {"stacked core": stacked_core, "transformers": transformers_core(),
-                                              "reference": common.multi_scale_deformable_attention}
+    reference = common.multi_scale_deformable_attention
     ours = common.deformable_attention_for(device)
-    ways["ours"] = ours if ours is not common.multi_scale_deformable_attention else None
-    ways["compiled reference"] = (torch.compile(common.multi_scale_deformable_attention, dynamic=True)
-                                  if args.compile else None)
+    ways: dict[str, Callable[..., Tensor] | None] = {
+        "stacked core": stacked_core, "transformers": transformers_core(), "reference": reference,
+        "ours": ours if ours is not reference else None,
+        "compiled reference": torch.compile(reference, dynamic=True) if args.compile else None}
     ways = {name: way for name, way in ways.items() if way}
     rows: list[list[Any]] = []
-    for batch in args.batch_sizes:
-        for size in args.sizes:
-            for part, queries in (("encoder", None), ("decoder", 300)):
-                inputs = case(batch, tuple(map(int, size.split("x"))), queries, device)
-                exact = [t.double() if isinstance(t, Tensor) else t for t in inputs]
-                exact = run(common.multi_scale_deformable_attention, exact, True)
-                errors = {name: error(run(way, inputs, True), exact) for name, way in ways.items()}
-                del exact
-                forward = measure.interleave({n: lambda w=w: run(w, inputs, False) for n, w in ways.items()},
-                                             args.rounds, device, clock=clock)
-                both = measure.interleave({n: lambda w=w: run(w, inputs, True) for n, w in ways.items()},
-                                          args.rounds, device, clock=clock)
-                for name, way in ways.items():
-                    rows.append([f"{part} {size} x{batch}", name, measure.spread(forward[name], 1000),
-                                 measure.spread(both[name], 1000),
-                                 measure.spread(measure.ratios(both, name, "stacked core")),
-                                 measure.peak_mib(lambda: run(way, inputs, True), device), f"{errors[name]:.1e}"])
+    for batch, size, (part, queries) in itertools.product(args.batch_sizes, args.sizes,
+                                                          (("encoder", None), ("decoder", 300))):
+        inputs = case(batch, tuple(map(int, size.split("x"))), queries, device)
+        exact = [t.double() if isinstance(t, Tensor) else t for t in inputs]
+        exact = outputs_of(reference, exact, True)
+        errors = {name: error(outputs_of(way, inputs, True), exact) for name, way in ways.items()}
+        del exact
+        forward, both = (measure.interleave({name: lambda way=way: outputs_of(way, inputs, backward)
+                                             for name, way in ways.items()}, args.rounds, device, clock=clock)
+                         for backward in (False, True))
+        for name, way in ways.items():
+            rows.append([f"{part} {size} x{batch}", name, measure.spread(forward[name], 1000),
+                         measure.spread(both[name], 1000),
+                         measure.spread(measure.ratios(both, name, "stacked core")),
+                         measure.peak_mib(lambda: outputs_of(way, inputs, True), device), f"{errors[name]:.1e}"])
     libraries = {"transformers": __import__("transformers").__version__} if "transformers" in ways else {}
-    columns = ["case", "form", "forward ms", "forward + backward ms", "time / stacked core",
-               "peak MiB", "largest error / std"]
+    columns = ["case", "form", "forward ms", "forward + backward ms", "time / stacked core", "peak MiB",
+               "largest error / std"]
     measure.report("Multi-scale deformable attention, fp32", columns, rows,
                    measure.machine(device, clock=clock.__name__, **libraries))
 

@@ -49,7 +49,7 @@ import common
 import evaluation
 from common import UserError
 from data import SyntheticScenes, open_images
-from run import cli, progress, say
+from run import cli, print_rank0, progress, write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -120,7 +120,7 @@ def execute(run: Run, work: Path, device: str, bccd: str) -> None:
               "curve": [{k: v for k, v in line.items() if k in ("step", "loss", "AP", "AR100")} for line in lines],
               "seconds": round(time.time() - started, 1), "device": kind,
               "torch": torch.__version__, "commit": commit()}
-    evaluation.write_json(out / "result.json", result)
+    write_json(out / "result.json", result)
 
 
 @functools.lru_cache(None)
@@ -262,12 +262,14 @@ TUNE_FPN = {SYNTHETIC: f"{FASTER_RCNN} --synthetic_images 200 --batch_size 8 --e
 TUNE_C4 = {BCCD: f"--detector faster_rcnn_c4 {LARGER} --rois_per_image 8 --proposals_per_image 20 --batch_size 4 "
            "--epochs 24 --precise_bn 10"}
 INTRODUCTION = """
-Not the papers' numbers: their claims, at a scale of minutes. Synthetic: 800 unlabelled scenes of 160 px; 40 labelled ones (R-CNN family: 200) and
-100 to test on, drawn anew for each seed. BCCD: microscope images of blood cells; 292 unlabelled, 29 of them labelled (10 %), 72 to test on; the R-CNN
-family, which learns little from scenes in such a time, is mostly asked there. ResNet-18, short side 64 to 112 px, a hundred to a thousand steps of
-4 to 16 images. The DETR family's frozen backbone is DUPR's, trained once per data set on the same unlabelled images; a detector "from scratch" starts
-from it too. Arms of a claim have the same budget and schedule. Differences are paired by seed; intervals are 95 % t-intervals. Settings were chosen
-on seeds 100 and 101 with other scenes; BCCD has but one test split. DUPR's were lengthened after a first result, which their notes give.
+Not the papers' numbers: their claims, at a scale of minutes. Synthetic: 800 unlabelled scenes of 160 px; 40 labelled
+ones (R-CNN family: 200) and 100 to test on, drawn anew for each seed. BCCD: microscope images of blood cells; 292
+unlabelled, 29 of them labelled (10 %), 72 to test on; the R-CNN family, which learns little from scenes in such a time,
+is mostly asked there. ResNet-18, short side 64 to 112 px, a hundred to a thousand steps of 4 to 16 images. The DETR
+family's frozen backbone is DUPR's, trained once per data set on the same unlabelled images; a detector "from scratch"
+starts from it too. Arms of a claim have the same budget and schedule. Differences are paired by seed; intervals are 95
+% t-intervals. Settings were chosen on seeds 100 and 101 with other scenes; BCCD has but one test split. DUPR's were
+lengthened after a first result, which their notes give.
 """
 
 
@@ -390,59 +392,80 @@ def claims() -> list[Claim]:
               after("own boxes", detreg, detr), after("other image's", detreg, detr, "--strategy other_image")),
         Claim("detreg-ar10", "3. After pretraining, class-agnostic AR@10 beats selective search's own ranking",
               "Table 6, COCO R@10: DETReg 3.6, selective search 1.5",
-              pretext("DETReg", detreg, "pretrained/AR10"), pretext("selective search", detreg, "selective_search/AR10"), data=BOTH,
-              note="""The scenes are made of what selective search looks for, regions of one texture: its AR@10 is 0.3 there, 0.015 on COCO. Tried:
-              its order as OpenCV gives it or without near-duplicates (--proposal_rank), 300 and 400 steps, a backbone that learns too (AR@10 0.18
-              rather than 0.11 after 300 steps of 8 images). A detector that has localised for two minutes does not place its ten best boxes as
-              tightly."""),
-        Claim("updetr-scratch", "4. UP-DETR beats from scratch", "Table 1, VOC, 150 epochs: 56.1 / 49.9; 300: 57.2 / 54.1",
+              pretext("DETReg", detreg, "pretrained/AR10"),
+              pretext("selective search", detreg, "selective_search/AR10"),
+              data=BOTH,
+              note="""The scenes are made of what selective search looks for, regions of one texture: its AR@10 is 0.3
+              there, 0.015 on COCO. Tried: its order as OpenCV gives it or without near-duplicates (--proposal_rank),
+              300 and 400 steps, a backbone that learns too (AR@10 0.18 rather than 0.11 after 300 steps of 8 images). A
+              detector that has localised for two minutes does not place its ten best boxes as tightly."""),
+        Claim("updetr-scratch", "4. UP-DETR beats from scratch",
+              "Table 1, VOC, 150 epochs: 56.1 / 49.9; 300: 57.2 / 54.1",
               after("UP-DETR", updetr, detr), from_scratch(), data=BOTH,
-              note="""Deformable DETR does not learn to look for a patch within minutes. After 1200 steps rather than 400 (seed 100) the most
-              confident box per patch overlaps it by IoU 0.274, as much as where another image's patch is asked for (0.270) or another image is
-              asked (0.274): the answer is one box for any question, and after more of it the fine-tuned AP was 0.0004. Deformable attention
-              compares no queries with keys. DETR with stride 8 and --aligned_start does begin to look in 500 steps (0.243, other patch 0.217,
-              other image 0.211), but finds no object in 600 steps of fine-tuning, pretrained (AP 0.0002) or not (0.0006)."""),
-        Claim("updetr-speed", "4. UP-DETR converges faster: AP, mean over the evaluations of the run", "Fig. 1 (curves)",
+              note="""Deformable DETR does not learn to look for a patch within minutes. After 1200 steps rather than
+              400 (seed 100) the most confident box per patch overlaps it by IoU 0.274, as much as where another image's
+              patch is asked for (0.270) or another image is asked (0.274): the answer is one box for any question, and
+              after more of it the fine-tuned AP was 0.0004. Deformable attention compares no queries with keys. DETR
+              with stride 8 and --aligned_start does begin to look in 500 steps (0.243, other patch 0.217, other image
+              0.211), but finds no object in 600 steps of fine-tuning, pretrained (AP 0.0002) or not (0.0006)."""),
+        Claim("updetr-speed", "4. UP-DETR converges faster: AP, mean over the evaluations of the run",
+              "Fig. 1 (curves)",
               after("UP-DETR", updetr, detr, path="mean AP"), from_scratch("mean AP"), data=BOTH),
         Claim("siamese-scratch", "5. Siamese DETR beats from scratch", "Table 2, VOC, Conditional DETR: 58.1 / 49.9",
               after("Siamese DETR", siamese, detr), from_scratch(), data=BOTH,
-              note="""Most likely as with UP-DETR, but its search was not probed in this setting. README's demo, on DETR, finds a region hardly
-              better than in the wrong image. Tried: Conditional DETR on BCCD (AP 0.003 to 0.006, pretrained or not); the paper's weights
-              of the losses (3, 10), with which boxes diverge at this rate of learning."""),
+              note="""Most likely as with UP-DETR, but its search was not probed in this setting. The demo, on
+              DETR, finds a region hardly better than in the wrong image. Tried: Conditional DETR on BCCD (AP 0.003 to
+              0.006, pretrained or not); the paper's weights of the losses (3, 10), with which boxes diverge at
+              this rate of learning."""),
         Claim("siamese-views", "5. Multi-view + R-C + G is no worse than single-view R-O", "Table 3: 58.1 / 56.9",
-              after("multi-view R-C G", siamese, detr), after("single-view R-O", siamese, detr, SINGLE_VIEW), margin=0.1),
-        Claim("soco-scratch", "6. SoCo beats from scratch for Faster R-CNN FPN", "Table 1 (Mask R-CNN FPN, COCO 1x): 42.3 / 31.0",
+              after("multi-view R-C G", siamese, detr), after("single-view R-O", siamese, detr, SINGLE_VIEW),
+              margin=0.1),
+        Claim("soco-scratch", "6. SoCo beats from scratch for Faster R-CNN FPN",
+              "Table 1 (Mask R-CNN FPN, COCO 1x): 42.3 / 31.0",
               after("SoCo", soco, fpn), Arm("scratch", lambda data, seed: tuned(data, seed, fpn, FPN), "AP"), data=BOTH,
-              note="""Tried on BCCD, one seed: 225 steps of views of 96 px with LARS at the paper's rate (AP 0.122, scratch 0.183), at a rate of 1
-              with trust 0.05 (0.115), then without zero-initialised residuals (0.097), then with crops of 20 to 60 % and smaller boxes (0.155). A
-              small network knows a box by its place, and its pyramid collapses to a few directions. 90 steps of 64 px do no harm (0.214, scratch
-              0.178), which is what stands here; with other labels the gain is inside the spread."""),
+              note="""Tried on BCCD, one seed: 225 steps of views of 96 px with LARS at the paper's rate (AP 0.122,
+              scratch 0.183), at a rate of 1 with trust 0.05 (0.115), then without zero-initialised residuals (0.097),
+              then with crops of 20 to 60 % and smaller boxes (0.155). A small network knows a box by its place, and its
+              pyramid collapses to a few directions. 90 steps of 64 px do no harm (0.214, scratch 0.178), which is what
+              stands here; with other labels the gain is inside the spread."""),
         Claim("soco-momentum", "7. SoCo with momentum 0.98 is worse than 0.99", "Table 5d: 42.3 / 35.0",
               after("0.99", soco, fpn), after("0.98", soco, fpn, "--ema_momentum 0.98"), data=(BCCD,)),
-        Claim("dupr-match", "8. DUPR beats image-only contrast (beta = 0): patches matched between views to within one", "Fig. 10 (pictures)",
+        Claim("dupr-match", "8. DUPR beats image-only contrast (beta = 0): patches matched between views to within one",
+              "Fig. 10 (pictures)",
               analysis("DUPR", "match", "dupr", "within_1"), analysis("beta = 0", "match", "image", "within_1"),
-              note="""The first choice, 250 steps, was too short for patches to be told apart: five seeds gave 0.218 / 0.209, +0.009 [-0.002, +0.020],
-              and a slope of 0.124 / 0.135, -0.011 [-0.016, -0.006]. On seed 100, 1000 steps gave 0.318 / 0.271 and 0.152 / 0.132: they stand
-              here."""),
-        Claim("dupr-slope", "8. The same in the slope of similarity over IoU: mean above 0.5 less mean below 0.3", "Fig. 5 (curves)",
-              analysis("DUPR", "iou-similarity", "dupr", "difference"), analysis("beta = 0", "iou-similarity", "image", "difference")),
+              note="""The first choice, 250 steps, was too short for patches to be told apart: five seeds gave 0.218 /
+              0.209, +0.009 [-0.002, +0.020], and a slope of 0.124 / 0.135, -0.011 [-0.016, -0.006]. On seed 100, 1000
+              steps gave 0.318 / 0.271 and 0.152 / 0.132: they stand here."""),
+        Claim("dupr-slope", "8. The same in the slope of similarity over IoU: mean above 0.5 less mean below 0.3",
+              "Fig. 5 (curves)",
+              analysis("DUPR", "iou-similarity", "dupr", "difference"),
+              analysis("beta = 0", "iou-similarity", "image", "difference")),
         Claim("dupr-c4", "8. The same for Faster R-CNN C4", "Table 2b, VOC: 58.5 / 57.6",
               after("DUPR", dupr, c4), after("beta = 0", dupr, c4, IMAGE_ONLY), data=(BCCD,),
-              note="""C4 runs res5 on every RoI, a second a step here. The first choice, half of DUPR's 360 steps and 112 of fine-tuning rather than
-              168, left AP near zero: 0.025 / 0.011, +0.014 [-0.018, +0.045]. On seed 100 what stands here gave 0.092 / 0.074."""),
+              note="""C4 runs res5 on every RoI, a second a step here. The first choice, half of DUPR's 360 steps and
+              112 of fine-tuning rather than 168, left AP near zero: 0.025 / 0.011, +0.014 [-0.018, +0.045]. On seed 100
+              what stands here gave 0.092 / 0.074."""),
         # reported
         Claim("detreg-embedding", "Object embedding loss: lambda_e 1 / 0", "DETReg Table 5, class error: 8.81 / 9.50",
               after("lambda_e 1", detreg, detr), after("lambda_e 0", detreg, detr, "--lambda_e 0"), judged=False),
         Claim("updetr-patches", "UP-DETR: M = 10 / M = 1 query patches", "UP-DETR Table 3: 54.9 / 53.1",
-              after("M = 10", updetr, detr), after("M = 1", updetr, detr, "--num_patches 1 --num_queries 3"), judged=False),
-        Claim("updetr-frozen", "UP-DETR's backbone: frozen / trained, both with feature reconstruction", "UP-DETR Table 4, AP50: (d) 78.7 / (c) 62.0",
+              after("M = 10", updetr, detr), after("M = 1", updetr, detr, "--num_patches 1 --num_queries 3"),
+              judged=False),
+        Claim("updetr-frozen", "UP-DETR's backbone: frozen / trained, both with feature reconstruction",
+              "UP-DETR Table 4, AP50: (d) 78.7 / (c) 62.0",
               after("frozen", updetr, detr), after("trained", updetr, detr, f"--lr_backbone {UNFROZEN}"), judged=False),
-        Claim("updetr-mask", "UP-DETR's attention mask: pretext loss at the end, with / without", "UP-DETR Fig. 6 (curves): lower with it at the end",
-              pretext("mask", updetr, "last loss"), pretext("none", updetr, "last loss", "--attention_mask false"), judged=False, sign=-1),
-        Claim("siamese-random", "Siamese DETR's regions: selective search / random boxes", "Siamese DETR Table 4, COCO -> VOC: 56.2 / 54.9",
-              after("selective search", siamese, detr), after("random", siamese, detr, "--proposal_method random"), judged=False),
-        Claim("siamese-edge", "Siamese DETR's regions: edge boxes / selective search", "Siamese DETR Table 4, COCO -> VOC: 57.7 / 56.2",
-              after("edge boxes", siamese, detr, "--proposal_method edge_boxes --cache_proposals"), after("selective search", siamese, detr),
+        Claim("updetr-mask", "UP-DETR's attention mask: pretext loss at the end, with / without",
+              "UP-DETR Fig. 6 (curves): lower with it at the end",
+              pretext("mask", updetr, "last loss"), pretext("none", updetr, "last loss", "--attention_mask false"),
+              judged=False, sign=-1),
+        Claim("siamese-random", "Siamese DETR's regions: selective search / random boxes",
+              "Siamese DETR Table 4, COCO -> VOC: 56.2 / 54.9",
+              after("selective search", siamese, detr), after("random", siamese, detr, "--proposal_method random"),
+              judged=False),
+        Claim("siamese-edge", "Siamese DETR's regions: edge boxes / selective search",
+              "Siamese DETR Table 4, COCO -> VOC: 57.7 / 56.2",
+              after("edge boxes", siamese, detr, "--proposal_method edge_boxes --cache_proposals"),
+              after("selective search", siamese, detr),
               judged=False),
     ]
     off = ["--proposal_method whole --num_boxes 1", "--fpn false", "--box_head false", "--scale_aware false",
@@ -451,8 +474,9 @@ def claims() -> list[Claim]:
              for i, (name, ap) in enumerate((("whole image", 38.1), ("+ proposals", 40.6), ("+ FPN", 40.2),
                                              ("+ head", 41.2), ("+ scale-aware", 41.6), ("+ jitter", 41.7),
                                              ("+ multi-view", 42.3)))]
-    note = """90 steps are enough for the whole image alone, not for what is added. Is it that FPN and head start from SoCo's? Two seeds show no sign
-              of it: on 100 and 101 all of SoCo gave AP 0.145 and 0.055, its backbone alone 0.090 and 0.072."""
+    note = """90 steps are enough for the whole image alone, not for what is added. Is it that FPN and head start from
+              SoCo's? Two seeds show no sign of it: on 100 and 101 all of SoCo gave AP 0.145 and 0.055,
+              its backbone alone 0.090 and 0.072."""
     for i, ((name, more, ap), (old, less, before_ap)) in enumerate(zip(steps[1:], steps), 1):
         found.append(Claim(f"soco-ablation-{i}", f"SoCo, Table 4 step by step: {name} / without",
                            f"SoCo Table 4: {ap} / {before_ap}", after(name, soco, fpn, more),
@@ -667,14 +691,14 @@ def main(argv: list[str] | None = None) -> list[Comparison]:
         raise UserError(f"--only {' '.join(args.only)}: no such claim; there are {', '.join(c.name for c in CLAIMS)}")
     have = [d for d in args.data if d == SYNTHETIC or args.bccd.is_dir()]
     if BCCD in args.data and BCCD not in have:
-        say(f"note: no {args.bccd}: the rows on BCCD are left as they are. It is BCCD_Dataset by Shenggan, MIT, "
-            "on GitHub; --bccd FOLDER")
+        print_rank0(f"note: no {args.bccd}: the rows on BCCD are left as they are. It is BCCD_Dataset by Shenggan, "
+            "MIT, on GitHub; --bccd FOLDER")
     results = read_results(args.results)
     planned = [(claim, data, seeds_of(claim, args)) for claim in chosen for data in claim.data if data in args.data]
     if args.list:
         for claim, data, seeds in planned:
             plan = runs_of(claim, data, seeds)
-            say(f"{claim.name:22} {data:10} {'judged' if claim.judged else 'reported':9} {len(plan):3} runs, "
+            print_rank0(f"{claim.name:22} {data:10} {'judged' if claim.judged else 'reported':9} {len(plan):3} runs, "
                        f"{sum(r.key not in results for r in plan):3} to do: {claim.text}")
         return []
     if not args.report:
@@ -712,7 +736,7 @@ def report(args: argparse.Namespace, results: dict[str, dict]) -> list[Compariso
     cells = [(claim, data, seeds_of(claim, args)) for claim in CLAIMS for data in claim.data]
     comparisons = [c for claim, data, seeds in cells if (c := compare(claim, data, seeds, results))]
     if not comparisons:
-        say("no claim has both its arms yet")
+        print_rank0("no claim has both its arms yet")
         return []
     stem = args.results.with_suffix("")
     draw_bars(Path(f"{stem}-bars.png"), comparisons)
@@ -721,10 +745,10 @@ def report(args: argparse.Namespace, results: dict[str, dict]) -> list[Compariso
     Path(f"{stem}.md").write_text(markdown(comparisons, results, used))
     for c in comparisons:
         mean, low, high = c.interval
-        say(f"{c.claim.name:22} {c.data:10} {c.claim.a.name} {np.mean(c.a):.4f}  {c.claim.b.name} {np.mean(c.b):.4f}  "
-                   f"{mean:+.4f} [{low:+.4f}, {high:+.4f}] {len(c.a)} seeds  "
+        print_rank0(f"{c.claim.name:22} {c.data:10} {c.claim.a.name} {np.mean(c.a):.4f}  {c.claim.b.name} "
+                   f"{np.mean(c.b):.4f}  {mean:+.4f} [{low:+.4f}, {high:+.4f}] {len(c.a)} seeds  "
                    f"{c.word if c.claim.judged and len(c.a) > 1 else ''}")
-    say(f"wrote {stem}.md, {stem.name}-bars.png, {stem.name}-curves.png")
+    print_rank0(f"wrote {stem}.md, {stem.name}-bars.png, {stem.name}-curves.png")
     return comparisons
 
 

@@ -1,6 +1,6 @@
 """Images/s per core of every method's data set, against the same pipeline in torchvision's v1 transforms on PIL images,
-as in the released codes; then how long a list of ImageNet's length takes to open,
-and what its loader processes hold for themselves.
+as in the released codes; then how long a list of ImageNet's length takes to open, and what its loader processes hold
+for themselves.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py                       # both tables, 3 minutes
     python benchmarks/loader.py --methods soco dupr --images FOLDER --rounds 9 --list 0
@@ -25,8 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# first: it puts the project on the path
-from measure import interleave, machine, median, peak_mib, ratios, report, spread
+from measure import interleave, machine, median, peak_mib, ratios, report, spread  # first: it finds the project's files
+
 import cv2
 import numpy as np
 import torch
@@ -45,10 +45,12 @@ import soco
 import updetr
 from annotations import open_detection
 
-METHODS = ("detreg", "updetr", "siamese_detr", "soco", "dupr", "finetune")
-
+SCRIPTS = {"detreg": detreg, "updetr": updetr, "siamese_detr": siamese_detr, "soco": soco, "dupr": dupr,
+           "finetune": finetune}
 
 # ==== 1. The baselines ====
+
+
 def blurred(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
@@ -61,26 +63,29 @@ def colours(saturation: float = 0.4, blur: float = 0.5, solarize: float = 0.0) -
 
 RNG = np.random.default_rng(0)
 NORMAL = [T.ToTensor(), T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)]
-PLAIN, PATCH = T.Compose(NORMAL), T.Compose([T.Resize((128, 128)), *colours()[:3], *NORMAL])
+PLAIN = T.Compose(NORMAL)
+PATCH = T.Compose([T.Resize((128, 128)), *colours()[:3], *NORMAL])
 
 
-def resize(image: Image.Image, boxes: torch.Tensor, size: int,
-           max_size: int | None) -> tuple[Image.Image, torch.Tensor]:
+def resize(image: Image.Image, boxes: torch.Tensor, size: int, max_size: int | None
+           ) -> tuple[Image.Image, torch.Tensor]:
     hw = data.resized_hw((image.height, image.width), size, max_size)
     return F.resize(image, list(hw)), data.resize_boxes(boxes, (image.height, image.width), hw)
 
 
-def detr_transform(image: Image.Image, boxes: torch.Tensor, cfg, crop: bool = True,
-                   flip: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def detr_transform(image: Image.Image, boxes: torch.Tensor, cfg, crop: bool = True, flip: bool = True
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
     """DETR's: flip, then one resize, or in half of the cases resize, crop, resize."""
     if flip and random.random() < 0.5:
-        image, boxes = F.hflip(image), data.flip_boxes(boxes, image.width)
+        image = F.hflip(image)
+        boxes = data.flip_boxes(boxes, image.width)
     if crop and random.random() < 0.5:
         image, boxes = resize(image, boxes, random.choice(cfg.crop_scales), None)
         low, high = cfg.crop_range
         region = T.RandomCrop.get_params(image, [random.randint(min(low, side), min(side, high))
                                                  for side in (image.height, image.width)])
-        image, boxes = F.crop(image, *region), data.crop_boxes(boxes, region)[0]
+        image = F.crop(image, *region)
+        boxes = data.crop_boxes(boxes, region)[0]
     image, boxes = resize(image, boxes, random.choice(cfg.scales), cfg.max_size)
     return PLAIN(image), data.normalized_cxcywh(boxes, (image.height, image.width))
 
@@ -113,7 +118,8 @@ def siamese_baseline(path: Path, cfg, found: Callable) -> tuple:
     image = Image.open(path).convert("RGB")
     image, boxes = resize(image, torch.from_numpy(found(image)), random.choice(cfg.scales), cfg.max_size)
     if random.random() < 0.5:
-        image, boxes = F.hflip(image), data.flip_boxes(boxes, image.width)
+        image = F.hflip(image)
+        boxes = data.flip_boxes(boxes, image.width)
     top, left, h, w = T.RandomResizedCrop.get_params(image, (0.5, 1.0), (3 / 4, 4 / 3))
     views = siamese_detr.view_boxes((left, top, left + w, top + h), cfg.view_iou, random.random(),
                                     random.random(), random.random() < 0.5)
@@ -132,7 +138,8 @@ def soco_baseline(path: Path, cfg, found: Callable) -> tuple:
     boxes = soco.usable_boxes(found(image), image.size, cfg)
     crops = [(0, 0, image.height, image.width),
              *(T.RandomResizedCrop.get_params(image, cfg.crop_area, (3 / 4, 4 / 3)) for _ in range(2))]
-    rects, flips = [(x, y, x + w, y + h) for y, x, h, w in crops], [random.random() < 0.5 for _ in crops]
+    rects = [(x, y, x + w, y + h) for y, x, h, w in crops]
+    flips = [random.random() < 0.5 for _ in crops]
     targets = []
     for rect, flip, side in zip(rects[1:], flips[1:], (224, 112)):
         draw = soco.draw_pair(RNG, len(soco.overlapping(boxes, rect)), cfg)
@@ -150,17 +157,21 @@ def soco_baseline(path: Path, cfg, found: Callable) -> tuple:
 
 
 def dupr_baseline(path: Path, cfg) -> tuple:
-    image, views = Image.open(path).convert("RGB"), []
+    image = Image.open(path).convert("RGB")
+    views = []
     transform = T.Compose(colours()[:3])
     for _ in range(2):
         region = T.RandomResizedCrop.get_params(image, cfg.crop_area, (3 / 4, 4 / 3))
-        view, flip = transform(F.resized_crop(image, *region, [cfg.image_size] * 2)), random.random() < 0.5
+        view = transform(F.resized_crop(image, *region, [cfg.image_size] * 2))
+        flip = random.random() < 0.5
         views.append((PLAIN(F.hflip(view) if flip else view), region, flip))
     rects = [(x, y, x + w, y + h) for _, (y, x, h, w), _ in views]
     return torch.stack([v[0] for v in views]), dupr.overlap_boxes(rects, [v[2] for v in views], cfg.image_size)
 
 
 # ==== 2. Images per second ====
+
+
 def labels_file(folder: Path, source: data.ImageFiles) -> Path:
     """A COCO json with 5 boxes in every image."""
     sizes = [source.load(i).size for i in range(len(source))]
@@ -174,8 +185,9 @@ def labels_file(folder: Path, source: data.ImageFiles) -> Path:
 
 def ways_of(method: str, source: data.ImageFiles, work: Path) -> dict[str, Callable]:
     """-> {way: (position, epoch) -> a sample}, ours first. Proposals are computed here."""
-    script, everything, paths = globals()[method], np.arange(len(source)), [source.root / key for key in source.keys]
-    cfg = script.Config()
+    cfg = SCRIPTS[method].Config()
+    everything = np.arange(len(source))
+    paths = [source.root / key for key in source.keys]
     if method in ("updetr", "dupr"):
         ours, baseline = {"updetr": (updetr.PatchDataset, updetr_baseline),
                           "dupr": (dupr.TwoCropsDataset, dupr_baseline)}[method]
@@ -183,11 +195,11 @@ def ways_of(method: str, source: data.ImageFiles, work: Path) -> dict[str, Calla
         return {"ours": lambda i, epoch: ours[epoch, i], "baseline": lambda i, epoch: baseline(paths[i], cfg)}
     if method == "finetune":
         labelled = open_detection(str(labels_file(work, source)), str(source.root), "train")
-        ours, boxes = (finetune.LabelledDataset(cfg, labelled),
-                       [torch.from_numpy(record.boxes) for record in labelled.records])
+        ours = finetune.LabelledDataset(cfg, labelled)
+        boxes = [torch.from_numpy(record.boxes) for record in labelled.records]
         return {"ours": lambda i, epoch: ours[epoch, i],
                 "baseline": lambda i, epoch: detr_transform(Image.open(paths[i]).convert("RGB"), boxes[i], cfg)}
-    store = proposals.build_store(work / method, source, script.proposal_generator(cfg), progress=False)
+    store = proposals.build_store(work / method, source, proposals.Proposals(cfg).generator, progress=False)
     found = [store.boxes(i, Image.open(path).size[::-1]) for i, path in enumerate(paths)]
     if method == "soco":  # its file holds x, y, w, h in whole pixels
         found = [np.rint(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)).astype(np.int64)
@@ -195,15 +207,18 @@ def ways_of(method: str, source: data.ImageFiles, work: Path) -> dict[str, Calla
     ours, baseline = {"detreg": (detreg.RegionDataset, detreg_baseline),
                       "siamese_detr": (siamese_detr.TwoViewDataset, siamese_baseline),
                       "soco": (soco.ObjectViewsDataset, soco_baseline)}[method]
-    ours = ours(cfg, source, everything, store)
+    ours = ours(cfg, source, everything, proposals.Proposals(cfg, store))
     ways = {"ours": lambda i, epoch: ours[epoch, i],
             "baseline": lambda i, epoch: baseline(paths[i], cfg, lambda image: found[i])}
-    return ways | ({"baseline, online search": lambda i, epoch: baseline(paths[i], cfg, online_search)}
-                   if method == "detreg" else {})
+    if method == "detreg":
+        ways["baseline, online search"] = lambda i, epoch: baseline(paths[i], cfg, online_search)
+    return ways
 
 
 def speed(args, source: data.ImageFiles, work: Path) -> None:
-    rows, epochs, device = [], itertools.count(1), torch.device("cpu")
+    rows = []
+    epochs = itertools.count(1)
+    device = torch.device("cpu")
     for method in args.methods:
         ways = {name: lambda way=way: [way(i, next(epochs)) for i in range(len(source))]
                 for name, way in ways_of(method, source, work).items()}
@@ -218,6 +233,8 @@ def speed(args, source: data.ImageFiles, work: Path) -> None:
 
 
 # ==== 3. Start-up on a long list ====
+
+
 class Keys(torch.utils.data.Dataset):
     """What a method's data set holds per image, without its pictures: the source and the indices."""
 
@@ -244,7 +261,9 @@ def open_and_load(path: str) -> list:
         opened.append(data.open_images(path, None))
         opened[0].fingerprint()
         seconds.append(time.perf_counter() - start)
-    mib, source = peak_mib(work, torch.device("cpu")), opened[0]
+
+    mib = peak_mib(work, torch.device("cpu"))
+    source = opened[0]
     sampler = data.StepSampler(len(source), min(1000, len(source)), 200)
     loader = data.make_loader(Keys(source), sampler, num_workers=2, collate=lambda lengths: private_mib())
     return [len(source), seconds[0], mib, max(dict(loader).values())]
@@ -269,9 +288,12 @@ def start_up(files: int, folder: Path) -> None:
            machine(torch.device("cpu"), loader=multiprocessing.get_start_method()))
 
 
+# ==== 4. Main ====
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="*", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument("--images",
                         help="folder of pictures (default: ../shared/data/imagenet_sample, else drawn scenes)")
     parser.add_argument("--rounds", type=int, default=5)

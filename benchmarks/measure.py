@@ -1,5 +1,5 @@
-"""What the benchmarks share: ways of doing one piece of work run in turn, their medians with spread,
-one table and one JSON line.
+"""What the benchmarks share: ways of doing one piece of work run in turn, their medians with spread, one table and one
+JSON line.
 
 Machines drift and are shared, so the ways are never timed one after the other: every round runs each of them once, in
 an order that is turned by one each round, and a ratio is the median over rounds of what two ways took in the SAME
@@ -39,9 +39,10 @@ def finish(device: torch.device) -> None:
 
 def interleave(ways: dict[str, Callable[[], Any]], rounds: int, device: torch.device, warmup: int = 1,
                clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of every way in every round. clock: time.process_time for the CPU time of this process,
-    where others share the cores."""
-    names, seconds = list(ways), {name: [] for name in ways}
+    """Seconds of every way in every round. clock: time.process_time for the CPU time of this process, where others
+    share the cores."""
+    names = list(ways)
+    seconds = {name: [] for name in ways}
     for i in range(-warmup, rounds):
         for name in names[i % len(names):] + names[:i % len(names)]:
             finish(device)
@@ -69,25 +70,26 @@ def ratios(seconds: dict[str, list[float]], over: str, of: str) -> list[float]:
 
 
 def peak_mib(work: Callable[[], Any], device: torch.device) -> float | None:
-    """What `work` needs at most beyond what is held before it, MiB. CPU:
-    pages of this process (Linux only, else None)."""
+    """What `work` needs at most beyond what is held before it, MiB. CPU: pages of this process (Linux only, else
+    None)."""
     finish(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: tensors above 1 MiB go back to the system when freed
         libc.malloc_trim(0)
-        clear.write_text("5")                                             # the peak restarts at what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # the peak restarts at what is resident now
     except (OSError, AttributeError):
         return None
 
     def field(name: str) -> float:
-        return next(float(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith(name))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
     before = field("VmRSS")
     work()
     return field("VmHWM") - before

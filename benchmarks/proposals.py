@@ -1,7 +1,8 @@
 """Proposals: CPU time per image, and recall at IoU 0.5 of the first 30, 100 and 1000 boxes, on labelled images and on
 synthetic scenes; then what a second process brings to the build of a store.
 
-  python benchmarks/proposals.py [--rounds 5] [--images 72] [--seeds 3] [--data ../shared/data/bccd] [--time_data ../shared/data/imagenet_sample]
+    python benchmarks/proposals.py [--rounds 5] [--images 72] [--seeds 3] [--data ../shared/data/bccd]
+                                   [--time_data ../shared/data/imagenet_sample]
 
 CPU time counts decoding, proposals and ranking in one thread. `speed`: against the released setting on the same images,
 median over rounds. Recall of settings with a draw is the mean over --seeds seeds, @100 with its least and largest.
@@ -32,10 +33,15 @@ from annotations import open_detection
 from data import SyntheticScenes, open_images
 
 assert Path(proposals.__file__).resolve() != Path(__file__).resolve()
-SHARED, CPU, IMAGENET = Path(__file__).resolve().parents[2] / "shared" / "data", torch.device("cpu"), 1_281_167
-SETTINGS = {"selective search fast 128": {}, "quality 128": {"mode": "quality"},
-            "quick 128": {"mode": "quick"}, "fast 224": {"grid": 224},
-            "fast original size": {"grid": None}, "quick original size": {"grid": None, "mode": "quick"},
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+CPU = torch.device("cpu")
+IMAGENET = 1_281_167  # images of ImageNet-1k
+SETTINGS = {"selective search fast 128": {},
+            "quality 128": {"mode": "quality"},
+            "quick 128": {"mode": "quick"},
+            "fast 224": {"grid": 224},
+            "fast original size": {"grid": None},
+            "quick original size": {"grid": None, "mode": "quick"},
             "edge boxes 224": {"method": "edge_boxes", "grid": 224},
             "edge boxes original size": {"method": "edge_boxes", "grid": None},
             "random boxes": {"method": "random", "grid": None}}
@@ -51,10 +57,12 @@ def found_at(boxes: np.ndarray, truth: torch.Tensor) -> np.ndarray:
 
 def recalls(settings: dict[str, Any], labelled: Any, images: int, seeds: int) -> dict[str, dict[int, list[float]]]:
     """{order: {k: recall of the first k boxes, per seed}}."""
-    generator, ranks = proposals.Generator(**settings), {}
+    generator = proposals.Generator(**settings)
+    ranks = {}
     for i in range(images):
         image, target = labelled.load(i)
-        truth, hw = target["boxes_xyxy"][~target["ignore"]], (image.height, image.width)
+        truth = target["boxes_xyxy"][~target["ignore"]]
+        hw = image.height, image.width
         for seed in range(seeds):
             drawn = proposals.image_seed(seed, i)
             if generator.method != "edge_boxes" or not seed:
@@ -76,8 +84,9 @@ def settings_table(args: argparse.Namespace, pictures: Any, labelled: dict[str, 
 
     def work(way: tuple[str, str]) -> None:
         counts[way] = [len(generators[way](pictures.load(int(i)), proposals.image_seed(0, i))) for i in chosen]
-    seconds = measure.interleave({way: lambda way=way: work(way) for way in generators}, args.rounds,
-                                 CPU, clock=time.process_time)
+
+    seconds = measure.interleave({way: lambda way=way: work(way) for way in generators}, args.rounds, CPU,
+                                 clock=time.process_time)
     columns = ["setting", "order", "CPU ms/image", "images/s", "speed", "boxes", "ImageNet-1k core-hours"]
     columns += [f"{name} @{k}" for name in labelled for k in (30, 100, 1000)] + ["found on"]
     rows = []
@@ -96,9 +105,9 @@ def settings_table(args: argparse.Namespace, pictures: Any, labelled: dict[str, 
                 at = found[data][order]
                 rows[-1] += [float(np.mean(at[30])), measure.spread(at[100]), float(np.mean(at[1000]))]
             rows[-1].append("/".join(map(str, size.values())))
-    measure.report("proposals: cost of a setting and what it finds (IoU 0.5)", columns, rows, measure.machine(
-        CPU, opencv=cv2.__version__, rounds=args.rounds, timed_images=len(chosen),
-        timed_on=pictures.name, seeds=args.seeds))
+    facts = measure.machine(CPU, opencv=cv2.__version__, rounds=args.rounds, timed_images=len(chosen),
+                            timed_on=pictures.name, seeds=args.seeds)
+    measure.report("proposals: cost of a setting and what it finds (IoU 0.5)", columns, rows, facts)
 
 
 class Watched(proposals.Generator):
@@ -131,34 +140,38 @@ def scaling_table(args: argparse.Namespace, pictures: Any) -> None:
     def watched(name: str) -> None:
         def cpu() -> float:
             return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
         with tempfile.TemporaryDirectory() as folder:
-            Watched.folder, before, began = folder, cpu(), time.perf_counter()
+            Watched.folder = folder
+            before, began = cpu(), time.perf_counter()
             ways[name][2](f"{folder}/store")
             wall = time.perf_counter() - began
             used[name].append(cpu() - before)
-            seen = [sum(map(int, file.read_text().split()[:2])) / 1e9
-                    for file in Path(folder).iterdir() if file.is_file()]
+            seen = [sum(map(int, file.read_text().split()[:2])) / 1e9 for file in Path(folder).iterdir()
+                    if file.is_file()]
             wants[name].append(sum(seen) / len(seen) / wall)
 
     # processes, stores made, work
     ways = {"0 workers": (1, 1, lambda out: build(0, out)), "1 worker": (1, 1, lambda out: build(1, out)),
             "2 workers": (2, 1, lambda out: build(2, out)), "two builds side by side": (2, 2, side_by_side)}
-    used, wants = {name: [] for name in ways}, {name: [] for name in ways}
+    used = {name: [] for name in ways}
+    wants = {name: [] for name in ways}
     cv2.setNumThreads(0)  # before any fork
     seconds = measure.interleave({name: lambda name=name: watched(name) for name in ways}, args.rounds, CPU)
     rows = []
     for name, (processes, stores, _) in ways.items():
-        cpu, want = used[name][-args.rounds:], wants[name][-args.rounds:]
+        cpu = used[name][-args.rounds:]
+        want = wants[name][-args.rounds:]
         wall = [[stores * r for r in measure.ratios(seconds, base, name)] for base in ("0 workers", "1 worker")]
         busy = [c / (processes * s) for c, s in zip(cpu, seconds[name])]
         free = [processes * w * a / (c / stores) for w, a, c in zip(want, used["0 workers"][-args.rounds:], cpu)]
         rows.append([name, stores * args.store_images / measure.median(seconds[name]),
                      *map(measure.spread, (*wall, busy)), measure.median(cpu) / stores / args.store_images * 1e3])
         rows[-1] += [None, None] if name == "0 workers" else map(measure.spread, (want, free))
-    measure.report(f"build_store, {args.store_mode}",
-                   ["way", "images/s", "wall: speed / 0 workers", "/ 1 worker", "CPU time / (processes x wall)",
-                    "CPU ms/image", "wants a core", "on free cores / 0 workers"],
-                   rows, measure.machine(CPU, rounds=args.rounds, images=args.store_images, source=pictures.name))
+    columns = ["way", "images/s", "wall: speed / 0 workers", "/ 1 worker", "CPU time / (processes x wall)",
+               "CPU ms/image", "wants a core", "on free cores / 0 workers"]
+    measure.report(f"build_store, {args.store_mode}", columns, rows,
+                   measure.machine(CPU, rounds=args.rounds, images=args.store_images, source=pictures.name))
 
 
 def main() -> None:

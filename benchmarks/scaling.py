@@ -1,6 +1,6 @@
 """Weak scaling: the same batch per process on 1, 2, ... processes under torchrun, and what --accumulate costs.
 
-  python benchmarks/scaling.py [--method detreg] [--processes 1 2] [--rounds 3] [--steps 40] [any flag of the script]
+    python benchmarks/scaling.py [--method detreg] [--processes 1 2] [--rounds 3] [--steps 40] [any flag of the script]
 
 Each run is the script itself with one thread per process (CPU) or one GPU per process; its images/s is the median of
 its log after the first quarter. Efficiency of N processes = their images/s / (N x those of one), round by round.
@@ -39,10 +39,10 @@ def start(method: str, flags: list[str], processes: int, out: Path) -> subproces
                             stderr=subprocess.PIPE, text=True)
 
 
-def images_per_s(run: subprocess.Popen, out: Path) -> float:
-    _, errors = run.communicate()
-    if run.returncode:
-        raise common.UserError(f"{' '.join(run.args[4:])} ended with {run.returncode}: {errors[-800:]}")
+def images_per_s(process: subprocess.Popen, out: Path) -> float:
+    _, errors = process.communicate()
+    if process.returncode:
+        raise common.UserError(f"{' '.join(process.args[4:])} ended with {process.returncode}: {errors[-800:]}")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return statistics.median(line["images_per_s"] for line in lines[len(lines) // 4:])
 
@@ -56,30 +56,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     args, flags = parser.parse_known_args()
     flags += ["--max_steps", str(args.steps), "--epochs", "100000", "--num_workers", "1", "--synthetic_images", "128"]
-    batch, most = importlib.import_module(args.method).PRESETS["demo"]["batch_size"], max(args.processes)
+    batch = importlib.import_module(args.method).PRESETS["demo"]["batch_size"]
+    most = max(args.processes)
     found: dict[str, list[float]] = {}
-    for number in range(args.rounds):
+    for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             for n in args.processes:
                 out = Path(folder) / f"{n}"
-                run = start(args.method, ["--batch_size", str(batch * n), *flags], n, out)
-                found.setdefault(f"{n} process{'es' if n > 1 else ''}", []).append(images_per_s(run, out))
+                process = start(args.method, ["--batch_size", str(batch * n), *flags], n, out)
+                found.setdefault(f"{n} process{'es' if n > 1 else ''}", []).append(images_per_s(process, out))
             outs = [Path(folder) / f"alone{i}" for i in range(most)]
-            runs = [start(args.method, ["--batch_size", str(batch), *flags], 1, out) for out in outs]
-            found.setdefault(f"alone x {most}", []).append(sum(images_per_s(run, out) for run, out in zip(runs, outs)))
+            alone = [start(args.method, ["--batch_size", str(batch), *flags], 1, out) for out in outs]
+            found.setdefault(f"alone x {most}", []).append(sum(map(images_per_s, alone, outs)))
             if args.method not in ("soco", "dupr"):  # BatchNorm or queues see the whole batch: they do not accumulate
                 out = Path(folder) / "accumulate"
-                run = start(args.method, ["--batch_size", str(2 * batch), "--accumulate", "2", *flags], 1, out)
-                found.setdefault("1 process, accumulate 2", []).append(images_per_s(run, out))
+                process = start(args.method, ["--batch_size", str(2 * batch), "--accumulate", "2", *flags], 1, out)
+                found.setdefault("1 process, accumulate 2", []).append(images_per_s(process, out))
     one = found[next(iter(found))]
     rows = []
     for name, values in found.items():
         n = most if "alone" in name else int(name.split()[0])
         rows.append([name, measure.spread(values), measure.spread([v / (n * first) for v, first in zip(values, one)])])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     measure.report(f"{args.method}, {batch} images per process and micro-batch",
                    ["run", "images/s", "per process / one alone"], rows,
-                   measure.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-                                   rounds=args.rounds, steps=args.steps))
+                   measure.machine(device, rounds=args.rounds, steps=args.steps))
 
 
 if __name__ == "__main__":

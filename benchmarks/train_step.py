@@ -1,16 +1,20 @@
 """Where a training step's time goes, and what it takes against other code for the same work.
 
-  python benchmarks/train_step.py --method detreg [--device cpu|cuda] [--rounds N] [--pixels H W] [any flag of detreg.py]
-  python benchmarks/train_step.py --method deformable_detr      # the detector step against Hugging Face transformers (detr, conditional_detr alike)
-  python benchmarks/train_step.py --method faster_rcnn_fpn      # fine-tuning against torchvision's detector (mask_rcnn_fpn, retinanet_fpn, fcos_fpn)
+    python benchmarks/train_step.py --method detreg [--device cpu|cuda] [--rounds N] [--pixels H W] [any of its flags]
+        a method's step
+    python benchmarks/train_step.py --method deformable_detr    # or detr, conditional_detr
+        the detector's step against Hugging Face transformers
+    python benchmarks/train_step.py --method faster_rcnn_fpn    # or mask_rcnn_fpn, retinanet_fpn, fcos_fpn
+        fine-tuning against torchvision's detector
 
 A method runs its default recipe with its own data set, loader and train_step, on a few ImageNet pictures
-(../shared/data) or drawn scenes as large. Its split is measured alone, as a run goes;
-then the ways below take the same batches in turn:
-  ours    as a run goes
-  plain   fp32, eager, attention by grid_sample, norms apart from their convolutions, one optimizer kernel per operation
-  bf16    ours with --amp bf16
-  compile ours with --compile (only where asked for: --ways ours plain compile)
+(../shared/data) or drawn scenes as large. Its split is measured alone, as a run goes; then the ways below take the same
+batches in turn:
+    ours     as a run goes
+    plain    fp32, eager, attention by grid_sample, norms apart from their convolutions, one optimizer kernel per
+             operation
+    bf16     ours with --amp bf16
+    compile  ours with --compile (only where asked for: --ways ours plain compile)
 """
 from __future__ import annotations
 
@@ -26,47 +30,52 @@ from unittest import mock
 
 import measure  # first: it finds the project's files
 
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+
 import common
 import data
+import finetune
+import proposals
 import rcnn
 import run
-import numpy as np
-import proposals
-import torch
-from torch import nn
 
 LOSS = {"detreg": "detreg_loss", "updetr": "updetr_loss", "siamese_detr": "siamese_loss",
         "soco": "soco_loss", "dupr": "dupr_loss"}
 BATCH = {"detreg": 2, "updetr": 2, "siamese_detr": 2, "soco": 4, "dupr": 8}  # images; but for DUPR those of RELEASED
-# their seconds a step at that batch, 2 threads of such a machine
+# Seconds of the released codes' step at that batch, with 2 threads of such a machine.
 RELEASED = {"detreg": 9.7, "updetr": 1.5, "siamese_detr": 2.1, "soco": 4.6}
 TRANSFORMERS = ("detr", "conditional_detr", "deformable_detr")
 TORCHVISION = ("faster_rcnn_fpn", "mask_rcnn_fpn", "retinanet_fpn", "fcos_fpn")
 
 
 # ==== 1. A method's own step ====
+
+
 class Step:
-    """One way of running a method: its own network, optimizer and train_step.
-    Calling it takes one step on the next of `batches`."""
+    """One way of running a method: its own network, optimizer and train_step. Calling it takes one step on the next of
+    `batches`."""
 
     def __init__(self, method: str, cfg: Any, device: torch.device):
-        self.script, self.cfg, self.device, self.number = importlib.import_module(method), cfg, device, 0
+        self.script = script = importlib.import_module(method)
+        self.device, self.number = device, 0
         torch.manual_seed(cfg.seed)
-        self.model, *frozen = (self.script.build_models(cfg) if hasattr(self.script, "build_models")
-                               else [self.script.build_model(cfg)])
-        self.model, frozen = self.model.to(device).train(), [f.to(device) if f is not None else None for f in frozen]
-        self.wrapped = common.wrap_model(self.model, device, compiled=cfg.compile)
-        build = getattr(self.script, "build_optimizer", common.build_optimizer)
-        self.optimizer = build(cfg, self.model)
-        criterion = [self.script.build_criterion(cfg)] if hasattr(self.script, "build_criterion") else []
-        self.before = (cfg, self.wrapped, *frozen, *criterion, self.optimizer)
+        model, *frozen = script.build_models(cfg) if hasattr(script, "build_models") else [script.build_model(cfg)]
+        model = model.to(device).train()
+        frozen = [network.to(device) if network is not None else None for network in frozen]
+        wrapped = common.wrap_model(model, device, compiled=cfg.compile)
+        optimizer = getattr(script, "build_optimizer", common.build_optimizer)(cfg, model)
+        criterion = [script.build_criterion(cfg)] if hasattr(script, "build_criterion") else []
+        self.arguments = cfg, wrapped, *frozen, *criterion, optimizer
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         batch = [batch] if hasattr(self.script, "build_criterion") else batch
         self.number += 1
-        # target momentum; number of the step
+        # SoCo: momentum of the target network; DUPR: number of the step
         more = {"soco": (0.99,), "dupr": (self.number,)}.get(self.script.__name__, ())
-        return self.script.train_step(*self.before, batch, *more, self.device)
+        return self.script.train_step(*self.arguments, batch, *more, self.device)
 
 
 @contextlib.contextmanager
@@ -79,27 +88,29 @@ def plain_forms():
 
 
 def open_data(method: str, argv: list[str], folder: str) -> tuple[Any, Any, Any]:
-    """-> (the configuration, the data set, its collate). Proposals come from a store,
-    as the README advises for more than a few epochs."""
+    """-> (the configuration, the data set, its collate). Proposals come from a store, as docs/speed.md advises for more
+    than a few epochs."""
     script = importlib.import_module(method)
-    sample, flags = Path(__file__).resolve().parents[2] / "shared/data/imagenet_sample/train", []
-    if "--data" not in argv:
+    sample = Path(__file__).resolve().parents[2] / "shared/data/imagenet_sample/train"
+    flags = []
+    if "--data" not in argv and sample.is_dir():
+        (Path(folder) / "images.txt").write_text("\n".join(map(str, sorted(sample.rglob("*.*"))[::12][:24])))
+        flags += ["--data", f"{folder}/images.txt"]
+    elif "--data" not in argv:
         flags += ["--data", "synthetic", "--synthetic_size", "448", "--synthetic_images", "16"]
-        if sample.is_dir():
-            (Path(folder) / "images.txt").write_text("\n".join(map(str, sorted(sample.rglob("*.*"))[::12][:24])))
-            flags[:2] = ["--data", f"{folder}/images.txt"]
     flags += ["--backbone_weights", "random", "--batch_size", str(BATCH[method]), "--out", folder, "--num_workers", "1"]
     cfg = run.parse_config(script.Config, script.PRESETS, flags + argv, script=method, description="",
-                           by_data=script.recipe_of)
+                           recipe=script.recipe_of)
     source = data.open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images,
                               synthetic_size=cfg.synthetic_size, seed=cfg.seed)
     kind = {"detreg": "RegionDataset", "updetr": "PatchDataset", "siamese_detr": "TwoViewDataset",
             "soco": "ObjectViewsDataset", "dupr": "TwoCropsDataset"}[method]
     arguments = [cfg, source, np.arange(len(source))]
-    if hasattr(script, "proposal_generator"):
+    if isinstance(cfg, proposals.ProposalConfig):
         with contextlib.redirect_stdout(None):
-            arguments.append(proposals.build_store(f"{folder}/store", source, script.proposal_generator(cfg),
-                                                   workers=2, progress=False))
+            store = proposals.build_store(f"{folder}/store", source, proposals.Proposals(cfg).generator, workers=2,
+                                          progress=False)
+        arguments.append(proposals.Proposals(cfg, store))
     return cfg, getattr(script, kind)(*arguments), getattr(script, "collate", data.collate)
 
 
@@ -116,8 +127,8 @@ def resized(batch: dict[str, Any], hw: list[int] | None) -> dict[str, Any]:
 
 
 def split(step: Step, batches: Any, steps: int) -> dict[str, list[float]]:
-    """Seconds of each part of every step: data wait, forward, matching + loss, backward,
-    optimizer (with clipping and the check for NaN)."""
+    """Seconds of each part of every step: data wait, forward, matching + loss, backward, optimizer (with clipping and
+    the check for NaN)."""
     parts: dict[str, list[float]] = defaultdict(list)
     last = time.perf_counter()
 
@@ -127,7 +138,9 @@ def split(step: Step, batches: Any, steps: int) -> dict[str, list[float]]:
         now = time.perf_counter()
         parts[name].append(now - last)
         last = now
-    loss, backward = getattr(step.script, LOSS[step.script.__name__]), torch.Tensor.backward
+
+    loss = getattr(step.script, LOSS[step.script.__name__])
+    backward = torch.Tensor.backward
 
     def timed_loss(*args: Any, **kwargs: Any) -> Any:
         lap("forward")
@@ -138,9 +151,10 @@ def split(step: Step, batches: Any, steps: int) -> dict[str, list[float]]:
     def timed_backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         backward(self, *args, **kwargs)
         lap("backward")
+
     with (mock.patch.object(step.script, loss.__name__, timed_loss),
           mock.patch.object(torch.Tensor, "backward", timed_backward)):
-        for i in range(steps + 1):
+        for _ in range(steps + 1):
             batch = next(batches)
             lap("data wait")
             step(batch)
@@ -165,53 +179,53 @@ def method_step(args: argparse.Namespace, argv: list[str]) -> None:
         del batches, loader  # its workers end: they would take a core from what is timed below
         turn = {way: 0 for way in steps}
 
-        def run(way: str) -> None:
+        def take_step(way: str) -> None:
             turn[way] += 1
             with plain_forms() if way == "plain" else contextlib.nullcontext():
                 steps[way](kept[turn[way] % len(kept)])
-        seconds = measure.interleave({way: lambda way=way: run(way) for way in steps}, args.rounds, device)
-        memory = {way: measure.peak_mib(lambda way=way: run(way), device) for way in steps}
+
+        seconds = measure.interleave({way: lambda way=way: take_step(way) for way in steps}, args.rounds, device)
+        memory = {way: measure.peak_mib(lambda way=way: take_step(way), device) for way in steps}
     first = kept[0].get("images", kept[0].get("views"))
     shape = tuple(first.shape) if isinstance(first, torch.Tensor) else tuple(first[0].shape)
     total = sum(measure.median(values) for values in parts.values())
-    measure.report(f"{args.method}: one step, in a loop of its own", ["part", "seconds", "share"],
-                   [[name, measure.spread(values), f"{measure.median(values) / total:.0%}"]
-                    for name, values in parts.items()],
-                   measure.machine(device, batch_size=cfg.batch_size, images=str(shape)))
+    facts = measure.machine(device, batch_size=cfg.batch_size, images=str(shape))
+    rows = [[name, measure.spread(values), f"{measure.median(values) / total:.0%}"] for name, values in parts.items()]
+    measure.report(f"{args.method}: one step, in a loop of its own", ["part", "seconds", "share"], rows, facts)
     released = RELEASED.get(args.method) if device.type == "cpu" and cfg.batch_size == BATCH[args.method] else None
     rows = [[way, measure.spread(seconds[way]), cfg.batch_size / measure.median(seconds[way]),
              measure.spread(measure.ratios(seconds, "plain", way)) if "plain" in seconds else None, memory[way],
              measure.median(seconds[way]) / released if released else None] for way in seconds]
     columns = ["way", "seconds", "images/s", "plain / way", "peak MiB", "of the released step"]
-    measure.report(f"{args.method}: the same batches in turn", columns, rows,
-                   measure.machine(device, batch_size=cfg.batch_size, images=str(shape)))
+    measure.report(f"{args.method}: the same batches in turn", columns, rows, facts)
 
 
 # ==== 2. The detector step against other libraries ====
+
+
 def boxes_of(batch: int, count: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [{"boxes": (torch.rand(count, 4, generator=generator) * 0.3 + 0.2).to(device),
              "labels": torch.randint(0, 90, (count,), generator=generator).to(device)} for _ in range(batch)]
 
 
-def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device: torch.device,
-                   amp: str) -> dict[str, Any]:
-    """Forward, loss, backward, clip and AdamW of a detector with a frozen ResNet-50, 91 classes,
-    dropout 0.1: ours, and theirs."""
-    import transformers
-    import finetune
+def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device: torch.device, amp: str
+                   ) -> dict[str, Any]:
+    """Forward, loss, backward, clip and AdamW of a detector with a frozen ResNet-50, 91 classes, dropout 0.1: ours, and
+    theirs."""
+    import transformers  # required by this comparison alone
     flags = ["--data", "coco", "--detector", name, "--backbone_weights", "random", "--lr_backbone", "0", "--amp", amp]
     cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags, script="finetune", description="",
-                           by_data=finetune.recipe_of)
-    queries = cfg.num_queries
+                           recipe=finetune.recipe_of)
     ours = common.build_detector(cfg, 91 + (name == "detr"), focal=name != "detr").to(device).train()
-    criterion, mask = finetune.build_criterion(cfg), torch.zeros_like(images[:, 0], dtype=torch.bool)
+    criterion = finetune.build_criterion(cfg)
+    mask = torch.zeros_like(images[:, 0], dtype=torch.bool)
     optimizer = common.build_optimizer(cfg, ours)
     kind = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}[name]
-    backbone = transformers.ResNetConfig(out_features=[f"stage{i}"
-                                                       for i in ((2, 3, 4) if name == "deformable_detr" else (4,))])
+    stages = (2, 3, 4) if name == "deformable_detr" else (4,)
+    backbone = transformers.ResNetConfig(out_features=[f"stage{i}" for i in stages])
     config = getattr(transformers, f"{kind}Config")(
-        backbone_config=backbone, num_queries=queries, num_labels=91, auxiliary_loss=True,
+        backbone_config=backbone, num_queries=cfg.num_queries, num_labels=91, auxiliary_loss=True,
         **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), cfg.dropout),
         encoder_ffn_dim=cfg.dim_feedforward, decoder_ffn_dim=cfg.dim_feedforward)
     theirs = getattr(transformers, f"{kind}ForObjectDetection")(config).to(device).train()
@@ -234,6 +248,7 @@ def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device:
         loss.backward()
         nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
         theirs_optimizer.step()
+
     learn = [sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6 for model in (ours, theirs)]
     print(f"parameters that learn: ours {learn[0]:.2f} M, transformers' {learn[1]:.2f} M")
     return {"ours": our_step, "transformers": their_step}
@@ -241,19 +256,16 @@ def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device:
 
 def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: torch.device, amp: str) -> dict[str, Any]:
     """Forward, loss, backward and SGD of a detector of the R-CNN family, ResNet-50, all BatchNorm learning."""
-    import torchvision
-
-    import finetune
-    cfg = run.parse_config(finetune.Config, finetune.PRESETS,
-                              ["--data", "coco", "--detector", name, "--backbone_weights", "random"],
-                              script="finetune", description="", by_data=finetune.recipe_of)
+    flags = ["--data", "coco", "--detector", name, "--backbone_weights", "random"]
+    cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags, script="finetune", description="",
+                           recipe=finetune.recipe_of)
     build = {"faster_rcnn_fpn": "fasterrcnn_resnet50_fpn", "mask_rcnn_fpn": "maskrcnn_resnet50_fpn",
              "retinanet_fpn": "retinanet_resnet50_fpn", "fcos_fpn": "fcos_resnet50_fpn"}[name]
     first = rcnn.first_label(name)
     height, width = images.shape[-2:]
-    theirs = getattr(torchvision.models.detection, build)(weights=None, weights_backbone=None,
-                                                          num_classes=91 + first, trainable_backbone_layers=5,
-                                                          min_size=min(height, width), max_size=max(height, width))
+    theirs = getattr(torchvision.models.detection, build)(
+        weights=None, weights_backbone=None, num_classes=91 + first, trainable_backbone_layers=5,
+        min_size=min(height, width), max_size=max(height, width))
     wanted = []
     for t in targets:
         centre, size = t["boxes"].split(2, 1)
@@ -287,20 +299,23 @@ def library_step(args: argparse.Namespace, argv: list[str]) -> None:
     parser.add_argument("--amp", choices=["off", "bf16"], default="off")
     sizes = parser.parse_args(argv)
     torch.manual_seed(0)
-    images, targets = (torch.randn(sizes.batch_size, 3, *sizes.size, device=device),
-                       boxes_of(sizes.batch_size, 10, device))
-    steps = (detector_steps if args.method in TRANSFORMERS
-             else rcnn_steps)(args.method, images, targets, device, sizes.amp)
+    images = torch.randn(sizes.batch_size, 3, *sizes.size, device=device)
+    targets = boxes_of(sizes.batch_size, 10, device)
+    build_steps = detector_steps if args.method in TRANSFORMERS else rcnn_steps
+    steps = build_steps(args.method, images, targets, device, sizes.amp)
     seconds = measure.interleave(steps, args.rounds, device)
     other = next(way for way in steps if way != "ours")
     rows = [[way, measure.spread(seconds[way]), sizes.batch_size / measure.median(seconds[way]),
              measure.spread(measure.ratios(seconds, other, way)), measure.peak_mib(steps[way], device)]
             for way in steps]
-    versions = {library: importlib.import_module(library).__version__ for library in (other,)}
+    versions = {other: importlib.import_module(other).__version__}
     measure.report(f"{args.method}: forward, loss, backward, optimizer",
                    ["way", "seconds", "images/s", f"{other} / way", "peak MiB"], rows,
-                   measure.machine(device, batch_size=sizes.batch_size, size=str(tuple(sizes.size)),
-                                   amp=sizes.amp, **versions))
+                   measure.machine(device, batch_size=sizes.batch_size, size=str(tuple(sizes.size)), amp=sizes.amp,
+                                   **versions))
+
+
+# ==== 3. Main ====
 
 
 def main() -> None:

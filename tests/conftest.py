@@ -1,5 +1,5 @@
-"""Tests import the project's files from the folder above, and run single-threaded where that
-is faster on small tensors."""
+"""Tests import the project's files from the folder above, and run single-threaded where that is faster."""
+import importlib
 import os
 import socket
 import subprocess
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import run  # noqa: E402  from the folder above
+
 torch.set_num_threads(2)
 
 SMALL = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=1, dec_layers=2, dim_feedforward=32,
@@ -28,6 +29,13 @@ def flags(values: dict) -> list[str]:
     """{"scales": (48, 64), "preset": "demo"} as a command line."""
     return [text for k, v in values.items()
             for text in (f"--{k}", *map(str, v if isinstance(v, (tuple, list)) else [v]))]
+
+
+def plain(value):
+    """A dict of metrics as json keeps it: nan is null."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and value != value else value
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +81,24 @@ def two_processes(tmp_path_factory):
                "test_soco", "test_updetr")
     run_processes(f"for name in {modules}: torch.save(__import__(name).worker(), f'{{name}}{{common.rank()}}.pt')", out)
     return {name: [torch.load(out / f"{name}{r}.pt") for r in (0, 1)] for name in modules}
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """finished_run(method) -> (output folder, metrics) of the run that RUN in tests/test_<method>.py describes."""
+    runs = {}
+
+    def get(method):
+        if method not in runs:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            out = tmp_path_factory.mktemp(method)
+            values = importlib.import_module(f"test_{method}").RUN
+            runs[method] = out, importlib.import_module(method).main(flags({**values, "out": out}))
+            torch.set_num_threads(threads)
+        return runs[method]
+
+    return get
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every demo preset in turn, killed with SIGKILL at random moments and started again:  python tests/soak.py --minutes 20
+"""Every demo preset in turn, killed with SIGKILL at random moments and started again: python tests/soak.py --minutes 20
 
 Reports, per script: kills survived, steps lost to them (a checkpoint is written every 20 steps), and memory and open
 files of the process and its loader processes in the middle and the last third of the longest stretch without a kill:

@@ -559,7 +559,8 @@ def test_coco_masks(name, tmp_path, read):
 def xml(size: str = "<size><width>40</width><height>20</height></size>",
         box: str = "<xmin>2</xmin><ymin>3</ymin><xmax>11</xmax><ymax>7</ymax>",
         name: str = "<name>cat</name>", more: str = "", head: str = "") -> str:
-    return f"{head}<annotation><filename>a.jpg</filename>{size}<object>{name}<bndbox>{box}</bndbox>{more}</object></annotation>"
+    content = f"{size}<object>{name}<bndbox>{box}</bndbox>{more}</object>"
+    return f"{head}<annotation><filename>a.jpg</filename>{content}</annotation>"
 
 
 def corners(*values) -> str:

@@ -1,31 +1,22 @@
-"""common.py and convert.py: values against float64 numpy and hand calculation, the command line, checkpoints."""
+"""common.py and the readers of foreign weights in convert.py: values against float64 numpy and hand calculation."""
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import os
-import pickle
-import re
 import urllib.error
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, small_config
+from conftest import small_config
 from fill import fill
 from torch import nn
 
 import common
 import convert
-import detreg
 import finetune
-import run
-import siamese_detr
 import updetr
 from common import UserError
 
@@ -43,93 +34,37 @@ def filled(module):
     return module
 
 
-# ==== Command line =================================================================================================
-
-@dataclass
-class Knobs:
-    data: str = "x/set.json"  # what to read
-    out: str | None = None  # where to write
-    preset: str | None = None  # a
-    box_count: int = 3  # how many, 5 % of them
-    rate: float = 0.5  # speed
-    limit: int | None = 7  # at most
-    flag: bool = False  # on or off
-    sizes: tuple[int, ...] = (1, 2)  # sides
-    mode: Literal["slow", "fast"] = "slow"  # how
+# ==== Processes ====
 
 
-def parse(*argv, by_data=None):
-    presets = {"a": {"rate": 2.0, "flag": True}}
-    return run.parse_config(Knobs, presets, list(argv), script="s", description="d", by_data=by_data)
+def test_what_becomes_sync_batchnorm(monkeypatch):
+    """SyncBatchNorm raises on CPU process groups, so only the conversion is looked at: on CUDA every trained BatchNorm,
+    but for DUPR's."""
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel",
+                        lambda model, device_ids=None, broadcast_buffers=True, **_: model)
+    for device, sync_bn, synced in (("cuda", True, True), ("cuda", False, False), ("cpu", True, False)):
+        backbone = common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5)
+        names = list(backbone.state_dict())
+        wrapped = common.wrap_model(backbone, torch.device(device), sync_bn=sync_bn)
+        norms = [m for m in wrapped.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        assert len(norms) == 20 and all(isinstance(m, torch.nn.SyncBatchNorm) == synced for m in norms)
+        assert list(wrapped.state_dict()) == names
 
 
-def test_precedence_default_data_preset_flag():
-    def recipe(values):
-        assert values["data"] in ("x/set.json", "big")
-        return {"box_count": 10, "rate": 10.0, "limit": 10} if values["data"] == "big" else {}
-
-    assert parse(by_data=recipe) == Knobs(out="out/s-set")
-    assert parse("--data", "big", by_data=recipe) == Knobs("big", "out/s-big", None, 10, 10.0, 10)
-    assert parse("--data=big", "--preset", "a", by_data=recipe) == Knobs("big", "out/s-a", "a", 10, 2.0, 10, True)
-    assert (parse("--data", "big", "--preset", "a", "--rate", "3", "--limit", "4", by_data=recipe)
-            == Knobs("big", "out/s-a", "a", 10, 3.0, 4, True))
+def test_batches_go_to_the_device_whole():
+    batch = {"images": torch.ones(2), "targets": [{"boxes": torch.ones(3), "path": "a.png"}], "index": [4, 5]}
+    moved = common.batch_to_device(batch, torch.device("meta"))
+    assert moved["images"].is_meta and moved["targets"][0]["boxes"].is_meta
+    assert moved["targets"][0]["path"] == "a.png" and moved["index"] == [4, 5]
 
 
-def test_flag_spellings():
-    assert (parse("--box-count", "5").box_count == parse("--box_count=5").box_count
-            == parse("--box-count=5").box_count == 5)
-    assert parse("--data", "my-set", "--out=a-b") == Knobs("my-set", "a-b")  # values keep their hyphens
-    assert all(parse(*argv).flag for argv in (["--flag"], ["--flag", "true"], ["--flag=yes"]))
-    assert not any(parse(*argv).flag for argv in (["--flag", "false"], ["--flag", "0"], []))
-    assert (parse("--preset", "a").flag and not parse("--preset", "a", "--no_flag").flag
-            and not parse("--preset", "a", "--no-flag").flag)
-    assert parse("--sizes", "4", "5", "6").sizes == (4, 5, 6)
-    assert parse("--limit", "none").limit is None and parse("--out", "None").out == "out/s-set"
-    assert parse("--mode", "fast").mode == "fast"
+# ==== Deformable attention and positions ====
 
-
-@pytest.mark.parametrize("argv", (["--mode", "quick"], ["--flag", "perhaps"], ["--box_count", "x"], ["--box", "5"],
-                                  ["--nothing"], ["--preset", "b"]))
-def test_bad_flags_end_with_2(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse(*argv)
-    assert caught.value.code == 2 and argv[0] in capsys.readouterr().err
-
-
-def test_help_shows_the_comments(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "how many, 5 % of them (default: 3)" in text and "sides (default: (1, 2))" in text
-
-
-@pytest.mark.parametrize("script", (detreg, updetr, siamese_detr, finetune))
-def test_every_knob_is_explained_and_read(script):
-    code = "\n".join(path.read_text() for path in sorted(ROOT.glob("*.py")))
-    explained = run._knob_help(script.Config)
-    for field in dataclasses.fields(script.Config):
-        assert explained.get(field.name), f"{field.name} has no comment"
-        read = re.search(
-            rf"""\b(cfg|config)\.{field.name}\b|values\[["']{field.name}["']\]|values\[k\] for k in \([^)]*"{field.name}\"""",
-            code)
-        assert read, f"nothing reads {script.__name__}.Config.{field.name}"
-    for preset in script.PRESETS.values():
-        assert preset.keys() <= explained.keys()
-
-
-def test_shared_knobs_have_one_order():
-    scripts = (detreg, updetr, siamese_detr, finetune)
-    for one, two in itertools.combinations([[f.name for f in dataclasses.fields(script.Config)]
-                                            for script in scripts], 2):
-        shared = set(one) & set(two)
-        assert [n for n in one if n in shared] == [n for n in two if n in shared]
-
-
-# ==== Deformable attention =========================================================================================
 
 def sample(level, x, y):
-    """float64 bilinear sample of level [H, W, D] at (x, y) in 0..1:
-    pixel i has its centre at (i + .5) / W, outside is zero."""
+    """float64 bilinear sample of level [H, W, D] at (x, y) in 0..1: pixel i has its centre at (i + .5) / W, outside is
+    zero."""
     H, W, D = level.shape
     column, row = x * W - 0.5, y * H - 0.5
     total = np.zeros(D)
@@ -158,13 +93,14 @@ SHAPES = [(3, 5), (2, 2)]
 
 def test_deformable_sampling_against_loops():
     rng = np.random.default_rng(0)
-    value, weights = rng.standard_normal((2, 19, 2, 3)), rng.random((2, 4, 2, 2, 3))
-    locations = rng.uniform(-0.4, 1.4, (2, 4, 2, 2, 3, 2))                # a good part lies outside
-    # a pixel centre, the corner: a quarter of one pixel
-    locations[0, 0, 0, 0, 0], locations[0, 0, 0, 0, 1] = (0.1, 0.5), (0.0, 0.0)
+    value = rng.standard_normal((2, 19, 2, 3))
+    weights = rng.random((2, 4, 2, 2, 3))
+    locations = rng.uniform(-0.4, 1.4, (2, 4, 2, 2, 3, 2))  # a good part lies outside
+    locations[0, 0, 0, 0, 0] = (0.1, 0.5)  # a pixel centre
+    locations[0, 0, 0, 0, 1] = (0.0, 0.0)  # the corner: a quarter of one pixel
     assert sample(np.ones((3, 5, 1)), 0.0, 0.0) == 0.25 and sample(np.arange(15.0).reshape(3, 5, 1), 0.1, 0.5) == 5.0
-    output = common.multi_scale_deformable_attention(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v
-                                                       for v in (value, SHAPES, locations, weights)))
+    inputs = [torch.from_numpy(array) for array in (value, locations, weights)]
+    output = common.multi_scale_deformable_attention(inputs[0], SHAPES, *inputs[1:])
     np.testing.assert_allclose(output.numpy(), sampled(value, SHAPES, locations, weights), atol=1e-12)
 
 
@@ -188,9 +124,21 @@ def test_deformable_attention_module(coordinates):
         around = r[:, :, None, l, None, :2]
         step = 1 / np.array([W, H]) if coordinates == 2 else r[:, :, None, l, None, 2:] / 2 / 3
         locations[:, :, :, l] = around + offsets[:, :, :, l] * step
-    expected = sampled(value.reshape(2, 19, 2, 4), SHAPES, locations,
-                       weights) @ w["output_proj.weight"].T + w["output_proj.bias"]
+    expected = sampled(value.reshape(2, 19, 2, 4), SHAPES, locations, weights)
+    expected = expected @ w["output_proj.weight"].T + w["output_proj.bias"]
     np.testing.assert_allclose(module(query, reference, source, SHAPES, mask).detach().numpy(), expected, atol=2e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_deformable_attention_is_the_same_on_cuda():
+    torch.manual_seed(0)
+    shapes = [(7, 9), (4, 5)]
+    value = torch.randn(2, 83, 4, 8)
+    locations = torch.rand(2, 11, 4, 2, 3, 2) * 1.4 - 0.2
+    weights = torch.rand(2, 11, 4, 2, 3)
+    here = common.multi_scale_deformable_attention(value, shapes, locations, weights)
+    there = common.multi_scale_deformable_attention(value.cuda(), shapes, locations.cuda(), weights.cuda())
+    torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-5)
 
 
 def test_sine_position_of_one_row():
@@ -205,7 +153,8 @@ def test_sine_position_of_one_row():
     np.testing.assert_allclose(unshifted, np.sin([2 * math.pi / 3, 4 * math.pi / 3, 2 * math.pi]), atol=1e-5)
 
 
-# ==== Models =======================================================================================================
+# ==== Models ====
+
 
 @pytest.mark.parametrize("norm", ("frozen", "bn"))
 @pytest.mark.parametrize(("trainable", "learning"), ((0, set()), (3, {"layer2", "layer3", "layer4"}),
@@ -213,7 +162,7 @@ def test_sine_position_of_one_row():
 def test_what_of_the_backbone_learns(norm, trainable, learning):
     body = common.Backbone("resnet18", norm=norm, trainable=trainable).body
     names = {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
-    assert names == learning - ({"bn1"} if norm == "frozen" else set())    # frozen BatchNorm has buffers only
+    assert names == learning - ({"bn1"} if norm == "frozen" else set())  # frozen BatchNorm has buffers only
     fixed = {name.split(".")[0] for name, p in body.named_parameters() if not p.requires_grad}
     assert not fixed & learning
 
@@ -225,7 +174,7 @@ def test_backbone_outputs(arch, channels):
         for layers in ((1, 2, 3, 4), (2, 3)):
             backbone = common.Backbone(arch, layers).eval()
             shapes = [tuple(f.shape) for f in backbone(torch.zeros(1, 3, 32, 64))]
-            assert shapes == [(1, channels[i - 1], 32 >> i + 1, 64 >> i + 1) for i in layers]    # strides 4, 8, 16, 32
+            assert shapes == [(1, channels[i - 1], 32 >> i + 1, 64 >> i + 1) for i in layers]  # strides 4, 8, 16, 32
             assert backbone.num_channels == [channels[i - 1] for i in layers]
             assert ([n for n, _ in backbone.body.named_children() if n.startswith("layer")]
                     == [f"layer{i}" for i in range(1, max(layers) + 1)])
@@ -250,6 +199,13 @@ def batch(*sizes):
     return images, mask
 
 
+@pytest.mark.parametrize(("hidden_dim", "nheads"), ((64, 3), (48, 4)))
+def test_widths_that_do_not_divide_are_refused(hidden_dim, nheads):
+    common.check_detector(small_config(finetune.Config))
+    with pytest.raises(UserError, match=f"^--hidden_dim {hidden_dim} with --nheads {nheads}: the width must"):
+        common.check_detector(small_config(finetune.Config, hidden_dim=hidden_dim, nheads=nheads))
+
+
 @pytest.mark.parametrize("levels", (1, 2, 4, 5))
 @pytest.mark.parametrize("refine", (False, True))
 def test_detector_outputs_and_initial_values(levels, refine):
@@ -258,11 +214,11 @@ def test_detector_outputs_and_initial_values(levels, refine):
                                   focal=True).eval()
     with torch.no_grad():
         outputs = model(*batch((64, 96), (80, 64)))
-    assert (set(outputs) == {"pred_logits", "pred_boxes", "aux_outputs", "hs", "memory"}
-            and len(outputs["aux_outputs"]) == 1)
+    assert set(outputs) == {"pred_logits", "pred_boxes", "aux_outputs", "hs", "memory"}
+    assert len(outputs["aux_outputs"]) == 1
     for layer in (outputs, *outputs["aux_outputs"]):
-        assert (layer["pred_logits"].shape == (2, 8, 3) and layer["pred_boxes"].shape == (2, 8, 4)
-                and layer["hs"].shape == (2, 8, 64))
+        assert layer["pred_logits"].shape == (2, 8, 3) and layer["pred_boxes"].shape == (2, 8, 4)
+        assert layer["hs"].shape == (2, 8, 64)
         assert ((layer["pred_boxes"] > 0) & (layer["pred_boxes"] < 1)).all()
     first = 8 << max(3 - levels, 0)  # stride of the first level; the images are 80 x 96 together
     assert ([m.shape for m in outputs["memory"]]
@@ -277,14 +233,14 @@ def test_detector_outputs_and_initial_values(levels, refine):
     last = [b.layers[-1] for b in model.bbox_embed]
     assert not any(l.weight.any() for l in last)
     assert [l.bias.tolist() for l in last] == [[0, 0, -2, -2], [0, 0, 0, 0] if refine else [0, 0, -2, -2]]
-    assert ((model.class_embed[0] is model.class_embed[1]) != refine
-            and (model.bbox_embed[0] is model.bbox_embed[1]) != refine)
+    assert (model.class_embed[0] is model.class_embed[1]) != refine
+    assert (model.bbox_embed[0] is model.bbox_embed[1]) != refine
     assert len(model.input_proj) == levels and model.transformer.level_embed.shape == (levels, 64)
     assert [p[0].in_channels for p in model.input_proj] == ({1: [512], 2: [256, 512]}.get(levels)
                                                             or [128, 256, 512, 512, 64][:levels])
     names = model.state_dict()
-    assert (("transformer.decoder.bbox_embed.0.layers.0.weight" in names) == refine
-            and "bbox_embed.1.layers.2.bias" in names)
+    assert ("transformer.decoder.bbox_embed.0.layers.0.weight" in names) == refine
+    assert "bbox_embed.1.layers.2.bias" in names
 
 
 @pytest.mark.parametrize("refine", (False, True))
@@ -293,7 +249,7 @@ def test_padding(refine):
     images, mask = batch((32, 40), (64, 48))
     with torch.no_grad():
         both, alone = model(images, mask), model(images[:1], mask[:1])
-        for key in ("pred_logits", "pred_boxes", "hs"):                    # what else is in the batch plays no part
+        for key in ("pred_logits", "pred_boxes", "hs"):  # what else is in the batch plays no part
             torch.testing.assert_close(both[key][:1], alone[key], atol=2e-5, rtol=1e-5)
 
 
@@ -362,10 +318,10 @@ def test_queries_that_say_what_to_look_for(name):
         queries = model.conditioned_queries(features, order).detach()
         assert queries.shape == (2, 6, table.shape[1])
         for b in range(2):
-            assert (torch.equal(queries[b, :, :64], rows[:, :64] + features[b])
-                    and torch.equal(queries[b, :, 64:], rows[:, 64:]))
+            assert torch.equal(queries[b, :, :64], rows[:, :64] + features[b])
+            assert torch.equal(queries[b, :, 64:], rows[:, 64:])
     images, mask = tensor("query_images", 2, 3, 32, 48), torch.zeros(2, 32, 48, dtype=torch.bool)
-    with torch.no_grad():                                                 # features of zeros are the detector as it is
+    with torch.no_grad():  # features of zeros are the detector as it is
         one, two = model(images, mask), model(images, mask, model.conditioned_queries(torch.zeros(2, 8, 64)))
         for key in ("pred_logits", "pred_boxes", "hs"):
             torch.testing.assert_close(one[key], two[key], atol=1e-6, rtol=1e-5)
@@ -401,7 +357,7 @@ def test_aligned_start(name):
         return
     maps = tensor("align_maps", 2, 512, 2, 3)  # a feature enters a query as it enters the encoder
     torch.testing.assert_close(to_query(maps.mean((2, 3))), model.input_proj(maps).mean((2, 3)), atol=1e-5, rtol=1e-4)
-    def scale(now, then):                                                 # both are one tensor, but for a factor
+    def scale(now, then):  # both are one tensor, but for a factor
         factor = (now.norm() / then.norm()).item()
         torch.testing.assert_close(now, factor * then)
         return factor
@@ -439,8 +395,8 @@ def test_pretext_models_keep_the_released_names(name):
     one, two = make(0), make(1)
     state = one.state_dict()
     assert state.keys() == one.detector.state_dict().keys() | {"head.weight", "head.bias"}
-    assert (not any(k.startswith("detector.") for k in state) and "query_embed.weight" in state
-            and "backbone.0.body.conv1.weight" in state)
+    assert not any(k.startswith("detector.") for k in state) and "query_embed.weight" in state
+    assert "backbone.0.body.conv1.weight" in state
     assert ({k for k, _ in one.named_parameters()} & {"detector.query_embed.weight", "head.weight"}
             == {"detector.query_embed.weight", "head.weight"})
     two.load_state_dict(state)
@@ -454,12 +410,13 @@ def test_pretext_models_keep_the_released_names(name):
     assert all(torch.equal(v, state[k]) for k, v in bare.state_dict().items())
 
 
-# ==== Matching, losses, post-processing ============================================================================
+# ==== Matching, losses, post-processing ====
+
 
 @pytest.mark.parametrize(("cost", "pairs"), (
-    ([[1, 2], [2, 10], [9, 9]], ([0, 1], [1, 0])),                         # greedy would take (0, 0) and pay 10
+    ([[1, 2], [2, 10], [9, 9]], ([0, 1], [1, 0])),  # greedy would take (0, 0) and pay 10
     ([[5, 1], [4, 4], [1, 3]], ([0, 2], [1, 0])),
-    ([[3, 1, 2], [1, 9, 9]], ([0, 1], [1, 0])),                            # more targets than queries
+    ([[3, 1, 2], [1, 9, 9]], ([0, 1], [1, 0])),  # more targets than queries
     (np.zeros((3, 0)), ([], []))))
 def test_assignment_of_a_given_cost(cost, pairs):
     matcher = common.HungarianMatcher()
@@ -470,10 +427,20 @@ def test_assignment_of_a_given_cost(cost, pairs):
     assert [t.tolist() for t in other] == [[1], [0]]
 
 
-def test_assignment_refuses_nan():
-    outputs = {"pred_logits": torch.full((1, 2, 1), torch.nan), "pred_boxes": torch.full((1, 2, 4), 0.5)}
-    with pytest.raises(FloatingPointError, match="not finite"):
-        common.HungarianMatcher()([outputs], [{"labels": torch.tensor([0]), "boxes": torch.full((1, 4), 0.3)}])
+@pytest.mark.parametrize("focal", (True, False))
+@pytest.mark.parametrize(("name", "value"), (("pred_logits", math.nan), ("pred_logits", math.inf),
+                                             *(("pred_boxes", v) for v in (math.nan, math.inf, -math.inf))))
+def test_predictions_that_are_not_finite_are_matched(name, value, focal):
+    """So that the loss is not finite, and run.FiniteWatch ends the run."""
+    outputs = {"pred_logits": torch.zeros(1, 4, 2), "pred_boxes": torch.full((1, 4, 4), 0.3)}
+    outputs[name][0, 2, 0] = value
+    targets = [{"labels": torch.tensor([0]), "boxes": torch.full((1, 4), 0.3)}]
+    criterion = common.SetCriterion(common.HungarianMatcher(focal=focal))
+    losses, ((query, target),) = criterion(outputs, targets, 1.0)
+    assert (query.tolist(), target.tolist()) == ([2], [0])
+    assert not criterion.total(losses).isfinite()
+    nothing = {"pred_logits": torch.full((1, 2, 1), torch.nan), "pred_boxes": torch.full((1, 2, 4), torch.nan)}
+    assert len(criterion.matcher([nothing], targets)[0][0][0]) == 1  # whichever: it does not raise
 
 
 def giou64(a, b):
@@ -595,7 +562,7 @@ def test_softmax_criterion_against_numpy():
     layers, outputs, torch_targets = torch_case(predictions, targets)
     criterion = common.SetCriterion(common.HungarianMatcher(1.5, 4, 3, focal=False), 1.5, 4.0, 3.0, eos_coef=0.25)
     counts = [len(labels) for labels, _ in targets]
-    assert criterion.class_weight_sum(counts, 3) == (2 + 0.25) + 3 * 0.25 + 3       # counts 2, 0, 4 for 3 queries
+    assert criterion.class_weight_sum(counts, 3) == (2 + 0.25) + 3 * 0.25 + 3  # counts 2, 0, 4 for 3 queries
     for class_weight in (None, 5.0):
         losses, pairs = criterion(outputs, torch_targets, 6.0, class_weight)
         for suffix, (logits, boxes) in (("", predictions[1]), ("_0", predictions[0])):
@@ -621,11 +588,11 @@ def test_feature_loss_by_hand():
                "pred_features": torch.tensor([[[3.0, 4], [1, 0], [0, -2]]])}
     targets = [{"labels": torch.tensor([1, 1]), "boxes": torch.full((2, 4), 0.4),
                 "features": torch.tensor([[0.0, 5], [2, 0]])}]
-    pairs = [(torch.tensor([0, 2]), torch.tensor([1, 0]))]                # cosines 3/5 and -1
+    pairs = [(torch.tensor([0, 2]), torch.tensor([1, 0]))]  # cosines 3/5 and -1
     losses = criterion.losses(outputs, targets, pairs, 4.0)
     assert losses["loss_feature"].item() == pytest.approx((2 - 2 * 0.6 + 4) / 4)
-    assert (losses["loss_bbox"].item() == 0
-            and criterion.total(losses).item() == pytest.approx(2 * losses["loss_ce"].item() + 2 * 4.8 / 4))
+    assert losses["loss_bbox"].item() == 0
+    assert criterion.total(losses).item() == pytest.approx(2 * losses["loss_ce"].item() + 2 * 4.8 / 4)
     assert ("loss_feature"
             not in common.SetCriterion(common.HungarianMatcher(focal=False)).losses(outputs, targets, pairs, 4.0))
 
@@ -633,10 +600,18 @@ def test_feature_loss_by_hand():
 def test_normalizer(monkeypatch):
     assert [common.normalizer(n, CPU) for n in (0, 1, 7)] == [1, 1, 7]
     monkeypatch.setattr(common, "world_size", lambda: 4)
-    monkeypatch.setattr(common, "all_reduce_sum", lambda t: t + 5)         # the other three processes hold 5
-    assert common.normalizer(3, CPU) == 2.0                               # (3 + 5) / 4
+    monkeypatch.setattr(common, "all_reduce_sum", lambda t: t + 5)  # the other three processes hold 5
+    assert common.normalizer(3, CPU) == 2.0  # (3 + 5) / 4
     monkeypatch.setattr(common, "all_reduce_sum", lambda t: t)
-    assert common.normalizer(0, CPU) == 0.25                              # at least one box over all processes
+    assert common.normalizer(0, CPU) == 0.25  # at least one box over all processes
+
+
+def test_terms_of_micro_batches_add_up():
+    terms = {}
+    for loss, error in ((3.0, 10.0), (4.0, 30.0)):
+        losses = {"loss": torch.tensor(loss, requires_grad=True), "class_error_0": torch.tensor(error)}
+        common.add_terms(terms, losses, 2)
+    assert terms == {"loss": 7.0, "class_error_0": 20.0} and not terms["loss"].requires_grad
 
 
 def test_detections_and_pixels():
@@ -644,11 +619,11 @@ def test_detections_and_pixels():
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0], [0.9, 0.1, 0.4, 0.2]])
     best = common.post_process({"pred_logits": logits[None], "pred_boxes": boxes[None]},
                                torch.tensor([[50, 100]]), top=4)[0]
-    assert best["labels"].tolist() == [1, 0, 1, 0]                        # 3, 2, 1, 0: query 1 appears twice
+    assert best["labels"].tolist() == [1, 0, 1, 0]  # 3, 2, 1, 0: query 1 appears twice
     np.testing.assert_allclose(best["scores"], 1 / (1 + np.exp([-3.0, -2.0, -1.0, 0.0])), atol=1e-6)
     pixels = [[0, 0, 50, 50], [40, 15, 60, 35], [70, 0, 110, 10], [0, 0, 50, 50]]
     np.testing.assert_allclose(best["boxes"], pixels, atol=1e-4)
-    assert len(common.top_detections(logits, boxes)["scores"]) == 6       # fewer than 100 candidates
+    assert len(common.top_detections(logits, boxes)["scores"]) == 6  # fewer than 100 candidates
 
 
 def test_softmax_detections():
@@ -664,7 +639,8 @@ def test_softmax_detections():
     assert whole["labels"].tolist() == [1, 0, 2] and whole["boxes"].tolist() == [[25, 12.5, 75, 37.5]] * 3
 
 
-# ==== Optimisation =================================================================================================
+# ==== Optimisation ====
+
 
 def test_parameter_groups():
     cfg = small_config(finetune.Config, lr=1e-3, lr_backbone=1e-4, lr_linear_proj_mult=0.5, weight_decay=0.25)
@@ -676,8 +652,8 @@ def test_parameter_groups():
         # 1 encoder, 2 decoder layers: weight and bias; and the reference points
         assert len(linear["names"]) == 2 * 3 + 2
         assert all("sampling_offsets" in n or "reference_points" in n for n in linear["names"])
-        assert (all(n.startswith("backbone.0.body.layer") for n in backbone["names"])
-                and bool(backbone["names"]) == (lr_backbone > 0))
+        assert all(n.startswith("backbone.0.body.layer") for n in backbone["names"])
+        assert bool(backbone["names"]) == (lr_backbone > 0)
         trained = [p for p in model.parameters() if p.requires_grad]
         # each once
         assert sorted(map(id, trained)) == sorted(id(p) for g in (rest, backbone, linear) for p in g["params"])
@@ -685,7 +661,7 @@ def test_parameter_groups():
     optimizer = common.build_optimizer(cfg, model)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.25] * 3
     assert common.set_lr(optimizer, 0.1) == pytest.approx(1e-4)
-    assert common.set_lr(optimizer, 0.1) == pytest.approx(1e-4)           # of the base rate, not of the last one
+    assert common.set_lr(optimizer, 0.1) == pytest.approx(1e-4)  # of the base rate, not of the last one
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1e-4, 1e-5, 5e-5])
 
 
@@ -700,130 +676,7 @@ def test_schedule_and_clipping():
         np.testing.assert_allclose(model.weight.grad.flatten(), after, rtol=1e-5)
 
 
-def test_watch_looks_one_step_late(tmp_path):
-    """Nothing waits for a step's numbers before the next has been started; whatever came of that,
-    the first bad step is named, with its batch."""
-    def run_script(*losses, fault=None):
-        watch = run.FiniteWatch(tmp_path, lambda i: f"image{i}")
-        for step, loss in enumerate(losses):
-            with watch.step(step, [{"index": [10 * step]}]) as look:
-                look({"loss": torch.tensor(loss), "grad_norm": torch.tensor(1.0)})
-        with watch.step(len(losses), [{"index": [99]}]) as look:
-            if fault:
-                raise FloatingPointError(fault)
-            look({"loss": torch.tensor(0.0), "grad_norm": torch.tensor(math.inf)})
-        return watch
-    with pytest.raises(FloatingPointError, match=r"^step 2: not finite: grad_norm inf; images of this process: "
-                       r"image99; its batch .*step2-rank0"):
-        run_script(1.0, 2.0).settle()
-    assert torch.load(tmp_path / "nonfinite-step2-rank0.pt")["batches"] == [{"index": [99]}]
-    with pytest.raises(FloatingPointError, match=r"^step 1: not finite: loss nan; images of this process: image10"):
-        run_script(1.0, math.nan)                                                  # seen at the end of step 2
-    with pytest.raises(FloatingPointError, match=r"^step 1: not finite: loss nan"):
-        run_script(1.0, math.nan, fault="the matching cost is not finite")  # what step 2 says follows from step 1
-    with pytest.raises(FloatingPointError,
-                       match=r"^step 2: the matching cost is not finite; images of this process: image99"):
-        run_script(1.0, 2.0, fault="the matching cost is not finite")
-
-
-def test_step_seed(monkeypatch):
-    draws = []
-    for seed, step, rank in ((1, 5, 0), (1, 5, 0), (1, 6, 0), (2, 5, 0), (1, 5, 1)):
-        monkeypatch.setattr(run, "rank", lambda r=rank: r)
-        run.seed_step(seed, step)
-        draws.append(torch.rand(1).item())
-    assert draws[0] == draws[1] and len(set(draws)) == 4
-
-
-# ==== Log and checkpoints ==========================================================================================
-
-@dataclass
-class RunConfig:
-    out: str
-    lr: float = 1.0
-    scales: tuple[int, ...] = (1, 2)
-    max_steps: int | None = None
-    allow_config_change: bool = False
-
-
-def test_files_appear_whole(tmp_path):
-    run.write_atomic(tmp_path / "a.json", b"one")
-    run.write_atomic(tmp_path / "a.json", b"two")
-    model = nn.Linear(2, 3)
-    wrapped = nn.Sequential()
-    wrapped.module = model                                                # as DistributedDataParallel names it
-    optimizer = torch.optim.AdamW(model.parameters())
-    run.save_checkpoint(tmp_path / "last.pt", wrapped, optimizer, 7, RunConfig("x"), script="s", categories=[{"id": 3}])
-    assert (sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "last.pt"]
-            and (tmp_path / "a.json").read_bytes() == b"two")
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert set(state) == {"model", "optimizer", "step", "config", "script", "categories"} and state["step"] == 7
-    assert set(state["model"]) == {"weight", "bias"} and torch.equal(state["model"]["weight"], model.weight)
-    assert state["config"] == {"out": "x", "lr": 1.0, "scales": (1, 2), "max_steps": None, "allow_config_change": False}
-
-
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    model = nn.Linear(2, 3)
-    run.save_checkpoint(tmp_path / "last.pt", model, None, 1, RunConfig("x"))
-    monkeypatch.setattr(torch, "save", lambda state, file: (file.write(b"half"), 1 / 0))
-    with pytest.raises(ZeroDivisionError):
-        run.save_checkpoint(tmp_path / "last.pt", model, None, 2, RunConfig("x"))
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
-
-
-def test_open_run(tmp_path, capsys):
-    out = tmp_path / "deep" / "run"
-    cfg = RunConfig(str(out))
-    assert run.open_run(cfg, "s") is None and out.is_dir()
-    model = nn.Linear(2, 3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    run.save_checkpoint(out / "last.pt", model, optimizer, 7, cfg, script="s")
-    state = run.open_run(dataclasses.replace(cfg, max_steps=9), "s")    # how long a run lasts is no part of what it is
-    assert "at step 7" in capsys.readouterr().out
-    other = nn.Linear(2, 3)
-    restored = torch.optim.AdamW(other.parameters())
-    assert run.restore(state, other, restored) == 7 and torch.equal(other.weight, model.weight)
-    assert (torch.equal(restored.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
-            and restored.param_groups[0]["lr"] == 0.3)
-    changed = dataclasses.replace(cfg, lr=2.0, scales=(1, 3))
-    with pytest.raises(UserError,
-                       match=r"lr: 1.0 -> 2.0; scales: \(1, 2\) -> \(1, 3\).*--allow_config_change") as caught:
-        run.open_run(changed, "s")
-    assert str(out) in str(caught.value)
-    assert run.open_run(dataclasses.replace(changed, allow_config_change=True), "s")["step"] == 7
-    with pytest.raises(UserError, match=r"holds a run of s\.py"):
-        run.open_run(cfg, "t")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out .*file"):
-        run.open_run(RunConfig(str(tmp_path / "file" / "below")), "s")
-
-
-def test_log_is_cut_back(tmp_path):
-    log = run.Log(tmp_path, 0, CPU)
-    for step in range(6):
-        log.write(step, {"loss": torch.tensor(1.0 / 3), "loss_ce": torch.tensor(2.0)},
-                  images=4, lr=0.1, epoch=step // 2)
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    first = json.loads(lines[3])
-    assert ([json.loads(l)["step"] for l in lines] == list(range(6)) and first["loss"] == 0.333333
-            and first["loss_ce"] == 2 and first["epoch"] == 1)
-    assert first.keys() == {"step", "lr", "epoch", "loss", "loss_ce", "images_per_s", "memory_gib", "seconds"}
-    assert first["images_per_s"] > 0 and first["memory_gib"] > 0
-    log = run.Log(tmp_path, 4, CPU)                                     # the checkpoint knows 4 finished steps: 0..3
-    log.write(4, {"loss": torch.tensor(5.0)}, images=4)
-    kept = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert (kept[:4] == lines[:4] and [json.loads(l)["step"] for l in kept] == [0, 1, 2, 3, 4]
-            and json.loads(kept[4])["loss"] == 5)
-    run.Log(tmp_path, 0, CPU)
-    assert (tmp_path / "log.jsonl").read_text() == ""                     # a new run begins a new log
-
-
-def test_log_with_a_line_cut_short(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
-    run.Log(tmp_path, 2, CPU)
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+# ==== convert.py: foreign weights ====
 
 
 def test_load_matching(capsys):
@@ -838,9 +691,9 @@ def test_load_matching(capsys):
     assert (model[0].weight == 1).all() and (model[1].weight == 3).all() and not (model[1].bias == 4).any()
     convert.load_matching(model, {**state, **{f"head.{i}": torch.zeros(1) for i in range(30)}},
                           drop={r"^head\.": "pretext head"}, source="FILE")
-    said = capsys.readouterr().out                                        # every name, however many
-    assert (f"  pretext head: {', '.join(sorted(f'head.{i}' for i in range(30)))}\n" in said
-            and "30 named above are left out or new" in said)
+    said = capsys.readouterr().out  # every name, however many
+    assert f"  pretext head: {', '.join(sorted(f'head.{i}' for i in range(30)))}\n" in said
+    assert "30 named above are left out or new" in said
     before = {k: v.clone() for k, v in model.state_dict().items()}
     bad = {"0.weight": torch.zeros(3, 5), "0.bias": torch.zeros(3), **{f"x{i}": torch.zeros(1) for i in range(6)}}
     with pytest.raises(UserError) as caught:
@@ -849,25 +702,8 @@ def test_load_matching(capsys):
     assert message.startswith("FILE is a checkpoint of another architecture. missing there: 1.bias, 1.weight; ")
     assert "; unknown here: x0, x1, x2, x3 and 2 more; " in message
     assert "0.weight (3, 5) -> (3, 2)" in message
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())              # nothing was loaded
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing was loaded
 
-
-# ==== Command: exit codes ==========================================================================================
-
-def test_cli_exit_codes(fails, capsys):
-    def refuse(argv):
-        raise UserError(f"{argv[0]} is wrong")
-
-    assert fails(refuse, ["this"]) == "error: this is wrong"
-    with pytest.raises(SystemExit) as caught:
-        run.cli(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
-    assert caught.value.code == 130
-    with pytest.raises(ZeroDivisionError):                                # our own faults keep their traceback
-        run.cli(lambda: 1 / 0)
-    assert run.cli(lambda: 5) is None
-
-
-# ==== Foreign files ================================================================================================
 
 @functools.cache
 def random_resnet():
@@ -946,48 +782,6 @@ def test_download_that_fails(tmp_path, monkeypatch):
     assert convert.backbone_file("some/file.pth", "resnet18") == Path("some/file.pth")
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path):
-    victim = tmp_path / "ran"
-
-    class System:
-        def __reduce__(self):
-            return os.system, (f"touch {victim}",)
-
-    torch.save({"model": System()}, tmp_path / "zip.pth")
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"model": System()}))
-    for name in ("zip.pth", "plain.pkl"):
-        with pytest.raises(UserError, match=rf"{name}: refused") as caught:
-            run.read_checkpoint(tmp_path / name)
-        assert "\n" not in str(caught.value)
-    assert not victim.exists()
-    torch.load(tmp_path / "zip.pth", weights_only=False)                   # it would have run
-    assert victim.exists()
-
-
-@pytest.mark.parametrize("content", (b"", b"not a checkpoint", b"PK\x03\x04 cut", bytes(range(256)) * 4))
-def test_what_is_no_checkpoint(content, tmp_path):
-    (tmp_path / "file.pth").write_bytes(content)
-    with pytest.raises(UserError, match="file.pth") as caught:
-        run.read_checkpoint(tmp_path / "file.pth")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", ([1, 2], torch.zeros(3)))
-def test_a_file_of_something_else(content, tmp_path):
-    torch.save(content, tmp_path / "file.pth")
-    with pytest.raises(UserError, match="file.pth"):
-        convert.state_of(run.read_checkpoint(tmp_path / "file.pth"), tmp_path / "file.pth")
-
-
-def test_no_such_checkpoint_and_a_cut_one(tmp_path):
-    with pytest.raises(UserError, match="nowhere.pth: no such checkpoint"):
-        run.read_checkpoint(tmp_path / "nowhere.pth")
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:2000])
-    with pytest.raises(UserError, match="cut.pth"):
-        run.read_checkpoint(tmp_path / "cut.pth")
-
-
 @pytest.mark.parametrize("values",
                          ({}, {"with_box_refine": True, "num_feature_levels": 1, "detector": "deformable_detr_ss"},
                           {"backbone_norm": "bn", "arch": "resnet34", "lr_backbone": 0.0},
@@ -1024,29 +818,3 @@ def test_architecture_refuses_by_name():
                   {**state, "backbone.0.body.layer2.5.conv1.weight": one}):
         with pytest.raises(UserError, match="FILE: .*lacks parts.*resnet18, resnet34"):
             convert.architecture(other, "FILE")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_deformable_attention_is_the_same_on_cuda():
-    torch.manual_seed(0)
-    shapes = [(7, 9), (4, 5)]
-    value, locations = torch.randn(2, 83, 4, 8), torch.rand(2, 11, 4, 2, 3, 2) * 1.4 - 0.2
-    weights = torch.rand(2, 11, 4, 2, 3)
-    here = common.multi_scale_deformable_attention(value, shapes, locations, weights)
-    there = common.multi_scale_deformable_attention(value.cuda(), shapes, locations.cuda(), weights.cuda())
-    torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-5)
-
-
-def test_what_becomes_sync_batchnorm(monkeypatch):
-    """SyncBatchNorm raises on CPU process groups, so only the conversion is looked at:
-    on CUDA every trained BatchNorm, but for DUPR's."""
-    monkeypatch.setattr(common, "world_size", lambda: 2)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel",
-                        lambda model, device_ids=None, broadcast_buffers=True, **_: model)
-    for device, sync_bn, synced in (("cuda", True, True), ("cuda", False, False), ("cpu", True, False)):
-        backbone = common.Backbone("resnet18", (1, 2, 3, 4), "bn", trainable=5)
-        names = list(backbone.state_dict())
-        wrapped = common.wrap_model(backbone, torch.device(device), sync_bn=sync_bn)
-        norms = [m for m in wrapped.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-        assert len(norms) == 20 and all(isinstance(m, torch.nn.SyncBatchNorm) == synced for m in norms)
-        assert list(wrapped.state_dict()) == names

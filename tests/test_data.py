@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import annotations as A  # noqa: E402
 import data as D  # noqa: E402
+import run  # noqa: E402
 from common import UserError  # noqa: E402
 
 REAL = ROOT.parent / "shared" / "data"
@@ -30,7 +32,26 @@ def picture(path, size=(20, 10), colour=(10, 20, 30), **kwargs):
     return path
 
 
-# ==== decoding ====
+def make_voc(year, annotations, splits):
+    """annotations: {stem: [(name, (xmin, ymin, xmax, ymax), difficult)]}"""
+    (year / "Annotations").mkdir(parents=True)
+    (year / "ImageSets/Main").mkdir(parents=True)
+    for stem, objects in annotations.items():
+        picture(year / "JPEGImages" / f"{stem}.jpg", (100, 80))
+        inner = "".join(f"<object><name>{n}</name><difficult>{d}</difficult><bndbox><xmin>{b[0]}</xmin>"
+                        f"<ymin>{b[1]}</ymin><xmax>{b[2]}</xmax><ymax>{b[3]}</ymax></bndbox></object>"
+                        for n, b, d in objects)
+        tag = "wrong.jpg" if stem == "b" else f"{stem}.jpg"
+        size = "<size><width>100</width><height>80</height></size>"
+        (year / "Annotations" / f"{stem}.xml").write_text(
+            f"<annotation><filename>{tag}</filename>{size}{inner}</annotation>")
+    for name, stems in splits.items():
+        (year / "ImageSets/Main" / f"{name}.txt").write_text("".join(f"{s}\n" for s in stems))
+
+
+# ==== Decoding ====
+
+
 def test_decode_modes(tmp_path):
     ramp = np.array([[0, 257, 257 * 200, 65535]], np.uint16)
     Image.fromarray(ramp).save(tmp_path / "i16.png")
@@ -81,7 +102,9 @@ def test_decode_unreadable(tmp_path):
         D.decode_image(tmp_path / "absent.jpg")
 
 
-# ==== unlabelled sources ====
+# ==== Unlabelled sets ====
+
+
 def test_folder(tmp_path):
     for name in ("b/x.JPEG", "a.PNG", "b/c/y.webp", "z.bmp", "b/.hidden.jpg"):
         picture(tmp_path / "t" / name,
@@ -123,7 +146,8 @@ def test_folder_errors(tmp_path, name):
 
 
 def test_list(tmp_path):
-    inside, outside = picture(tmp_path / "l" / "im" / "a.jpg"), picture(tmp_path / "b.jpg")
+    inside = picture(tmp_path / "l" / "im" / "a.jpg")
+    outside = picture(tmp_path / "b.jpg")
     (tmp_path / "l" / "list.txt").write_text(f"# mine\n\nim/a.jpg\n{outside}\n")
     images = D.open_images(str(tmp_path / "l" / "list.txt"), None)
     assert (images.keys == sorted(["im/a.jpg", outside.as_posix()])
@@ -176,9 +200,51 @@ def test_named_coco_voc_unlabelled(tmp_path):
         D.open_images("coco", str(tmp_path), split="val")
 
 
-# ==== synthetic scenes ====
+def test_real_images():
+    if not REAL.is_dir():
+        pytest.skip("../shared/data is not here")
+    images = D.open_images("imagenet", str(REAL / "imagenet_sample"))
+    assert len(images) == 400 and images.load(3).mode == "RGB"
+    with pytest.raises(UserError, match="of the 100 class folders are missing"):
+        D.open_images("imagenet100", str(REAL / "imagenet_sample"))
+
+
+def open_sets(**values):
+    """open_training_images and open_pretraining of a configuration with these values."""
+    cfg = SimpleNamespace(**{"data": "synthetic", "data_root": None, "synthetic_images": 6, "synthetic_size": 40,
+                             "seed": 1, "probe_data": None, "probe_images": 2, **values})
+    return D.open_training_images(cfg), D.open_pretraining(cfg)
+
+
+def test_images_to_train_and_to_probe_on(tmp_path):
+    for i in range(6):
+        picture(tmp_path / "six" / f"{i}.jpg")
+    # held out from training
+    (source, indices, held_out), (same, train, probe, probed) = open_sets(data=str(tmp_path / "six"))
+    order = np.random.default_rng(1).permutation(6)
+    assert held_out.tolist() == sorted(order[:2]) and indices.tolist() == sorted(order[2:]) and len(source) == 6
+    assert probe is same and train.tolist() == indices.tolist() and probed.tolist() == held_out.tolist()
+    assert open_sets(data=str(tmp_path / "six"), probe_images=0)[0][1].tolist() == list(range(6))
+    # other images: further scenes, or --probe_data
+    (_, indices, held_out), (train, _, probe, probed) = open_sets()
+    assert len(indices) == 6 and len(held_out) == 0 and probed.tolist() == [0, 1] and len(probe) == 2
+    assert not {train.key(i) for i in range(6)} & {probe.key(i) for i in range(2)}
+    (_, indices, _), (_, _, probe, probed) = open_sets(probe_data=str(tmp_path / "six"), probe_images=9)
+    assert len(indices) == 6 and probe.root == tmp_path / "six" and probed.tolist() == list(range(6))
+    picture(tmp_path / "one" / "0.jpg")
+    for values, message in (({"probe_images": 1}, "--probe_images 1"),
+                            ({"probe_data": str(tmp_path / "one")}, "one image"),
+                            ({"data": str(tmp_path / "six"), "probe_images": 3}, "6 images are too few to hold out 3")):
+        with pytest.raises(UserError, match=message):
+            open_sets(**values)
+
+
+# ==== Synthetic scenes ====
+
+
 def test_synthetic():
-    scenes, again = D.SyntheticScenes(12, 160, seed=5), D.SyntheticScenes(4, 160, seed=5, offset=3)
+    scenes = D.SyntheticScenes(12, 160, seed=5)
+    again = D.SyntheticScenes(4, 160, seed=5, offset=3)
     for i in range(4):
         a, b = scenes.scene(i + 3), again.scene(i)
         assert (np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1]) and np.array_equal(a[2], b[2])
@@ -199,8 +265,8 @@ def test_synthetic():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_synthetic_boxes_are_exact(seed, monkeypatch):
-    """Every object painted in its own flat colour on black, without blur and noise:
-    the boxes are those of the pixels of each colour."""
+    """Every object painted in its own flat colour on black, without blur and noise: the boxes are those of the pixels
+    of each colour."""
     painted = []
 
     def flat(self, rng, canvas, original=D.SyntheticScenes._object):
@@ -235,208 +301,9 @@ def test_selective_search_finds_objects():
     assert np.mean(found) > 0.7
 
 
-# ==== labelled sets ====
-def make_coco(folder, boxes, override=(), size=(100, 80), files=("im/a.jpg", "b.jpg")):
-    for file in files:
-        picture(folder / "images" / file, size)
-    content = {"images": [{"id": 20 - k, "width": size[0], "height": size[1], "file_name": f}
-                          for k, f in enumerate(files)],
-               "annotations": [{"id": 0, "image_id": 20, "category_id": 7, **a} for a in boxes],
-               "categories": [{"id": i, "name": n} for i, n in ((7, "cat"), (3, "dog"))], **dict(override)}
-    (folder / "train.json").write_text(json.dumps(content))
-    return str(folder / "train.json")
+# ==== Transforms ====
 
 
-def test_coco_json(tmp_path):
-    file = make_coco(tmp_path, [{"bbox": [10, 20, 30, 40], "area": 600},
-                                {"bbox": [-5, 70, 20, 30], "category_id": 3, "iscrowd": 1}])
-    for data in (file, str(tmp_path)):
-        found = A.open_detection(data, None, "train")
-        assert (found.categories == [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}]
-                and found.image_ids == [19, 20] and found.notes == [])
-        image, target = found.load(1)
-        assert image.size == (100, 80) and target["orig_size"].tolist() == [80, 100] and target["image_id"] == 20
-        assert (target["boxes_xyxy"].tolist() == [[10, 20, 40, 60], [0, 70, 15, 80]]
-                and target["boxes_xyxy"].dtype == torch.float32)
-        assert (target["labels"].tolist() == [1, 0]
-                and target["ignore"].tolist() == target["crowd"].tolist() == [False, True])
-        empty = found.load(0)[1]
-        assert (empty["boxes_xyxy"].shape == (0, 4) and empty["labels"].dtype == torch.int64
-                and empty["ignore"].dtype == torch.bool)
-    truth = found.coco_ground_truth()
-    assert [(a["id"], a["image_id"], a["category_id"], a["bbox"], a["area"], a["iscrowd"])
-            for a in truth["annotations"]] == [
-                (1, 20, 7, [10, 20, 30, 40], 600, 0), (2, 20, 3, [0, 70, 15, 10], 150, 1)]
-    assert (truth["images"][1] == {"id": 20, "width": 100, "height": 80, "file_name": "a.jpg"}
-            and truth["categories"] == found.categories)
-    from pycocotools.coco import COCO
-    coco = COCO()
-    coco.dataset = truth
-    coco.createIndex()
-    assert len(coco.getAnnIds(imgIds=[20])) == 2 and all(isinstance(v, (int, float))
-                                                         for a in truth["annotations"] for v in a["bbox"])
-    json.dumps(truth)
-
-
-def test_coco_named_and_renumbered_test(tmp_path):
-    for part, ids in (("train", ((1, "a"), (5, "b"))), ("val", ((1, "b"), (2, "a")))):
-        picture(tmp_path / f"{part}2017" / "1.jpg", (50, 50))
-        (tmp_path / "annotations").mkdir(exist_ok=True)
-        (tmp_path / f"annotations/instances_{part}2017.json").write_text(json.dumps({
-            "images": [{"id": 1, "width": 50, "height": 50, "file_name": "1.jpg"}],
-            "categories": [{"id": i, "name": n} for i, n in ids],
-            "annotations": [{"id": 9, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5], "area": 1}]}))
-    train = A.open_detection("coco", str(tmp_path), "train")
-    test = A.open_detection("coco", str(tmp_path), "test", categories=train.categories)
-    # id 1 is "b" there: names decide
-    assert train.load(0)[1]["labels"].tolist() == [0] and test.load(0)[1]["labels"].tolist() == [1]
-    assert test.coco_ground_truth()["annotations"][0]["category_id"] == 5
-    with pytest.raises(UserError, match=r"instances_val2017.json: category 1 \(b\)"):
-        A.open_detection("coco", str(tmp_path), "test", categories=[{"id": 1, "name": "a"}])
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"annotations": [{"image_id": 20, "category_id": 99, "bbox": [0, 0, 5, 5]}]}, "category 99"),
-    ({"annotations": [{"image_id": 77, "category_id": 7, "bbox": [0, 0, 5, 5]}]}, "KeyError 77"),
-    ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [0, 0, 5]}]}, "bbox of 4 numbers"),
-    ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [0, 0, 0, 5]}]}, "1 of 1 boxes .*im/a.jpg, object 1"),
-    ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [200, 0, 5, 5]}]}, "outside"),
-    ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [float("nan"), 0, 5, 5]}]}, "1 of 1 boxes"),
-    ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [float("inf"), 0, 5, 5]}]}, "1 of 1 boxes"),
-    ({"images": [{"id": 20, "width": 9, "height": 9, "file_name": "gone.jpg"}]}, "gone.jpg"),
-    ({"images": [{"id": 20, "file_name": "b.jpg"}]}, "width, height"),
-    ({"images": [{"id": 20, "width": 9, "height": 9, "file_name": "b.jpg"}] * 2}, "twice"),
-    ({"images": []}, "0 images"), ({"categories": None}, "categories"), ({"annotations": "x"}, "no COCO")])
-def test_coco_errors(tmp_path, change, message):
-    file = make_coco(tmp_path, [], change)
-    with pytest.raises(UserError, match=message) as error:
-        A.open_detection(file, None, "train")
-    assert "train.json" in str(error.value)
-
-
-def test_broken_and_absent_files(tmp_path):
-    (tmp_path / "x.json").write_text('{"images": [')
-    (tmp_path / "list.json").write_text("[1]")
-    (tmp_path / "latin.json").write_bytes(b'"\xff"')
-    for name in ("x.json", "list.json", "latin.json", "absent.json", "nofolder"):
-        with pytest.raises(UserError, match=name):
-            A.open_detection(str(tmp_path / name), None, "train")
-    for name in ("coco", "voc"):
-        with pytest.raises(UserError, match="Expected layout"):
-            A.open_detection(name, str(tmp_path), "test")
-
-
-def test_one_percent_of_boxes(tmp_path):
-    good = [{"bbox": [1, 1, 5, 5]}] * 199
-    found = A.open_detection(make_coco(tmp_path, [*good, {"bbox": [1, 1, 0, 5]}]), None, "train")
-    assert (len(found.load(1)[1]["boxes_xyxy"]) == 199 and "1 of 200" in found.notes[0]
-            and "im/a.jpg, object 200" in found.notes[0])
-    with pytest.raises(UserError, match="3 of 200"):
-        A.open_detection(make_coco(tmp_path, good[:197] + [{"bbox": [1, 1, 0, 5]}] * 3), None, "train")
-
-
-def test_size_mismatch_and_exif(tmp_path):
-    found = A.open_detection(make_coco(tmp_path, [{"bbox": [1, 1, 5, 5]}]), None, "train")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture(tmp_path / "images/b.jpg", (100, 80), exif=exif)  # annotated as stored: read as stored
-    assert found.load(0)[0].size == (100, 80)
-    picture(tmp_path / "images/b.jpg", (80, 100), exif=exif)  # annotated as seen
-    assert found.load(0)[0].size == (100, 80)
-    picture(tmp_path / "images/b.jpg", (50, 40))
-    with pytest.raises(UserError, match="50x40"):
-        found.load(0)
-
-
-def make_voc(year, annotations, splits):
-    """annotations: {stem: [(name, (xmin, ymin, xmax, ymax), difficult)]}"""
-    (year / "Annotations").mkdir(parents=True)
-    (year / "ImageSets/Main").mkdir(parents=True)
-    for stem, objects in annotations.items():
-        picture(year / "JPEGImages" / f"{stem}.jpg", (100, 80))
-        inner = "".join(
-            f"<object><name>{n}</name><difficult>{d}</difficult><bndbox><xmin>{b[0]}</xmin><ymin>{b[1]}</ymin><xmax>{b[2]}</xmax>"
-            f"<ymax>{b[3]}</ymax></bndbox></object>" for n, b, d in objects)
-        tag = "wrong.jpg" if stem == "b" else f"{stem}.jpg"
-        (year / "Annotations" / f"{stem}.xml").write_text(
-            f"<annotation><filename>{tag}</filename><size><width>100</width><height>80</height></size>{inner}</annotation>")
-    for name, stems in splits.items():
-        (year / "ImageSets/Main" / f"{name}.txt").write_text("".join(f"{s}\n" for s in stems))
-
-
-def test_voc(tmp_path):
-    objects = {"a": [("cat", (1, 1, 10, 20), 0), ("ant", (5, 6, 120, 80), 1)], "b": [], "t": [("cat", (2, 2, 9, 9), 0)]}
-    make_voc(tmp_path / "VOCdevkit/VOC2007", objects, {"trainval": "ba", "test": "t"})
-    found = A.open_detection("voc", str(tmp_path), "train")
-    assert found.categories == [{"id": 1, "name": "ant"}, {"id": 2, "name": "cat"}] and found.image_ids == [1, 2]
-    assert len(found.load(0)[1]["labels"]) == 0
-    target = found.load(1)[1]
-    assert target["boxes_xyxy"].tolist() == [[0, 0, 10, 20], [4, 5, 100, 80]] and target["labels"].tolist() == [1, 0]
-    assert target["ignore"].tolist() == [False, True] and target["crowd"].tolist() == [False, False]
-    first, second = found.coco_ground_truth()["annotations"]
-    assert ("ignore" not in first
-            and (second["ignore"], second["difficult"], second["iscrowd"], second["area"]) == (1, 1, 0, 96 * 75))
-    assert (len(found.notes) == 2 and "VOC2012 is not there" in found.notes[0]
-            and "1 annotations name another image" in found.notes[1])
-    for root in (str(tmp_path / "VOCdevkit"), str(tmp_path)):
-        test = A.open_detection("voc", root, "test")
-        assert test.categories == found.categories and test.load(0)[1]["labels"].tolist() == [1]
-    assert (len(A.open_detection(str(tmp_path), None, "train"))
-            == len(A.open_detection(str(tmp_path / "VOCdevkit/VOC2007"), None, "train")) == 2)
-    with pytest.raises(UserError, match=r"t.xml: category cat"):
-        A.open_detection("voc", str(tmp_path), "test", categories=[{"id": 1, "name": "ant"}])
-    make_voc(tmp_path / "VOCdevkit/VOC2012", {"z": [("cat", (1, 1, 2, 2), 0)]}, {"trainval": "z"})
-    both = A.open_detection("voc", str(tmp_path), "train")
-    assert len(both) == 3 and both.records[2].image.stem == "z" and len(both.notes) == 1
-
-
-def test_voc_errors(tmp_path):
-    year = tmp_path / "VOC2007"
-    make_voc(year, {"a": [("cat", (1, 1, 10, 20), 0)]}, {"trainval": "a"})
-    with pytest.raises(UserError, match="test.txt"):
-        A.open_detection("voc", str(tmp_path), "test")
-    for change, message in (("<annotation>", "a.xml is no VOC"), ("<annotation><size/></annotation>", "is no VOC"),
-                            (None, "a.xml cannot be read")):
-        (year / "Annotations/a.xml").write_text(change) if change else (year / "Annotations/a.xml").unlink()
-        with pytest.raises(UserError, match=message):
-            A.open_detection("voc", str(tmp_path), "train")
-    (year / "ImageSets/Main/trainval.txt").write_text("a\nghost\n")
-    with pytest.raises(UserError, match="no image ghost"):
-        A.open_detection("voc", str(tmp_path), "train")
-
-
-def test_label_subset():
-    ids = [7 * i + 3 for i in range(2000)]
-    assert A.label_subset(ids, 0.01, 42)[:5] == [10734, 10020, 2803, 13604, 11749]  # parity case detreg/label_subset
-    assert A.label_subset(ids, 0.1, 42)[:3] == [4847, 6926, 6205] and len(A.label_subset(ids, 0.05, 42)) == 100
-    if (PARITY / "label_subset.npz").exists():
-        for key, values in np.load(PARITY / "label_subset.npz").items():
-            assert A.label_subset(ids, float(key.split("_")[1]), 42) == values.tolist()
-    found = A.open_detection("synthetic", None, "train", synthetic_images=10, synthetic_size=40)
-    half = found.subset(50, 1)
-    assert half.image_ids == A.label_subset(found.image_ids, 0.5, 1) and half.notes == ["5 of 10 images"]
-    assert (np.array_equal(half.load(2)[0], found.load(half.image_ids[2] - 1)[0])
-            and len(half.coco_ground_truth()["images"]) == 5)
-    for percent in (1, 0, -5, 300):
-        with pytest.raises(UserError):
-            found.subset(percent, 0)
-
-
-def test_real_data():
-    if not REAL.is_dir():
-        pytest.skip("../shared/data is not here")
-    train, test = (A.open_detection("voc", str(REAL / "bccd"), s) for s in ("train", "test"))
-    assert [c["name"] for c in train.categories] == ["Platelets", "RBC", "WBC"] == [c["name"] for c in test.categories]
-    assert len(train) == 292 and len(test) == 72 and test.notes == []
-    assert sum(len(r.boxes) for s in (train, test) for r in s.records) == 4888 - 2 and "2 of " in train.notes[0]
-    assert train.load(0)[0].size == (640, 480)
-    images = D.open_images("imagenet", str(REAL / "imagenet_sample"))
-    assert len(images) == 400 and images.load(3).mode == "RGB"
-    with pytest.raises(UserError, match="of the 100 class folders are missing"):
-        D.open_images("imagenet100", str(REAL / "imagenet_sample"))
-
-
-# ==== transforms ====
 def test_resized_hw():
     for hw, size, longest, expected in (((480, 640), 800, 1333, (800, 1066)), ((200, 1000), 480, 600, (120, 600)),
                                         ((100, 50), 50, None, (100, 50)), ((214, 758), 352, None, (352, 1246)),
@@ -462,7 +329,9 @@ def test_boxes_parity():
     if not (PARITY / "box_transforms.npz").exists():
         pytest.skip("parity cases are not here")
     case = np.load(PARITY / "box_transforms.npz")
-    boxes, (w, h), region = torch.from_numpy(case["boxes"]), case["image_wh"].tolist(), case["region"].tolist()
+    boxes = torch.from_numpy(case["boxes"])
+    w, h = case["image_wh"].tolist()
+    region = case["region"].tolist()
     cropped, keep = D.crop_boxes(boxes, region)
     assert keep.tolist() == case["crop_kept"].tolist() and np.abs(cropped.numpy() - case["crop_boxes"]).max() < 1e-3
     assert np.abs(D.flip_boxes(boxes, w).numpy() - case["flip_boxes"]).max() < 1e-3
@@ -489,7 +358,8 @@ def test_apply_geometry_moves_pixels_with_boxes():
 
 
 def test_draw_geometry():
-    rng, seen = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    seen = []
     for _ in range(400):
         g = D.draw_geometry(rng, (480, 640), scales=(320, 480), max_size=600)
         seen.append((g.flip, g.crop is not None))
@@ -534,7 +404,7 @@ def test_hue_and_normalisation_are_torchvisions_to_the_bit():
 
 @pytest.mark.parametrize("width, height, exact", [(140, 120, False), (400, 25, False), (99, 99, True), (1, 3, True)])
 def test_blur_is_pillows(width, height, exact):
-    for k, sigma in enumerate((0.31, 0.73, 1.38, 1.97, 6.1)):                # boxes of 1, 1, 1, 3 and 11 whole pixels
+    for k, sigma in enumerate((0.31, 0.73, 1.38, 1.97, 6.1)):  # boxes of 1, 1, 1, 3 and 11 whole pixels
         noise = Image.fromarray(np.random.default_rng(k).integers(0, 256, (height, width, 3), dtype=np.uint8))
         off = np.abs(np.asarray(D.blur(noise, sigma), np.int16)
                      - np.asarray(noise.filter(ImageFilter.GaussianBlur(sigma))))
@@ -562,23 +432,24 @@ def test_photometric():
     assert all(0.6 <= d["brightness"] <= 1.4 and -0.1 <= d["hue"] <= 0.1
                and 0.1 <= (d["blur"] or 1) <= 2 for d in draws)
     assert len({tuple(d["order"]) for d in draws}) == 25  # 24 orders and none
-    image, plain = (Image.new("RGB", (4, 4), (100, 50, 200)),
-                    {"order": [], "gray": False, "blur": None, "solarize": False})
+    image = Image.new("RGB", (4, 4), (100, 50, 200))
+    plain = {"order": [], "gray": False, "blur": None, "solarize": False}
     assert D.apply_photometric(image, plain).getpixel((0, 0)) == (100, 50, 200)
-    assert D.apply_photometric(image,
-                               plain | {"order": ["brightness"], "brightness": 0.5}).getpixel((0, 0)) == (50, 25, 100)
+    darker = plain | {"order": ["brightness"], "brightness": 0.5}
+    assert D.apply_photometric(image, darker).getpixel((0, 0)) == (50, 25, 100)
     assert D.apply_photometric(image, plain | {"solarize": True}).getpixel((0, 0)) == (100, 50, 55)
     grey = D.apply_photometric(image, plain | {"gray": True, "blur": 1.0}).getpixel((0, 0))
     assert grey == (82, 82, 82)  # .299 R + .587 G + .114 B
-    first = D.apply_photometric(image, plain | {"order": ["brightness", "contrast"], "brightness": 1.4,
-                                                "contrast": 0.6}).getpixel((0, 0))
-    other = D.apply_photometric(image, plain | {"order": ["contrast", "brightness"], "brightness": 1.4,
-                                                "contrast": 0.6}).getpixel((0, 0))
+    both = plain | {"brightness": 1.4, "contrast": 0.6}
+    orders = (["brightness", "contrast"], ["contrast", "brightness"])
+    first, other = (D.apply_photometric(image, both | {"order": order}).getpixel((0, 0)) for order in orders)
     assert first != other
     assert D.draw_photometric(np.random.default_rng(0), D.Photometric(0, 0, 0, 0, 1, 0, 0))["order"] == []
 
 
-# ==== loader ====
+# ==== Loader ====
+
+
 @pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (1, 3), (2, 3)])
 def test_sampler_invariance(world, accumulate):
     n, batch, steps = 40, 12, 8
@@ -662,10 +533,11 @@ def test_collate():
     assert batch["targets"] == [{"k": 1}, {"k": 2}] and batch["skipped"] == ["a"]
 
 
-def test_load_usable(tmp_path, capsys):
+def test_load_usable(tmp_path):
     picture(tmp_path / "good.jpg")
     (tmp_path / "bad.jpg").write_bytes(b"x")
-    source, skipped = D.open_images(str(tmp_path), None), []
+    source = D.open_images(str(tmp_path), None)
+    skipped = []
     image, used = D.load_usable(source, 0, np.random.default_rng(0), skipped)
     assert (used == 1 and image.size == (20, 10) and skipped
             and all(s.startswith(f"{tmp_path / 'bad.jpg'}: ") for s in skipped))
@@ -675,7 +547,7 @@ def test_load_usable(tmp_path, capsys):
 
 
 def test_skip_count(capsys):
-    count = D.SkipCount(200)
+    count = run.SkipCount(200)
     count.add(["a.jpg: cut", "a.jpg: cut", "b: c.jpg: cut"])
     count.add(["a.jpg: cut"])
     assert capsys.readouterr().err.splitlines() == ["warning: skipped a.jpg: cut", "warning: skipped b: c.jpg: cut"]
@@ -683,17 +555,18 @@ def test_skip_count(capsys):
         count.add(["c.jpg: cut"])
 
 
-def test_skip_count_is_told_over_all_processes(capsys, monkeypatch):
-    count = D.SkipCount(500)
-    count.tell()
+def test_skip_count_is_reported_over_all_processes(capsys, monkeypatch):
+    count = run.SkipCount(500)
+    count.report()
     assert capsys.readouterr().out == ""
     count.add(["b.jpg: cut", "a\n.jpg: cut"])
-    count.tell()
+    count.report()
     assert capsys.readouterr().out == "skipped 2 of 500 images: a\\n.jpg: cut; b.jpg: cut\n"
-    monkeypatch.setattr(D, "world_size", lambda: 2)
+    monkeypatch.setattr(run, "world_size", lambda: 2)
     other = ["b.jpg: cut", "c.jpg: cut", "d: cut"]
-    monkeypatch.setattr(D.dist, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), [mine, other]))
-    count.tell()
+    monkeypatch.setattr(run.dist, "all_gather_object",
+                        lambda parts, mine: parts.__setitem__(slice(None), [mine, other]))
+    count.report()
     assert capsys.readouterr().out == "skipped 4 of 500 images: a\\n.jpg: cut; b.jpg: cut; c.jpg: cut; ...\n"
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import flags
 from fill import fill
 from PIL import Image
-from test_detreg import plain, same_step
+from test_detreg import same_step
 from torch import nn
 
 import common
@@ -98,8 +98,8 @@ def test_patches_are_where_the_views_show_them(flips):
     boxes, valid = dupr.overlap_boxes(crops, list(flips), size)
     assert valid and (right, bottom) == (left + n * 20, top + n * 21)
     for crop, flip, box in zip(crops, flips, boxes):
-        view = np.asarray(evaluation.picture(dupr.apply_view(image, {"crop": crop, "colours": NO_COLOURS,
-                                                                     "flip": flip}, size)), np.int64)
+        view = np.asarray(evaluation.to_image(dupr.apply_view(image, {"crop": crop, "colours": NO_COLOURS,
+                                                                      "flip": flip}, size)), np.int64)
         cells = dupr.patch_boxes(box, flip, n)
         assert cells.shape == (n * n, 4)
         for cell, colour in zip(cells.tolist(), colours.tolist()):
@@ -169,7 +169,7 @@ def test_patches_of_both_views_are_the_same_place(monkeypatch):
         for error in errors:
             assert error.mean() < 0.1 and error[differ].mean() < 0.1, kind
     with monkeypatch.context() as patch:
-        patch.setattr(dupr, "mirror", lambda grid, flips: grid)
+        patch.setattr(dupr, "mirror_patches", lambda embeddings, flips: embeddings)
         for error, _ in ramps.errors().values():  # without the mirror: only pairs flipped alike meet
             assert error[~differ].mean() < 0.1 and error[differ].mean() > 2
     with monkeypatch.context() as patch:
@@ -308,12 +308,12 @@ def test_levels_without_a_weight_have_no_head_and_no_queue():
         assert ([name for name in encoder.stages if name.startswith("layer")]
                 == [f"layer{i}" for i in range(1, stages + 1)])
         with torch.no_grad():
-            v, r = encoder(tensor("images", 2, 3, 64, 64), torch.tensor([WHOLE] * 2))
-        assert list(v) == images and list(r) == patches
-        for level, e in (*v.items(), *r.items()):
+            embeddings = encoder(tensor("images", 2, 3, 64, 64), torch.tensor([WHOLE] * 2))
+        assert list(embeddings) == [f"image_{level}" for level in images] + [f"patch_{level}" for level in patches]
+        for e in embeddings.values():
             assert e.shape[:2] == (2, 16) and torch.allclose(e.norm(dim=1), torch.ones(()), atol=1e-5)
-        assert all(r[level].shape[2:] == (n, n)
-                   for level, n in zip(("conv2", "conv3", "conv4", "conv5"), (16, 8, 4, 2)) if level in r)
+        assert all(embeddings[f"patch_{level}"].shape[2:] == (n, n)
+                   for level, n in zip(("conv2", "conv3", "conv4", "conv5"), (16, 8, 4, 2)) if level in patches)
 
 
 def test_heads():
@@ -326,7 +326,7 @@ def test_heads():
     assert [tuple(p.shape) for p in one.image_heads["conv5"].parameters()] == [(4, 8), (4,)]
     images = tensor("maps", 2, 8, 3, 3)
     hand = images.mean((2, 3)) @ one.image_heads["conv5"][0].weight.T + one.image_heads["conv5"][0].bias
-    torch.testing.assert_close(one(images, torch.zeros(2, 4))[0]["conv5"], hand / hand.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(one(images, torch.zeros(2, 4))["image_conv5"], hand / hand.norm(dim=1, keepdim=True))
 
 
 # ==== Queue ========================================================================================================
@@ -755,10 +755,11 @@ def test_boxes_are_shuffled_with_their_images(two_processes):
     # it does cross the processes
     assert not torch.equal(order, torch.arange(8)) and set(order[:4].tolist()) != {0, 1, 2, 3}
     with torch.no_grad():
-        v, r = model.encoder_k(batch["views"][:, 1], batch["boxes"][:, 1])
-        v_wrong, r_wrong = model.encoder_k(batch["views"][:, 1], batch["boxes"][order, 1])
-    assert (torch.equal(v["conv5"], v_wrong["conv5"])
-            and (r["conv5"] - r_wrong["conv5"]).abs().amax((1, 2, 3))[order != torch.arange(8)].min() > 1e-3)
+        right = model.encoder_k(batch["views"][:, 1], batch["boxes"][:, 1])
+        wrong = model.encoder_k(batch["views"][:, 1], batch["boxes"][order, 1])
+    assert torch.equal(right["image_conv5"], wrong["image_conv5"])
+    change = (right["patch_conv5"] - wrong["patch_conv5"]).abs().amax((1, 2, 3))
+    assert change[order != torch.arange(8)].min() > 1e-3
 
 
 def test_queues_are_the_same_on_every_process(two_processes):
@@ -836,8 +837,8 @@ class Codes:
     def encoder_q(self, images, boxes):
         assert self.evaluated and boxes.shape == (len(images), 4)
         maps = {"conv4": images, "conv5": images.roll(1, 2)}
-        return ({"conv5": F.normalize(images.mean((2, 3)), dim=1)},
-                {level: F.normalize(e, dim=1) for level, e in maps.items()})
+        return {"image_conv5": F.normalize(images.mean((2, 3)), dim=1),
+                **{f"patch_{level}": F.normalize(e, dim=1) for level, e in maps.items()}}
 
 
 SHARES = ("patch_conv4", "own_conv4", "patch_conv5", "own_conv5")
@@ -895,7 +896,8 @@ def test_probe_without_any_overlap_says_so():
 # ==== Whole runs ===================================================================================================
 
 RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "batch_size": 4, "probe_images": 4,
-       "log_every": 1, "save_every": 1, "epochs": 2, "lr": 0.03, "temperature": 0.2}
+       "log_every": 1, "save_every": 1, "epochs": 2, "lr": 0.03, "temperature": 0.2,
+       "max_steps": 3}
 ROWS = {"untrained", "shuffled", "pretrained"}
 
 
@@ -903,16 +905,14 @@ def run_script(out, **values):
     return dupr.main(flags({**RUN, "out": out, **values}))
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    out = tmp_path_factory.mktemp("straight")
-    return out, run_script(out, max_steps=3)
+@pytest.fixture
+def straight(finished_run):
+    return finished_run("dupr")
 
 
-def test_run_writes_its_files(straight):
+def test_log_and_table(straight):
     out, metrics = straight
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2]
     terms = ({f"image_{level}": w for level, w in zip(dupr.LEVELS, (0.1, 0.4, 0.7, 1))}
              | {"patch_conv4": 1, "patch_conv5": 1})
     for line in lines:
@@ -927,7 +927,6 @@ def test_run_writes_its_files(straight):
         for name, level in (("patch", "patch"), ("own_image", "own")):
             assert (metrics[row][name]
                     == pytest.approx((metrics[row][f"{level}_conv4"] + metrics[row][f"{level}_conv5"]) / 2))
-    assert json.loads((out / "metrics.json").read_text()) == plain(metrics)
     assert Image.open(out / "predictions.png").height > 2 * 150
     state = torch.load(out / "last.pt", weights_only=True)
     assert state["step"] == 3 and state["script"] == "dupr" and state["config"]["queue_size"] == 40
@@ -935,32 +934,6 @@ def test_run_writes_its_files(straight):
              "encoder_k.patch_heads.conv5.0.weight", "queues.patch_conv4.keys", "queues.image_conv2.ptr"}
             <= state["model"].keys())
     assert state["model"]["queues.patch_conv5.ptr"] == 3 * 4 * 2 and state["model"]["queues.image_conv5.ptr"] == 12
-    assert not list(out.rglob("*.tmp"))
-
-
-def test_the_same_command_again(straight, capsys):
-    out, metrics = straight
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    assert plain(run_script(out, max_steps=3)) == plain(metrics)
-    said = capsys.readouterr().out
-    assert "this run is finished (3 steps)" in said and "pretrained" in said and "primary: patch" in said
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
-
-
-def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
-    run_script(tmp_path, max_steps=1, probe_images=0)
-    metrics = run_script(tmp_path, max_steps=3, allow_config_change="true")
-    assert "at step 1" in capsys.readouterr().out
-    one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
-    assert (one["model"].keys() == two["model"].keys()
-            and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"]))
-    for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(a[k], b[k]) for k in a)
-    logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (straight[0], tmp_path)]
-    measured = {"images_per_s", "memory_gib", "seconds"}
-    assert [{k: v for k, v in line.items() if k not in measured} for line in logs[0]] == [
-        {k: v for k, v in line.items() if k not in measured} for line in logs[1]]
-    assert plain(metrics) == plain(straight[1])
 
 
 @pytest.mark.parametrize("values",
@@ -1011,7 +984,7 @@ def test_a_checkpoint_is_a_backbone(straight, capsys):
 def test_presets():
     def parse(*argv):
         return run.parse_config(dupr.Config, dupr.PRESETS, list(argv), script="dupr",
-                                description="", by_data=dupr.recipe_of)
+                                description="", recipe=dupr.recipe_of)
 
     cfg = parse()
     assert (cfg.alpha, cfg.beta, cfg.roi_sizes, cfg.patch_reduction) == ((0.1, 0.4, 0.7, 1.0),
@@ -1031,7 +1004,7 @@ def test_presets():
         dupr.check(dupr.Config(**preset))
 
 
-def test_bad_input_ends_in_one_line(fails, folder, straight, tmp_path):
+def test_bad_input_ends_in_one_line(fails, folder, tmp_path):
     def fail(**values):
         return fails(dupr.main, flags({**RUN, "data": folder, "max_steps": 1, "probe_images": 0, "batch_size": 2,
                                        "out": tmp_path / "out", **values}))
@@ -1039,24 +1012,19 @@ def test_bad_input_ends_in_one_line(fails, folder, straight, tmp_path):
     for name in ("alpha", "beta", "roi_sizes"):
         low = 1 if name == "roi_sizes" else 0
         assert f"--{name} 1 1 1: give four values" in fail(**{name: (1, 1, 1)}).replace(".0", "")
-        assert f"none below {low}" in fail(**{name: (1, 1, 1, low - 1)})
+        assert f": must be at least {low}" in fail(**{name: (1, 1, 1, low - 1)})
         assert "give four values" in fail(**{name: (1, 1, 1, 1, 1)})
     assert "--alpha and --beta are all 0: there is nothing to learn" in fail(alpha=(0, 0, 0, 0), beta=(0, 0, 0, 0))
     assert "--accumulate 2: DUPR needs the whole batch at once" in fail(accumulate=2)
     for area in ((0.5,), (0, 1), (0.6, 0.5), (0.5, 1.1), (0.1, 0.2, 0.3)):
         assert "--crop_area" in fail(crop_area=area)
-    assert "--image_size 31: a view needs at least 32 pixels a side" in fail(image_size=31)
-    assert ("--ema_momentum 1.01 must lie in 0..1" in fail(ema_momentum=1.01)
-            and "must lie in 0..1" in fail(ema_momentum=-0.1))
-    assert "--temperature 0.0 above 0" in fail(temperature=0)
+    assert "--image_size 31: must be at least 32" in fail(image_size=31)
+    assert "--ema_momentum 1.01: must be at least 0 and at most 1" in fail(ema_momentum=1.01)
+    assert "--ema_momentum -0.1: must be at least 0 and at most 1" in fail(ema_momentum=-0.1)
+    assert "--temperature 0.0: must be above 0" in fail(temperature=0)
     assert "--batch_size 1: one image per process, but BatchNorm needs two" in fail(batch_size=1)
     for name in ("queue_size", "embedding_dim", "queued_patches", "logit_rows"):
         assert f"--{name} 0: must be at least 1" in fail(**{name: 0})
     assert "--min_overlap 65.0: no overlap is larger than a view of 64 pixels" in fail(min_overlap=65)
-    assert "--probe_images 1: the row `shuffled` needs at least 2 images" in fail(probe_images=1)
     assert "4 images are too few to hold out 2" in fail(probe_images=2)
-    assert "4 images are fewer than one batch of 8" in fail(batch_size=8)
-    assert str(tmp_path / "nowhere") in fail(data=tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()                                # nothing was written until here
-    line = fails(dupr.main, flags({**RUN, "out": straight[0], "temperature": 0.5, "max_steps": 3}))
-    assert "temperature: 0.2 -> 0.5" in line and "--allow_config_change" in line

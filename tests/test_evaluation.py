@@ -1,9 +1,11 @@
 """evaluation.py against values worked out by hand."""
 import copy
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluation as ev  # noqa: E402
+import run  # noqa: E402
+from annotations import open_detection  # noqa: E402
 from common import UserError  # noqa: E402
 
 FAR = [300, 300, 50, 50]  # overlaps no object below
@@ -36,6 +40,7 @@ A, B = [10, 10, 50, 50], [100, 100, 50, 50]
 
 
 # ==== COCO ====
+
 
 def test_perfect_detection_and_names():
     gt, dt = truth((0, 1, A)), found((0, 1, A))
@@ -65,7 +70,8 @@ def test_iou_thresholds():
 
 def test_class_agnostic_and_aware():
     gt, dt = truth((0, 1, A), (0, 2, B)), found((0, 1, A), (0, 1, B))
-    aware, agnostic = ev.detection_metrics(gt, dt), ev.detection_metrics(gt, dt, class_agnostic=True, per_class=True)
+    aware = ev.detection_metrics(gt, dt)
+    agnostic = ev.detection_metrics(gt, dt, class_agnostic=True, per_class=True)
     assert aware["AP"] == pytest.approx(0.5) and aware["AR100"] == 0.5  # class 1 perfect, class 2 nothing
     assert (agnostic["AP"] == pytest.approx(1) and agnostic["AR1"] == 0.5
             and agnostic["per_class"] == {"object": pytest.approx(1)})
@@ -132,6 +138,7 @@ def test_prints_nothing(capsys):
 
 # ==== VOC07 ====
 
+
 def test_voc_eleven_points_by_hand():
     m = ev.voc07_metrics(truth((0, 1, A), (0, 1, B)), found((0, 1, A), (0, 1, FAR), (0, 1, B)))
     assert list(m) == ["VOC07_AP", "VOC07_AP50", "VOC07_AP75"]
@@ -139,8 +146,8 @@ def test_voc_eleven_points_by_hand():
 
 
 def test_voc_mean_over_classes_and_thresholds():
-    # class 1: IoU .7, found at .50 .. .65 (.7 > .7 is false); class 2 perfect;
-    # class 3 has only a difficult object and does not count
+    # class 1: IoU .7, found at .50 .. .65 (.7 > .7 is false); class 2 perfect; class 3 has only a difficult object and
+    # does not count
     gt = truth((0, 1, A), (1, 2, B), (1, 3, A, {"difficult": 1}), images=2, categories=(1, 2, 3))
     m = ev.voc07_metrics(gt, found((0, 1, [10, 10, 50, 35]), (1, 2, B), (1, 3, FAR)))
     assert (m["VOC07_AP"], m["VOC07_AP50"], m["VOC07_AP75"]) == pytest.approx(((0.4 + 1) / 2, 1, 0.5))
@@ -192,7 +199,8 @@ def test_voc_recall_of_exact_tenths(tenths):
     assert m["VOC07_AP"] == pytest.approx((tenths + 1) / 11 if tenths else 0)
 
 
-# ==== Detections ====
+# ==== Detections and their control ====
+
 
 def test_class_agnostic_scores():
     logits = torch.tensor([[9.0, -1, 5], [0, 2, 0], [0, -1, 8], [0, 3, 0]])
@@ -235,7 +243,8 @@ def test_shuffled_moves_every_detection_to_another_image():
             ev.shuffled(dt, bad, sizes)
 
 
-# ==== Processes, tables, files ====
+# ==== Processes ====
+
 
 def _worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
@@ -249,8 +258,8 @@ def _worker(rank, folder):
 
 def test_two_processes(tmp_path):
     mp.spawn(_worker, (tmp_path,), nprocs=2)
-    (mine0, all0, uneven0, one0), (mine1, all1, uneven1, one1) = (json.loads((tmp_path / f"{r}.json").read_text())
-                                                                  for r in (0, 1))
+    results = [json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1)]
+    (mine0, all0, uneven0, one0), (mine1, all1, uneven1, one1) = results
     assert mine0 + mine1 == list(range(7)) and abs(len(mine0) - len(mine1)) == 1 and one0 + one1 == [0]
     assert all0 == all1 == [{"i": i} for i in range(7)] and uneven0 == uneven1 == [1]
 
@@ -269,6 +278,124 @@ def test_every_image_exactly_once(monkeypatch, n, world):
     assert sum(slices, []) == list(range(n)) and max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
+# ==== Probe ====
+
+
+A01, B01, FAR01 = [0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.2, 0.4], [0.1, 0.9, 0.1, 0.1]  # cxcywh, apart from each other
+
+
+def test_localization_metrics_by_hand():
+    shifted = [0.4, 0.3, 0.2, 0.2]  # half of A01: IoU .02 / .06
+    half = [0.7, 0.6, 0.1, 0.4]  # inside B01: IoU .5, though float32 may say a little less
+    rows = [{"true": [A01, B01], "found": [A01, half]}, {"true": [A01], "found": [shifted]}, {"true": [], "found": []},
+            {"true": [A01], "found": [FAR01]}]
+    numbers = ev.localization_metrics(rows)
+    assert numbers["IoU"] == pytest.approx((1 + 0.5 + 1 / 3 + 0) / 4) and numbers["recall50"] in (0.25, 0.5)
+
+
+def test_before_and_after():
+    asked = []
+
+    def ask(model, other=False, text=""):
+        asked.append((model, other, text))
+        return [{"row": len(asked)}]
+
+    assert ev.before_and_after(ask, "before", "after") == {
+        "untrained": [{"row": 1}], "shuffled": [{"row": 2}], "pretrained": [{"row": 3}]}
+    assert asked == [("before", False, "untrained"), ("after", True, "shuffled"), ("after", False, "pretrained")]
+
+
+def test_localization_table_by_hand():
+    """Two images, one box each. "true": where what was asked for lies; "asked": where it lies in its own image."""
+    rows = {"untrained": [{"true": [A01], "found": [FAR01], "asked": [A01]},
+                          {"true": [B01], "found": [FAR01], "asked": [B01]}],
+            "shuffled": [{"true": [B01], "found": [A01], "asked": [A01]},
+                         {"true": [A01], "found": [A01], "asked": [A01]}],
+            "pretrained": [{"true": [A01], "found": [A01], "asked": [A01]},
+                           {"true": [B01], "found": [A01], "asked": [B01]}]}
+    before = copy.deepcopy(rows)
+    drawn = []
+
+    def random_boxes(i, row):
+        drawn.append((i, row["true"]))
+        return torch.tensor([[A01, B01][i]])
+
+    table = ev.localization_table(rows, random_boxes)
+    assert rows == before and drawn == [(0, [A01]), (1, [B01])]
+    assert list(table) == ["untrained", "random_boxes", "shuffled", "wrong_image", "pretrained", "primary"]
+    assert table.pop("primary") == "IoU"
+    wanted = {"untrained": 0, "random_boxes": 1, "shuffled": 0.5, "wrong_image": 1, "pretrained": 0.5}
+    assert {name: row["recall50"] for name, row in table.items()} == wanted
+    assert {name: row["IoU"] for name, row in table.items()} == pytest.approx(wanted, abs=1e-6)
+
+
+class Scenes:
+    """A train set of ten flat images of 20 x 10 px, for relative_sizes; file 3 cannot be read."""
+
+    def __init__(self, indices):
+        self.indices, self.source, self.asked = np.array(indices), self, []
+
+    def __len__(self):
+        return len(self.indices)
+
+    def key(self, i):
+        return str(i)
+
+    def load(self, i):
+        if i == 3:
+            raise ev.data.UnreadableImage("3", "cut")
+        return Image.new("RGB", (20, 10))
+
+    def propose(self, image, i, epoch, rng):
+        self.asked.append((i, epoch))
+        return np.float32([[0, 0, 5, 5], [10, 0, 20, 10]])[:1 + i % 2]
+
+
+def test_relative_sizes():
+    train_set = Scenes([1, 2, 3, 4])
+    sizes = ev.relative_sizes(train_set, seed=0)
+    asked = [i for i, _ in train_set.asked]
+    assert set(asked) <= {1, 2, 4} and len(asked) == 4 and {epoch for _, epoch in train_set.asked} == {0}
+    assert sizes.tolist() == [size for i in asked for size in [[0.25, 0.5], [0.5, 1.0]][:1 + i % 2]]
+    many = Scenes(range(4, 104))
+    ev.relative_sizes(many, seed=0)
+    assert len(many.asked) == len(set(many.asked)) == 50
+
+
+class Knows(torch.nn.Module):
+    """A detector that finds the boxes of a labelled set, whose images come in order, or always one far corner."""
+
+    def __init__(self, labelled, right):
+        super().__init__()
+        self.boxes = iter([torch.from_numpy(r.boxes) / 64 for r in labelled.records] if right else ())
+
+    def forward(self, images, mask):
+        boxes = torch.full((len(images), 9, 4), 0.01)
+        logits = torch.full((len(images), 9, 2), -5.0)
+        for i, found in enumerate(itertools.islice(self.boxes, len(images))):
+            boxes[i, :len(found)] = torch.cat([(found[:, :2] + found[:, 2:]) / 2, found[:, 2:] - found[:, :2]], 1)
+            logits[i, :len(found), 1] = 3.0
+        return {"pred_logits": logits, "pred_boxes": boxes}
+
+
+def test_class_agnostic_table():
+    labelled = open_detection("synthetic", None, "test", synthetic_images=4, synthetic_size=64)
+    cfg = SimpleNamespace(probe_images=3, scales=(48, 64), max_size=96, num_workers=0, seed=1)
+    untrained, pretrained = (Knows(labelled, right) for right in (False, True))
+    table, best = ev.class_agnostic_table(cfg, untrained, pretrained, Scenes([1, 2]), labelled, torch.device("cpu"))
+    assert list(table) == ["untrained", "random_boxes", "shuffled", "selective_search", "pretrained", "primary",
+                           "ground_truth"]
+    assert (table["primary"], table["ground_truth"]) == ("AR100", "annotations")
+    assert table["untrained"]["AR100"] == 0 and table["pretrained"]["AR100"] == table["pretrained"]["AP50"] == 1
+    assert all(0 <= table[name]["AR100"] < 1 for name in ("random_boxes", "shuffled", "selective_search"))
+    assert table["selective_search"]["AR100"] > 0 and {d["image_id"] for d in best} == {1, 2, 3}
+    labelled.categories = [{"id": 1, "name": "proposal"}]
+    for record in labelled.records:
+        record.labels[:] = 0
+    table, _ = ev.class_agnostic_table(cfg, untrained, pretrained, Scenes([1, 2]), labelled, torch.device("cpu"))
+    assert table["ground_truth"] == "held-out proposals"
+
+
 def test_metrics_table():
     rows = {"untrained": {"AP": 0.0, "AR100": math.nan}, "ours": {"AP": 0.12345, "AR100": 0.5, "images": 12}}
     assert ev.metrics_table(rows, ["AP", "AR100", "images"], title="probe").splitlines() == [
@@ -278,16 +405,25 @@ def test_metrics_table():
         "ours       0.123  0.500      12"]
 
 
+def test_probe_table():
+    assert ev.probe_table({"steps": 7}, ["AP"], "title (") == (
+        "finished after 7 steps (no probe: give --probe_images N, and --probe_data for other images)")
+    metrics = {"steps": 7, "untrained": {"AP": 0.25}, "pretrained": {"AP": 0.5}, "primary": "AP"}
+    assert ev.probe_table(metrics, ["AP"], "title (").splitlines() == [
+        "title (primary: AP)", "               AP", "untrained   0.250", "pretrained  0.500"]
+
+
 def test_write_json(tmp_path):
     path = tmp_path / "new" / "m.json"
     numbers = [np.float32(0.5), np.int64(2), torch.tensor([1.0, math.inf])]
-    ev.write_json(path, {"a": math.nan, "b": numbers, 3: {"c": (1, "x", None, True)}, "p": tmp_path})
+    run.write_json(path, {"a": math.nan, "b": numbers, 3: {"c": (1, "x", None, True)}, "p": tmp_path})
     assert json.loads(path.read_text()) == {"a": None, "b": [0.5, 2, [1.0, None]],
                                             "3": {"c": [1, "x", None, True]}, "p": str(tmp_path)}
     assert [p.name for p in path.parent.iterdir()] == ["m.json"]
 
 
 # ==== Pictures ====
+
 
 def test_figure_pixels(tmp_path):
     images = [Image.new("RGB", (240, 480), "gray"), Image.new("L", (360, 240), 128)]
@@ -325,3 +461,67 @@ def test_figure_needs_entries_for_every_image(tmp_path):
         ev.draw_boxes_figure(tmp_path / "f.png", [Image.new("RGB", (9, 9))] * 2, {"t": [([], None)]})
     with pytest.raises(UserError, match="figure"):
         ev.draw_boxes_figure(tmp_path / "f.png", [], {})
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def coloured(size, colour):
+    return Image.new("RGB", size, colour)
+
+
+def test_draw_rows(tmp_path):
+    ev.draw_rows(tmp_path / "none.png", ("a", "b"), [])
+    assert not (tmp_path / "none.png").exists()
+    images = [coloured((240, 240), colour) for colour in ("gray", "navy", "olive", "teal")]
+    boxes = [[[20 + 30 * k, 40, 120 + 30 * k, 200]] * 2 for k in range(4)]
+    cells = [(image, box, ["x", "y"] if k == 2 else None) for k, (image, box) in enumerate(zip(images, boxes))]
+    ev.draw_rows(tmp_path / "rows.png", ("a", "b"), [cells[:2], cells[2:]], max_boxes=1)
+    columns = {"a": [(boxes[0], None), (boxes[2], ["x", "y"])],
+               "b": [(boxes[1], None, images[1]), (boxes[3], None, images[3])]}
+    ev.draw_boxes_figure(tmp_path / "columns.png", images[::2], columns, max_boxes=1)
+    assert np.array_equal(pixels(tmp_path / "rows.png"), pixels(tmp_path / "columns.png"))
+
+
+def test_draw_localization(tmp_path):
+    source = SimpleNamespace(load=lambda i: [coloured((200, 100), "gray"), coloured((100, 200), "navy")][i])
+    rows = [{"index": 1, "true": [A01, B01], "found": [B01, FAR01], "score": [0.987, 0.1]},
+            {"index": 0, "true": [A01, B01], "found": [A01, B01], "score": [0.5, 1.0]}]
+    ev.draw_localization(tmp_path / "f.png", source, rows, ("asked", "found"))
+
+    def on(width, height, *boxes):
+        return [[(cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height]
+                for cx, cy, w, h in boxes]
+
+    ev.draw_boxes_figure(tmp_path / "same.png", [source.load(1), source.load(0)], {
+        "asked": [(on(100, 200, A01, B01), None), (on(200, 100, A01, B01), None)],
+        "found": [(on(100, 200, B01, FAR01), ["0.99", "0.10"]), (on(200, 100, A01, B01), ["0.50", "1.00"])]})
+    assert np.array_equal(pixels(tmp_path / "f.png"), pixels(tmp_path / "same.png"))
+    ev.draw_localization(tmp_path / "none.png", source, [], ("asked", "found"))
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_draw_detections(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ev, "draw_boxes_figure", lambda *args: drawn.append(args))
+    labelled = open_detection("synthetic", None, "test", synthetic_images=3, synthetic_size=64)
+    annotations = labelled.coco_ground_truth()["annotations"]
+    detections = [{"image_id": 2, "category_id": 1 + k % 2, "bbox": [k, 0, 10, 20], "score": k / 20} for k in range(13)]
+    columns = {"true": annotations, "found": detections}
+    ev.draw_detections(tmp_path / "f.png", labelled, columns, rows=2)
+    ev.draw_detections(tmp_path / "f.png", labelled, columns, {1: "disc"}, rows=9, best=3)
+    (path, images, cells, limit), (_, all_images, named, more) = drawn
+    assert path == tmp_path / "f.png" and list(cells) == list(named) == ["true", "found"]
+    assert (len(images), len(all_images), limit, more) == (2, 3, 10, 30)
+    for i in range(2):  # all annotations, no names
+        boxes, labels, image = cells["true"][i]
+        assert boxes.tolist() == labelled.records[i].boxes.tolist() and labels is None
+        assert np.array_equal(image, labelled.load(i)[0])
+    assert len(cells["found"][0][0]) == 0
+    # the ten best, best first, xyxy
+    assert cells["found"][1][0].tolist() == [[k, 0, k + 10, 20] for k in range(12, 2, -1)]
+    assert named["found"][1][0][:, 0].tolist() == [12, 11, 10]
+    assert named["found"][1][1] == ["disc 0.60", " 0.55", "disc 0.50"]
+    wanted = ["disc" if label == 0 else "" for label in labelled.records[0].labels]
+    assert named["true"][0][1] == wanted

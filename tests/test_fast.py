@@ -1,5 +1,5 @@
-"""What makes a step fast without changing it: every quick form against its plain one, and what must not creep back
-(reads from the device, recompilation for every size, copies of queues and averages). No times:
+"""What makes a step fast without changing it: the forms in section 10 of common.py against the plain ones, and what
+must not creep back (reads from the device, recompilation for every size, copies of queues and averages). No times:
 those are in benchmarks/."""
 import copy
 import functools
@@ -28,19 +28,20 @@ SHAPES = [(6, 5), (3, 7), (1, 2)]
 
 # ==== Deformable attention ====
 
+
 def attention_case(dtype, B=2, Q=9, M=4, D=8, P=3, shapes=SHAPES):
-    """Points inside, outside and far outside the maps, none on the border of a cell,
-    where the gradient of its place jumps."""
+    """Points inside, outside and far outside the maps, none on the border of a cell, where the gradient of its place
+    jumps."""
     g = torch.Generator().manual_seed(3)
     size = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
     place = torch.rand(B, Q, M, len(shapes), P, 2, generator=g, dtype=torch.float64) * (size + 6) - 3
     place[0, 0, 0, 0, 0] = 1e4
     locations = (place.floor() + (place % 1).clamp(0.05, 0.95) + 0.5) / size
-    weights = torch.rand(B, Q, M, len(shapes) * P, generator=g,
-                         dtype=torch.float64).softmax(-1).view(B, Q, M, len(shapes), P)
+    weights = torch.rand(B, Q, M, len(shapes) * P, generator=g, dtype=torch.float64).softmax(-1)
+    weights = weights.view(B, Q, M, len(shapes), P)
     value = torch.randn(B, sum(h * w for h, w in shapes), M, D, generator=g, dtype=torch.float64)
-    return (value.to(dtype), locations.to(dtype), weights.to(dtype),
-            torch.randn(B, Q, M * D, generator=g, dtype=torch.float64).to(dtype))
+    direction = torch.randn(B, Q, M * D, generator=g, dtype=torch.float64)
+    return value.to(dtype), locations.to(dtype), weights.to(dtype), direction.to(dtype)
 
 
 def attended(form, value, locations, weights, direction, shapes=SHAPES):
@@ -52,15 +53,26 @@ def attended(form, value, locations, weights, direction, shapes=SHAPES):
 
 @pytest.mark.parametrize(("dtype", "limit"), ((torch.float64, 1e-12), (torch.float32, 1e-5)))
 def test_deformable_attention_on_cpu(dtype, limit):
-    """Output and all three gradients; float32 against the float64 of the readable form."""
+    """Output and all three gradients; float32 against the float64 of the plain form."""
     exact = attended(common.multi_scale_deformable_attention, *attention_case(torch.float64))
     found = attended(common.deformable_attention_on_cpu, *attention_case(dtype))
     for a, b in zip(found, exact):
         assert a.dtype == dtype and a.shape == b.shape and ((a - b).abs().max() / b.abs().max()).item() < limit
     one = attention_case(dtype, B=1, Q=1, M=1, D=1, P=1, shapes=[(1, 1)])
     forms = (common.deformable_attention_on_cpu, common.multi_scale_deformable_attention)
-    for a, b in zip(*(attended(form, *one, shapes=[(1, 1)]) for form in forms)):           # fewer rows than neighbours
+    # fewer rows than neighbours
+    for a, b in zip(*(attended(form, *one, shapes=[(1, 1)]) for form in forms)):
         torch.testing.assert_close(a, b, rtol=limit, atol=limit)
+
+
+def test_deformable_attention_at_a_place_that_is_nan():
+    """Three heads: an index made from NaN once pointed outside the map."""
+    value, locations, weights, _ = attention_case(torch.float32, M=3)
+    locations[0, 0, 0, 0, 0] = torch.nan
+    ours, plain = (form(value, SHAPES, locations, weights)
+                   for form in (common.deformable_attention_on_cpu, common.multi_scale_deformable_attention))
+    assert ours[0, 0, :8].isnan().all() and plain[0, 0, :8].isnan().all()
+    torch.testing.assert_close(ours, plain, equal_nan=True, rtol=0, atol=1e-5)
 
 
 def test_deformable_attention_without_a_gradient_of_the_places():
@@ -70,13 +82,13 @@ def test_deformable_attention_without_a_gradient_of_the_places():
     for k in range(3):
         leaves = [t.clone().requires_grad_(i == k) for i, t in enumerate((value, locations, weights))]
         common.deformable_attention_on_cpu(leaves[0], SHAPES, *leaves[1:]).backward(direction)
-        assert ([t.grad is not None for t in leaves] == [i == k for i in range(3)]
-                and torch.equal(leaves[k].grad, full[1 + k]))
+        assert [t.grad is not None for t in leaves] == [i == k for i in range(3)]
+        assert torch.equal(leaves[k].grad, full[1 + k])
 
 
 def test_deformable_attention_in_bf16(monkeypatch):
-    """Under autocast a module's output is within bf16's rounding of its float64 self,
-    because places are never rounded to bf16."""
+    """Under autocast a module's output is within bf16's rounding of its float64 self, because places are never rounded
+    to bf16."""
     torch.manual_seed(0)
     module = common.MSDeformAttn(32, len(SHAPES), 4, 3)
     nn.init.normal_(module.sampling_offsets.weight, std=0.3)
@@ -84,18 +96,25 @@ def test_deformable_attention_in_bf16(monkeypatch):
     S = sum(h * w for h, w in SHAPES)
     query, source, reference = torch.randn(2, 9, 32), torch.randn(2, S, 32), torch.rand(2, 9, len(SHAPES), 2)
     d = {name: p.detach().double() for name, p in module.named_parameters()}
-    value, offsets, weights = (F.linear(x.double(), d[f"{name}.weight"], d[f"{name}.bias"]) for x, name in (
-        (source, "value_proj"), (query, "sampling_offsets"), (query, "attention_weights")))
+
+    def project(x, name):
+        return F.linear(x.double(), d[f"{name}.weight"], d[f"{name}.bias"])
+
+    value = project(source, "value_proj")
+    offsets = project(query, "sampling_offsets")
+    weights = project(query, "attention_weights")
     size = torch.tensor([(w, h) for h, w in SHAPES], dtype=torch.float64)[:, None]
     locations = reference.double()[:, :, None, :, None] + offsets.view(2, 9, 4, len(SHAPES), 3, 2) / size
     weights = weights.view(2, 9, 4, -1).softmax(-1).view(2, 9, 4, len(SHAPES), 3)
     exact = common.multi_scale_deformable_attention(value.view(2, S, 4, 8), SHAPES, locations, weights)
     exact = F.linear(exact, d["output_proj.weight"], d["output_proj.bias"])
-    seen, form = [], common.deformable_attention_on_cpu
+    seen = []
+    form = common.deformable_attention_on_cpu
 
     def spy(value, shapes, locations, weights):
         seen.append((locations.dtype, weights.dtype))
         return form(value, shapes, locations, weights)
+
     monkeypatch.setattr(common, "deformable_attention_on_cpu", spy)
     with torch.autocast("cpu", torch.bfloat16):
         found = module(query, reference, source, SHAPES, None)
@@ -104,8 +123,8 @@ def test_deformable_attention_in_bf16(monkeypatch):
 
 
 def test_form_of_a_device(monkeypatch):
-    """deformops is asked for on CUDA only, in its own order of arguments;
-    without it CUDA and all other devices take the readable form."""
+    """deformops is asked for on CUDA only, in its own order of arguments; without it CUDA and all other devices take
+    the plain form."""
     assert common.deformable_attention_for(CPU) is common.deformable_attention_on_cpu
     for package in (None, object()):
         monkeypatch.setattr(common, "deformops", package)
@@ -117,33 +136,36 @@ def test_form_of_a_device(monkeypatch):
         class registry:
             @staticmethod
             def msda(value, shapes, starts, locations, weights):
-                assert (starts.tolist() == [0, 30, 51] and shapes.tolist() == [list(s) for s in SHAPES]
-                        and not shapes.is_floating_point())
-                return common.multi_scale_deformable_attention(value,
-                                                               [tuple(s) for s in shapes.tolist()], locations, weights)
+                assert starts.tolist() == [0, 30, 51] and shapes.tolist() == [list(s) for s in SHAPES]
+                assert not shapes.is_floating_point()
+                shapes = [tuple(s) for s in shapes.tolist()]
+                return common.multi_scale_deformable_attention(value, shapes, locations, weights)
+
     monkeypatch.setattr(common, "deformops", Package)
     *inputs, _ = attention_case(torch.float32)
     torch.testing.assert_close(common.deformable_attention_by_deformops(inputs[0], SHAPES, *inputs[1:]),
                                common.multi_scale_deformable_attention(inputs[0], SHAPES, *inputs[1:]))
 
 
-# ==== Backbone ====
+# ==== Backbone, dropout, optimizer ====
+
 
 @pytest.mark.parametrize("arch", ("resnet18", "resnet50"))
 @pytest.mark.parametrize("norm", ("frozen", "bn"))
 def test_backbone_is_torchvisions(arch, norm):
-    """Norms inside the convolutions and channels last: torchvision's own forward,
-    its gradients and its running statistics."""
+    """Norms inside the convolutions and channels last: torchvision's own forward, its gradients and its running
+    statistics."""
     torch.manual_seed(1)
     backbone = common.Backbone(arch, (1, 2, 3, 4), norm, trainable=5).train()
-    plain = getattr(torchvision.models, arch)(norm_layer=torchvision.ops.FrozenBatchNorm2d if norm == "frozen"
-                                              else nn.BatchNorm2d).train()
+    norm_layer = torchvision.ops.FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+    plain = getattr(torchvision.models, arch)(norm_layer=norm_layer).train()
     for module in backbone.modules():
         if isinstance(module, (torchvision.ops.FrozenBatchNorm2d, nn.BatchNorm2d)):
             for name, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
                 getattr(module, name).data.uniform_(low, low + 1)
     assert plain.load_state_dict(backbone.body.state_dict(), strict=False).missing_keys == ["fc.weight", "fc.bias"]
-    images, outputs = torch.randn(2, 3, 64, 96, dtype=torch.float64), []
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    outputs = []
     backbone, plain = backbone.double(), plain.double()  # norms of a few pixels amplify the rounding of float32
     x = plain.maxpool(plain.relu(plain.bn1(plain.conv1(images))))
     for layer in (plain.layer1, plain.layer2, plain.layer3, plain.layer4):
@@ -162,15 +184,15 @@ def test_backbone_is_torchvisions(arch, norm):
 
 
 def test_dropout():
-    """Kept elements are scaled, as many are dropped as p says, gradients fall on the kept,
-    and the draws are those of torch's generator."""
+    """Kept elements are scaled, as many are dropped as p says, gradients fall on the kept, and the draws are those of
+    torch's generator."""
     x = torch.full((1000, 1001), 2.0, requires_grad=True)
     dropout = common.Dropout(0.1)
     torch.manual_seed(0)
     y = dropout(x)
     dropped = y == 0
-    assert abs(dropped.float().mean().item() - 0.1) < 1e-3 and torch.equal(y[~dropped].unique(),
-                                                                           torch.tensor([2.0]) * (1 / 0.9))
+    assert abs(dropped.float().mean().item() - 0.1) < 1e-3
+    assert torch.equal(y[~dropped].unique(), torch.tensor([2.0]) * (1 / 0.9))
     assert abs(torch.corrcoef(torch.stack([dropped[:, :-1].flatten(), dropped[:, 1:].flatten()]).float())[0, 1]) < 5e-3
     y.sum().backward()
     assert torch.equal(x.grad, torch.where(dropped, 0.0, 1 / 0.9))
@@ -180,7 +202,28 @@ def test_dropout():
     assert dropout.eval()(x) is x and torch.equal(common.Dropout(1.0)(x), torch.zeros_like(x))
 
 
+def test_fused_optimizer_is_the_plain_one(monkeypatch):
+    def trained():
+        torch.manual_seed(0)
+        cfg = small_config(detreg.Config, num_feature_levels=1, lr_backbone=1e-3)
+        model = common.build_detector(cfg, 3, focal=True)
+        optimizer = common.build_optimizer(cfg, model)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p) if p.requires_grad else None
+            optimizer.step()
+        return optimizer.defaults["fused"], model.state_dict()
+
+    fused, weights = trained()
+    monkeypatch.setattr(common, "can_fuse", lambda model: False)
+    plain, expected = trained()
+    assert fused and not plain
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
+
+
 # ==== A step reads nothing from the device ====
+
 
 class Reads(TorchDispatchMode):
     """Counts operations whose result, or its shape, the host has to wait for."""
@@ -191,10 +234,10 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().split("::")[-1].split(".")[0]
-        mask = (name in ("index", "index_put", "index_put_", "_index_put_impl_")
-                and any(t is not None and t.dtype == torch.bool for t in args[1]))
+        by_mask = (name in ("index", "index_put", "index_put_", "_index_put_impl_")
+                   and any(t is not None and t.dtype == torch.bool for t in args[1]))
         if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2",
-                    "repeat_interleave") or mask:
+                    "repeat_interleave") or by_mask:
             if not (name == "repeat_interleave" and len(args) > 1):  # with a number of repeats the shape is known
                 self.found.append(name)
         return function(*args, **(kwargs or {}))
@@ -212,10 +255,11 @@ def one_step(method):
         model, batch = test_dupr.small_model(cfg), test_dupr.batch_case()
         optimizer = dupr.build_optimizer(cfg, model)
         return model, lambda: dupr.train_step(cfg, model, optimizer, batch, 0, CPU)
-    case, script = importlib.import_module(f"test_{method}"), importlib.import_module(method)
-    cfg, model, batch = case.step_case()
-    frozen, optimizer, criterion = (nn.Identity() if method == "detreg" else None, common.build_optimizer(cfg, model),
-                                    script.build_criterion(cfg))
+    script = importlib.import_module(method)
+    cfg, model, batch = importlib.import_module(f"test_{method}").step_case()
+    frozen = nn.Identity() if method == "detreg" else None
+    optimizer = common.build_optimizer(cfg, model)
+    criterion = script.build_criterion(cfg)
     return model, lambda: script.train_step(cfg, model.train(), frozen, criterion, optimizer, [batch], CPU)
 
 
@@ -223,10 +267,11 @@ def one_step(method):
 def test_a_step_waits_for_nothing(method, monkeypatch):
     """But for the matching, whose costs travel once for all layers and images."""
     model, step = one_step(method)
-    moved, solve = [], common.linear_sum_assignment
+    moved = []
+    solve = common.linear_sum_assignment
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.numel()) or self)
     monkeypatch.setattr(common, "linear_sum_assignment", lambda cost: moved.append(cost.shape) or solve(cost))
-    step()                                                                # constants are made here
+    step()  # constants are made here
     moved.clear()
     reads = Reads()
     with reads:
@@ -256,15 +301,17 @@ def test_averages_and_queues_stay_where_they_are(method):
 
 # ==== torch.compile ====
 
+
 def test_sizes_are_not_compiled_one_by_one(monkeypatch):
-    """--compile: the layers of a kind are compiled together, after a few sizes of images no other one is,
-    and the results are those without."""
+    """--compile: the layers of a kind are compiled together, after a few sizes of images no other one is, and the
+    results are those without."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain = common.build_detector(small_config(detreg.Config, enc_layers=2, num_feature_levels=3), 3, focal=True).eval()
     counter = torch._dynamo.testing.CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    compiled, counts = copy.deepcopy(plain), []
+    compiled = copy.deepcopy(plain)
+    counts = []
     assert common.wrap_model(compiled, CPU, compiled=True) is compiled
     for h, w in ((64, 64), (64, 96), (96, 64), (128, 96), (96, 160), (160, 64)):
         images, mask = torch.randn(2, 3, h, w), torch.zeros(2, h, w, dtype=torch.bool)

@@ -117,13 +117,13 @@ def test_other_detectors_and_no_reconstruction(saved, tmp_path, detector):
 
 def test_files_that_say_less(saved, tmp_path):
     folder, model = saved
-    state = torch.load(folder / "last.pt", weights_only=True)["model"]    # a released file: neither the script nor M
+    state = torch.load(folder / "last.pt", weights_only=True)["model"]  # a released file: neither the script nor M
     torch.save({"model": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "released.pth")
     loaded, side = figures.load_updetr(str(tmp_path / "released.pth"), 4)
     assert (loaded.num_patches, side, loaded.attention_mask, loaded.training) == (4, 128, True, False)
     assert loaded.detector.transformer.encoder.layers[0].self_attn.num_heads == 8
     assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
-    assert figures.load_updetr(str(tmp_path / "released.pth"), 10)[0].num_patches == N        # one query each at most
+    assert figures.load_updetr(str(tmp_path / "released.pth"), 10)[0].num_patches == N  # one query each at most
     ours, side = figures.load_updetr(str(folder / "last.pt"), 4)
     assert (ours.num_patches, side, ours.detector.transformer.encoder.layers[0].self_attn.num_heads) == (M, SIDE, 4)
     single = {**state, "query_embed.weight": state["query_embed.weight"][:3]}
@@ -136,17 +136,17 @@ def test_threshold_decides_what_is_drawn(saved, tmp_path, monkeypatch, capsys):
     folder, _ = saved
     scores = run_script(folder, *TEXTS, threshold=0)["scores"]
     between = float(scores.sort().values[1:3].mean())
-    drawn, draw = [], evaluation.draw_boxes_figure
-    monkeypatch.setattr(evaluation, "draw_boxes_figure",
-                        lambda *args, **kwargs: drawn.append((args, kwargs)) or draw(*args, **kwargs))
+    drawn = []
+    draw = evaluation.draw_boxes_figure
+    monkeypatch.setattr(evaluation, "draw_boxes_figure", lambda *args: drawn.append(args) or draw(*args))
     capsys.readouterr()
     found = run_script(folder, *TEXTS, threshold=between, out=tmp_path / "a" / "b.png")
-    (path, images, columns), limit = drawn[0][0], drawn[0][1]["max_boxes"]
+    path, images, columns, limit = drawn[0]
     asked, shown = columns.values()
     assert (path == tmp_path / "a" / "b.png" and len(images) == 1 and limit == 5
             and f"confidence > {between:g}" in list(columns)[1])
     assert (asked[0][0].tolist() == [list(box) for box in BOXES] and asked[0][1] == ["1", "2", "3", "4", "5"]
-            and asked[0][2].size == (80, 60))
+            and asked[0][2].size == shown[0][2].size == (80, 60))
     sure = scores > between
     assert (sure.sum() == 3 and torch.equal(shown[0][0].isnan().any(1), ~sure)
             and torch.equal(shown[0][0][sure], found["boxes"][sure]))
@@ -197,11 +197,12 @@ def test_bad_input_ends_in_one_line(fails, saved, tmp_path):
     assert not (tmp_path / "out.png").exists()
 
 
-# ==== DUPR: equations ==============================================================================================
+# ==== DUPR: equations ====
+
 
 def test_equations_by_hand():
     torch.manual_seed(0)
-    f = torch.randn(5, 7, 9, dtype=torch.float64)                            # [n, C, P]
+    f = torch.randn(5, 7, 9, dtype=torch.float64)  # [n, C, P]
     torch.testing.assert_close(figures.iou_similarity(f, 3 * f), torch.ones(5).double())
     torch.testing.assert_close(figures.iou_similarity(f[:1], -f[:1]), -torch.ones(1).double())
     q, k = torch.tensor([[3.0, 1, 0], [4, 0, 2]]), torch.tensor([[4.0, 0, 0], [3, 5, 1]])
@@ -212,7 +213,7 @@ def test_equations_by_hand():
 
     eye = torch.eye(6).double()
     torch.testing.assert_close(figures.affinity(eye, 2 * eye, 0.001), eye)
-    matrix = figures.affinity(f[0, :, :4], f[1], 0.1)                         # [4, 9]
+    matrix = figures.affinity(f[0, :, :4], f[1], 0.1)  # [4, 9]
     assert matrix.shape == (4, 9)
     torch.testing.assert_close(matrix.sum(0), torch.ones(9).double())
     i, j = 2, 5
@@ -240,7 +241,8 @@ def test_rois_have_the_iou_they_say(box):
     assert len(few) == len(bins) < 13 and torch.equal((box_iou(box[None].double(), few)[0] * 20).long(), bins)
 
 
-# ==== DUPR: geometry ===============================================================================================
+# ==== DUPR: geometry ====
+
 
 @pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True), (True, True)])
 def test_true_places_are_those_of_the_crops(flips):
@@ -252,9 +254,9 @@ def test_true_places_are_those_of_the_crops(flips):
         i, j = divmod(p, grid)
         seen = []
         for (x1, y1, x2, y2), flip, at in zip(crops, flips, ((j + 0.5, i + 0.5), None)):
-            if at:                                                           # view 1 -> the image
+            if at:  # view 1 -> the image
                 x, y = x1 + ((grid - at[0]) if flip else at[0]) / grid * (x2 - x1), y1 + at[1] / grid * (y2 - y1)
-            else:                                                            # the image -> view 2
+            else:  # the image -> view 2
                 seen = [(x - x1) / (x2 - x1), (y - y1) / (y2 - y1)]
                 seen[0] = 1 - seen[0] if flip else seen[0]
         assert bool(inside[p]) == all(0 <= v <= 1 for v in seen)
@@ -284,7 +286,8 @@ def test_a_view_keeps_the_box_whole():
     assert draw["crop"] == (0, 0, 120, 90) and len(crops) > 10  # no allowed aspect fits the last box: the whole image
 
 
-# ==== DUPR: the commands ===========================================================================================
+# ==== DUPR: the commands ====
+
 
 NO_COLOURS = data.Photometric(0, 0, 0, 0, p_jitter=0, p_gray=0, p_blur=0)
 
@@ -298,7 +301,7 @@ def analyse(figure, out, **values):
     with Image.open(out) as sheet:
         assert sheet.format == "PNG" and min(sheet.size) > 200 and len(sheet.convert("RGB").getcolors(1 << 20)) > 20
     written = json.loads(out.with_suffix(".json").read_text())
-    assert written == evaluation.plain(result) and written["figure"] == figure
+    assert written == run.plain(result) and written["figure"] == figure
     return result
 
 
@@ -330,7 +333,7 @@ def test_match_finds_what_the_features_say(ramps, tmp_path, monkeypatch):
     exact = result["checkpoints"]["exact"]
     assert result["grid"] == 8 and result["images"] == 3 and result["patches"] > 20
     assert exact["within_1"] == 1 and exact["median_distance"] < 0.6 and exact["shuffled"]["within_1"] < 0.5
-    draw = dupr.draw_view                                                    # a flip that is not accounted for is seen
+    draw = dupr.draw_view  # a flip that is not accounted for is seen
     monkeypatch.setattr(dupr, "draw_view", lambda *a: {**draw(*a), "flip": False})
     flips = iter([False, True] * 3)
     monkeypatch.setattr(dupr, "apply_view",
@@ -440,7 +443,7 @@ def test_backbones_of_any_family(tmp_path, capsys):
     resnet, x = torchvision.models.resnet18(), torch.randn(1, 3, 64, 64)
     for name, buffer in resnet.named_buffers():
         if name.endswith("running_mean"):
-            buffer.normal_(std=0.1)                                          # so that training mode would be seen
+            buffer.normal_(std=0.1)  # so that training mode would be seen
     state = resnet.eval().state_dict()
     body = {k: v for k, v in state.items() if not k.startswith("fc.")}
     files = {"tv.pth": state, "moco.pth.tar": {"state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()}},
@@ -454,7 +457,7 @@ def test_backbones_of_any_family(tmp_path, capsys):
     capsys.readouterr()
     found = opened(*(tmp_path / name for name in files), f"again={tmp_path / 'tv.pth'}", "random")
     assert list(found) == ["tv", "moco", "swav", "soco", "detr", "run", "again", "random"]
-    assert len(capsys.readouterr().out.splitlines()) == 7                    # one line per file
+    assert len(capsys.readouterr().out.splitlines()) == 7  # one line per file
     with torch.no_grad():
         extract = create_feature_extractor(resnet, {"layer3": "conv4", "layer4": "conv5"})
         for name, backbone in found.items():

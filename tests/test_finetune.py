@@ -51,35 +51,35 @@ def init(content, state):
     return convert.Checkpoint("FILE", "detector", state, {}, content)
 
 
-def test_head_rows():
+def test_categories_of_rows():
     ours = [{"id": 7, "name": "tram"}, {"id": 300, "name": "a b"}, {"id": 301, "name": "ü"}]
     own = {"categories": [{"id": 1, "name": "ü"}, {"id": 2, "name": "tram"}, {"id": 3, "name": "a b"}]}
-    assert finetune.head_rows(own, 3, ours) == [2, 0, 1]              # by name, whatever the ids and the order
-    assert finetune.head_rows({"categories": ours}, 3, ours) == [0, 1, 2]
-    assert finetune.head_rows({"categories": ours[:2]}, 2, ours) is None                 # a category has no row
-    assert finetune.head_rows({"categories": [*ours[:2], {"id": 4, "name": "car"}]}, 3, ours) is None
+    assert finetune.categories_of_rows(own, 3, ours) == [2, 0, 1]  # by name, whatever the ids and the order
+    assert finetune.categories_of_rows({"categories": ours}, 3, ours) == [0, 1, 2]
+    assert finetune.categories_of_rows({"categories": ours[:2]}, 2, ours) is None  # a category has no row
+    assert finetune.categories_of_rows({"categories": [*ours[:2], {"id": 4, "name": "car"}]}, 3, ours) is None
     coco = [{"id": i, "name": f"c{i}"} for i in COCO_IDS]
-    rows = finetune.head_rows({}, 91, coco)
+    rows = finetune.categories_of_rows({}, 91, coco)
     assert len(COCO_IDS) == 80 and len(rows) == 91 and sum(r == -1 for r in rows) == 11 and rows[0] == rows[12] == -1
     assert (all(rows[i] == place for place, i in enumerate(COCO_IDS)) and rows[1] == 0
             and rows[13] == 11 and rows[90] == 79)
     voc = [{"id": i + 1, "name": f"v{i}"} for i in range(20)]
-    assert finetune.head_rows({}, 21, voc) == [*range(20), -1]
+    assert finetune.categories_of_rows({}, 21, voc) == [*range(20), -1]
     for n, categories in ((91, voc), (21, coco), (20, voc), (3, ours), (91, coco[:79])):
-        assert finetune.head_rows({}, n, categories) is None
+        assert finetune.categories_of_rows({}, n, categories) is None
 
 
 def test_adopted_architecture(tmp_path):
     model = build(3, with_box_refine=True, enc_layers=2)
     run.save_checkpoint(tmp_path / "c.pt", model, None, 0, small_config(detreg.Config, nheads=4), script="detreg")
-    found, arch = finetune.read_init(tmp_path / "c.pt")
-    assert (all(torch.equal(v, found.state[k]) for k, v in model.state_dict().items())
-            and len(found.state) == len(model.state_dict()))
+    checkpoint, arch = finetune.read_init(tmp_path / "c.pt")
+    assert (all(torch.equal(v, checkpoint.state[k]) for k, v in model.state_dict().items())
+            and len(checkpoint.state) == len(model.state_dict()))
     cfg = finetune.Config(init_from="c.pt", lr=0.5)
     adopted = finetune.adopt_architecture(cfg, arch, {"lr", "data"})
     expected = dict(arch="resnet18", hidden_dim=64, nheads=4, enc_layers=2, dec_layers=2, dim_feedforward=32,
                     num_queries=8, num_feature_levels=3, with_box_refine=True, backbone_norm="frozen")
-    assert adopted == dataclasses.replace(cfg, **expected)                # and nothing else has changed
+    assert adopted == dataclasses.replace(cfg, **expected)  # and nothing else has changed
     agreeing = dataclasses.replace(cfg, num_queries=8, nheads=4)
     assert finetune.adopt_architecture(agreeing, arch, {"num_queries", "nheads"}).num_queries == 8
     with pytest.raises(UserError,
@@ -115,10 +115,10 @@ def test_heads_that_are_kept_and_made_anew(tmp_path):
 
 def test_training_with_the_categories_in_another_order():
     categories, old = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}], build(2)
-    torch.nn.init.constant_(old.class_embed[0].bias[:1], 5.0)             # row 0 is "a"
+    torch.nn.init.constant_(old.class_embed[0].bias[:1], 5.0)  # row 0 is "a"
     cfg = small_config(finetune.Config, num_feature_levels=LEVELS, init_from="f")
     model, mapped = finetune.build_model(cfg, init({"categories": categories}, old.state_dict()), categories[::-1])
-    assert mapped == [0, 1] and model.class_embed[0].bias[0] < 0           # row 0 is label 0, "b", now
+    assert mapped == [0, 1] and model.class_embed[0].bias[0] < 0  # row 0 is label 0, "b", now
 
 
 @pytest.mark.parametrize("eval_only", (False, True))
@@ -143,7 +143,7 @@ def test_detections_of_a_permuted_head():
     assert ([(d["category_id"], d["bbox"], d["image_id"]) for d in found[:2]]
             == [(300, [1, 2, 4, 6], 55), (70, [1, 2, 4, 6], 55)])
     assert [d["score"] for d in found[:2]] == pytest.approx([1 / (1 + np.exp(-3)), 1 / (1 + np.exp(-1))])
-    assert len(found) == 4                                                # row 1 is no category
+    assert len(found) == 4  # row 1 is no category
     # softmax: a query has one class, the best that is not "no object"
     rows = torch.tensor([[3.0, -9, 1, 9], [-9, 2, -9, 0], [0, 0, 1, -5]])
     found = finetune.category_detections(rows, torch.tensor([[1.0, 2, 5, 8], [0, 0, 4, 4], [0, 0, 2, 2]]), [1, -1, 0],
@@ -165,11 +165,11 @@ def test_detections_of_a_permuted_head():
     ({"data": "coco", "labels_percent": 1, "epochs": 3, "lr_drop": 2, "batch_size": 4}, (3, 2, 4))))
 def test_recipes(values, expected):
     cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="",
-                           by_data=finetune.recipe_of)
+                           recipe=finetune.recipe_of)
     assert (cfg.epochs, cfg.lr_drop, cfg.batch_size) == expected
 
 
-DETR, DEFORMABLE = (1e-4, 5e-5, 2048, 100), (2e-4, 2e-5, 1024, 300)          # rates, feed-forward width, queries
+DETR, DEFORMABLE = (1e-4, 5e-5, 2048, 100), (2e-4, 2e-5, 1024, 300)  # rates, feed-forward width, queries
 
 
 @pytest.mark.parametrize(("detector", "data", "flag", "schedule"), (
@@ -189,7 +189,7 @@ DETR, DEFORMABLE = (1e-4, 5e-5, 2048, 100), (2e-4, 2e-5, 1024, 300)          # r
 def test_recipes_of_the_detectors(detector, data, flag, schedule):
     def parse(**values):
         return run.parse_config(finetune.Config, finetune.PRESETS, flags(values), script="finetune", description="",
-                                by_data=finetune.recipe_of)
+                                recipe=finetune.recipe_of)
 
     cfg = parse(detector=detector, data=data, **flag)
     assert (cfg.epochs, cfg.lr_drop) == schedule
@@ -224,9 +224,9 @@ def save_pretrained(path, method, detector, **values):
 
 
 def load(path, categories, **values):
-    found, arch = finetune.read_init(str(path))
+    checkpoint, arch = finetune.read_init(str(path))
     cfg = finetune.adopt_architecture(finetune.Config(init_from=str(path), **values), arch, set())
-    return cfg, *finetune.build_model(cfg, found, categories)
+    return cfg, *finetune.build_model(cfg, checkpoint, categories)
 
 
 CATEGORIES = [{"id": 7, "name": "a"}, {"id": 9, "name": "b"}, {"id": 300, "name": "c"}, {"id": 301, "name": "d"}]
@@ -238,25 +238,25 @@ def test_pretrained_checkpoints(method, detector, tmp_path, capsys):
     state, old = save_pretrained(tmp_path / "last.pt", method, detector)
     capsys.readouterr()
     cfg, model, mapped = load(tmp_path / "last.pt", CATEGORIES)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     same = ["detector", "arch", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward",
             "num_queries", "backbone_norm"]
     same += (["num_feature_levels", "with_box_refine"] if detector == "deformable_detr"
              else ["pre_norm"] if detector == "detr" else [])
     assert {k: getattr(cfg, k) for k in same} == {k: getattr(old, k) for k in same}
-    assert cfg.pre_norm == (method != "siamese_detr" and detector == "detr")                  # read off the file
+    assert cfg.pre_norm == (method != "siamese_detr" and detector == "detr")  # read off the file
     own, dropped = model.state_dict(), [k for k in state if k.startswith((*PRETEXT_HEADS[method], "class_embed"))]
     assert (own.keys() - state.keys() == set()
             and state.keys() - own.keys() == {k for k in dropped if not k.startswith("class_embed")})
     assert all(torch.equal(v, state[k]) for k, v in own.items() if not k.startswith("class_embed"))
-    for name in dropped:                                                  # every tensor that is left out is named
-        assert f" {name}," in said or f" {name}\n" in said, name
+    for name in dropped:  # every tensor that is left out is named
+        assert f" {name}," in printed or f" {name}\n" in printed, name
     for prefix in PRETEXT_HEADS[method]:
         assert any(k.startswith(prefix) for k in dropped)
-    assert (f"loaded {len(state) - len(dropped)} tensors from {tmp_path / 'last.pt'}" in said
-            and f"made anew for {len(CATEGORIES)} categories" in said)
+    assert (f"loaded {len(state) - len(dropped)} tensors from {tmp_path / 'last.pt'}" in printed
+            and f"made anew for {len(CATEGORIES)} categories" in printed)
     head = model.class_embed if isinstance(model.class_embed, torch.nn.Linear) else model.class_embed[0]
-    assert mapped == [0, 1, 2, 3] and head.out_features == (5 if detector == "detr" else 4)   # DETR: and "no object"
+    assert mapped == [0, 1, 2, 3] and head.out_features == (5 if detector == "detr" else 4)  # DETR: and "no object"
     assert (head.bias == -np.float32(np.log(99))).all() == (detector != "detr")
 
 
@@ -289,10 +289,10 @@ def test_checkpoint_of_another_detector(fails, tmp_path):
 
 def test_rows_of_a_detr_head(tmp_path):
     cfg = small_config(finetune.Config, detector="detr", backbone_weights="random")
-    model, mapped = finetune.build_model(cfg, None, CATEGORIES)       # from scratch
+    model, mapped = finetune.build_model(cfg, None, CATEGORIES)  # from scratch
     assert model.class_embed.weight.shape == (5, 64) and mapped == [0, 1, 2, 3]
     coco = [{"id": i, "name": f"c{i}"} for i in COCO_IDS]
-    old = build(92, focal=False, detector="detr")                         # a released one: 91 COCO ids and "no object"
+    old = build(92, focal=False, detector="detr")  # a released one: 91 COCO ids and "no object"
     torch.nn.init.normal_(old.class_embed.bias)
     cfg, state = dataclasses.replace(cfg, init_from="f"), old.state_dict()
     model, mapped = finetune.build_model(dataclasses.replace(cfg, eval_only=True), init({}, state), coco)
@@ -378,7 +378,7 @@ def test_a_frozen_detector_learns_with_its_heads_only(detector, refine):
     finetune.freeze(model)
     before, batch = {k: v.clone() for k, v in model.state_dict().items()}, step_case()
     finetune.train_mode(cfg, model)
-    with torch.no_grad():                                                 # no dropout, no batch statistics
+    with torch.no_grad():  # no dropout, no batch statistics
         outputs = [model(batch["images"][:k], batch["mask"][:k])["hs"][:1] for k in (2, 2, 4)]
     assert torch.equal(outputs[0], outputs[1])
     torch.testing.assert_close(outputs[0], outputs[2], atol=1e-5, rtol=1e-4)
@@ -399,7 +399,7 @@ def test_a_frozen_detector_learns_with_its_heads_only(detector, refine):
 # ==== Small labelled sets ==========================================================================================
 
 NAMES = ("Zürich tram", "a/b <c>")
-SIZES = ((64, 48), (48, 60), (72, 40), (64, 64))                          # width, height
+SIZES = ((64, 48), (48, 60), (72, 40), (64, 64))  # width, height
 
 
 def drawn(i):
@@ -441,12 +441,13 @@ def voc_set(folder):
             image, boxes = drawn(i)
             image.save(year / f"JPEGImages/00{i}.jpg")
             objects = "".join(
-                f"<object><name>{name.replace('<', '&lt;')}</name><difficult>{int(k == 1 and i == 5)}</difficult><bndbox>"
-                f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                f"<object><name>{name.replace('<', '&lt;')}</name><difficult>{int(k == 1 and i == 5)}</difficult>"
+                f"<bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>"
+                "</object>"
                 for k, (name, (x1, y1, x2, y2)) in enumerate(zip(NAMES, boxes)))
+            size = f"<size><width>{image.width}</width><height>{image.height}</height></size>"
             (year / f"Annotations/00{i}.xml").write_text(
-                f"<annotation><filename>00{i}.jpg</filename><size><width>{image.width}</width><height>{image.height}</height></size>"
-                f"{objects}</annotation>")
+                f"<annotation><filename>00{i}.jpg</filename>{size}{objects}</annotation>")
     return folder
 
 
@@ -531,7 +532,7 @@ def test_evaluation_of_the_run(tuned, tmp_path):
 def test_class_agnostic_evaluation_of_a_tuned_detector(tuned, tmp_path):
     run_script(tmp_path, data=tuned[1], init_from=tuned[0] / "last.pt", class_agnostic="true")
     found, named = (json.loads((folder / "detections.json").read_text()) for folder in (tmp_path, tuned[0]))
-    for image_id in (550, 640):                                           # a box counts as much as its best class says
+    for image_id in (550, 640):  # a box counts as much as its best class says
         best = {}
         for d in named:
             if d["image_id"] == image_id:
@@ -545,7 +546,7 @@ def test_class_agnostic_evaluation_of_a_tuned_detector(tuned, tmp_path):
 
 def test_class_agnostic_evaluation(tuned, pretrained, tmp_path):
     metrics = run_script(tmp_path, data=tuned[1], init_from=pretrained, class_agnostic="true")
-    assert not (tmp_path / "last.pt").exists()                            # it is an evaluation: nothing is trained
+    assert not (tmp_path / "last.pt").exists()  # it is an evaluation: nothing is trained
     found = json.loads((tmp_path / "detections.json").read_text())
     assert "per_class" not in metrics and len(found) == 2 * 8 and {d["category_id"] for d in found} == {1}
     model = common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS), 2, focal=True).eval()
@@ -553,10 +554,10 @@ def test_class_agnostic_evaluation(tuned, pretrained, tmp_path):
                            if not k.startswith("feature_embed")})
     samples = [{"image": data.to_normalized_tensor(Image.open(tuned[1] / f"{i}.png")), "target": {}, "skipped": []}
                for i in (5, 4)]
-    batch = data.collate(samples)                                         # their short sides are 48 already
+    batch = data.collate(samples)  # their short sides are 48 already
     with torch.no_grad():
         logits = model(batch["images"], batch["mask"])["pred_logits"]
-    for image_id, row in zip((550, 640), logits[..., 1]):                 # the score is the logit of row 1, "object"
+    for image_id, row in zip((550, 640), logits[..., 1]):  # the score is the logit of row 1, "object"
         assert ([d["score"] for d in found if d["image_id"] == image_id]
                 == pytest.approx(sorted(row.tolist(), reverse=True), abs=1e-5))
 
@@ -574,7 +575,7 @@ def test_class_agnostic_evaluation_of_every_method(method, detector, softmax, tu
     model.load_state_dict({k: v for k, v in state.items() if not k.startswith(PRETEXT_HEADS[method])})
     samples = [{"image": data.to_normalized_tensor(Image.open(tuned[1] / f"{i}.png")), "target": {}, "skipped": []}
                for i in (5, 4)]
-    batch = data.collate(samples)                                         # their short sides are 48 already
+    batch = data.collate(samples)  # their short sides are 48 already
     with torch.no_grad():
         logits = model(batch["images"], batch["mask"])["pred_logits"].double().numpy()
     scores = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)) if softmax else logits)[..., 1]  # row 1, "object"
@@ -594,10 +595,10 @@ def test_run_of_another_detector(detector, tuned, tmp_path):
                for k, v in state["model"].items() if not k.startswith(("class_embed.", "bbox_embed.")))
     assert not torch.equal(state["model"]["bbox_embed.layers.0.weight"], old["model"]["bbox_embed.layers.0.weight"])
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert len(found) == 2 * (8 if detector == "detr" else 16)            # DETR: every query once
+    assert len(found) == 2 * (8 if detector == "detr" else 16)  # DETR: every query once
     anyhow = evaluation.detection_metrics(
         finetune.open_sets(finetune.Config(data=str(tuned[1])))[1].coco_ground_truth(), found, class_agnostic=True)
-    for k in (1, 10, 100):                                                # Siamese DETR, Table 5
+    for k in (1, 10, 100):  # Siamese DETR, Table 5
         assert plain(metrics)[f"agnostic_AR{k}"] == pytest.approx(anyhow[f"AR{k}"])
     again = run_script(tmp_path / "again", data=tuned[1], init_from=tmp_path / "out" / "last.pt", eval_only="true")
     assert ({k: v for k, v in plain(again).items()}

@@ -260,7 +260,7 @@ def proposal_boxes(case, arrays, _):
             close(proposals.rects_to_boxes(arrays[f"rects_{i}_{grid}"], tuple(hw), grid),
                   arrays[f"boxes_{i}_{grid}"], 1e-3)
     expected = arrays["importance_probability"]
-    close(proposals.importance_probability(len(expected), 30, released=True), expected, 1e-6)
+    close(detreg.importance_probability(len(expected), 30, released=True), expected, 1e-6)
 
 
 @kind("detreg/label_subset")
@@ -453,7 +453,7 @@ def groups(case, arrays, _):
         argv += ["--pre_norm", "transformer.encoder.norm.weight" in names] if vanilla else []
         script = detreg if pretrain else finetune
         cfg = run.parse_config(script.Config, script.PRESETS, list(map(str, argv)), script="x", description="",
-                               by_data=script.recipe_of)
+                               recipe=script.recipe_of)
         assert cfg.lr == rates[0]
         model = common.build_detector(cfg, 21 if name.endswith("voc") else 91 + vanilla, focal=not vanilla)
         model = detreg.DETReg(model, embedding_dim=512) if pretrain else model
@@ -575,7 +575,7 @@ def detr_sine_position(case, arrays, _):
             assert encoded.shape[1] == int(width[1])
             close(encoded[:, arrays.tensor(f"channels{width[1]}")], arrays[name], case["tolerance"], what=name)
     detector = common.DETR(common.Backbone("resnet18", (4,)),
-                           common.DETRTransformer(32, 2, 1, 1, 16, 0.0), rows=2, focal=False)
+                           common.DETRTransformer(32, 2, 1, 1, 16, 0.0), num_logits=2, focal=False)
     assert detector.position.offset == 0.0                              # what a DETR is built with
 
 
@@ -851,8 +851,8 @@ def updetr_train_mode(case, arrays, seen):
 @kind("siamese/conditional_transformer")
 def conditional_transformer(case, arrays, _):
     c, tolerance = case["config"], case["tolerance"]
-    model = common.ConditionalTransformer(c["d_model"], c["nhead"], c["num_encoder_layers"], c["num_decoder_layers"],
-                                          c["dim_feedforward"], 0.0, c["normalize_before"]).eval()
+    model = common.DETRTransformer(c["d_model"], c["nhead"], c["num_encoder_layers"], c["num_decoder_layers"],
+                                   c["dim_feedforward"], 0.0, c["normalize_before"], conditional=True).eval()
     model.load_state_dict(released_state(case["state_dict"], case))
     source, position, queries = (tensor(*recipe_shape(case["inputs"][name])) for name in ("src", "pos", "query_embed"))
     hs, reference, _ = model(source, arrays.tensor("mask", torch.bool), position, queries)
@@ -1046,10 +1046,10 @@ def rebuilt(cfg, backbone):
     shared = (cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout)
     if cfg.detector.startswith("deformable"):
         levels = 1 if cfg.detector == "deformable_detr_ss" else cfg.num_feature_levels
-        return common.DeformableDETR(backbone, common.DeformableTransformer(*shared, levels), rows=3, focal=False,
+        return common.DeformableDETR(backbone, common.DeformableTransformer(*shared, levels), num_logits=3, focal=False,
                                      num_queries=cfg.num_queries, position_offset=0.0)
-    kind = common.ConditionalTransformer if cfg.detector == "conditional_detr" else common.DETRTransformer
-    return common.DETR(backbone, kind(*shared), rows=3, focal=False, num_queries=cfg.num_queries)
+    transformer = common.DETRTransformer(*shared, conditional=cfg.detector == "conditional_detr")
+    return common.DETR(backbone, transformer, num_logits=3, focal=False, num_queries=cfg.num_queries)
 
 
 def decoder_rounding(model, features, mask, rois):
@@ -1336,7 +1336,7 @@ def soco_model(shapes, roi_size=None):
     body = convert.resnet_name(shapes, "encoder.", "the case") if "encoder.conv1.weight" in shapes else "resnet18"
     channels, (head_dim, flat) = shapes.get("head.conv1.weight", [0])[0], shapes.get("head.fc1.weight", (0, 0))
     embedding_dim, mlp_dim = shapes["projector.linear2.weight"]
-    return soco.SoCo(common.Backbone(body, (1, 2, 3, 4), "bn", trainable=5), arch="fpn" if channels else "c4",
+    return soco.SoCo(common.Backbone(body, (1, 2, 3, 4), "bn", trainable=5), pipeline="fpn" if channels else "c4",
                      fpn_channels=channels, head_dim=head_dim, mlp_dim=mlp_dim, embedding_dim=embedding_dim,
                      roi_size=roi_size or (round((flat / channels) ** 0.5) if channels else 14))
 
@@ -1451,12 +1451,11 @@ def soco_roi_head(case, arrays, _):
     for name in ("head", "projector", "predictor"):
         getattr(model, name).register_forward_hook(
             lambda module, args, output, name=name: seen.setdefault(name, []).append((args[0], output)))
-    model.maps = lambda images, target: list(levels.values())
     for mode in ("eval", "train"):
         model.train(mode == "train")
         seen.clear()
         with torch.no_grad():
-            embedding, = model.embed(None, [arrays.tensor("boxes")], False)
+            embedding = model.embed(list(levels.values()), arrays.tensor("boxes"), False)
         for i, level in enumerate(levels):
             (rois, h), (_, g), (_, v) = (seen[name][i] for name in ("head", "projector", "predictor"))
             rows = embedding.unflatten(1, (len(levels), -1))[:, i].flatten(0, 1)
@@ -1545,10 +1544,9 @@ def soco_schedules(case, arrays, _):
     assert c["warmup_multiplier"] == 100                                # the only one the code knows
     for i, spec in enumerate(c["lr"]):
         for step, expected in zip(arrays[f"lr{i}_steps"].tolist(), arrays[f"lr{i}_f64"], strict=True):
-            plan = (spec["n_iter"], spec["epochs"], spec["warmup"])
-            close(soco.lr_at(step, spec["lr"], *plan, c["eta_min"]), expected, 0, rtol)
-            # as in main()
-            close(spec["lr"] * soco.lr_at(step, 1.0, *plan, c["eta_min"] / spec["lr"]), expected, 0, rtol)
+            cfg = soco.Config(lr=spec["lr"], batch_size=256, epochs=spec["epochs"], warmup_epochs=spec["warmup"],
+                              lr_min=c["eta_min"])
+            close(spec["lr"] * soco.lr_factor(cfg, step, spec["n_iter"]), expected, 0, rtol)
     for i, spec in enumerate(c["ema"]):
         for k, expected in zip(arrays[f"ema{i}_k"].tolist(), arrays[f"ema{i}_momentum_f64"], strict=True):
             close(soco.momentum_at(k, spec["base"], spec["K"]), expected, 0, rtol)
@@ -1796,11 +1794,11 @@ def moco_encoders(case, arrays, seen):
         raw = {}
         encoder.image_heads["conv5"].register_forward_hook(lambda module, args, output: raw.update(z=output))
         with torch.no_grad():
-            v, r = encoder(images, torch.tensor([[0.0, 0.0, *shape[:1:-1]]]).repeat(len(images), 1))
+            embeddings = encoder(images, torch.tensor([[0.0, 0.0, *shape[:1:-1]]]).repeat(len(images), 1))
             maps = encoder.features(images) if side == "q" else {}
-        assert not r
+        assert embeddings.keys() == {"image_conv5"}
         within(case, raw["z"], arrays[f"z_{side}"], "z")
-        within(case, v["conv5"], arrays[side], side)
+        within(case, embeddings["image_conv5"], arrays[side], side)
         for level, stage in maps.items():
             within(case, stage.mean((2, 3)), arrays[f"avgpool_c{level[-1]}"], level)
             within(case, stage[:, :8, :8, :8], arrays[f"slice_c{level[-1]}"], level)

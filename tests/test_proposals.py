@@ -1,5 +1,5 @@
-"""Proposals: values by hand, seeded order, edge boxes on a known picture, and the store under kills,
-truncation and wrong data."""
+"""Proposals: values by hand, seeded order, edge boxes on a known picture, the store under kills, truncation and wrong
+data, and what a method gets of it."""
 from __future__ import annotations
 
 import errno
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -24,6 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data as D  # noqa: E402
+import detreg  # noqa: E402
 import proposals as P  # noqa: E402
 import run  # noqa: E402
 from common import UserError  # noqa: E402
@@ -52,7 +54,8 @@ class Pictures:
             raise UnreadableImage(self.key(i), "truncated")
         rng = np.random.default_rng(i)
         image = rng.integers(100, 130, (50 + i, 70, 3), dtype=np.uint8)
-        image[5:25, 8:30], image[20:45, 35:60] = rng.integers(0, 255, 3), rng.integers(0, 255, 3)
+        image[5:25, 8:30] = rng.integers(0, 255, 3)
+        image[20:45, 35:60] = rng.integers(0, 255, 3)
         return Image.fromarray(image)
 
 
@@ -64,12 +67,14 @@ def same_store(a: P.ProposalStore, b: P.ProposalStore, hw=(50, 70)) -> bool:
 
 
 def iou(box, boxes):
-    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
-    inter = (high - low).clip(0).prod(1)
+    sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    inter = sides.clip(0).prod(1)
     return inter / ((box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(1) - inter)
 
 
-# ---- values by hand ----
+# ==== Values by hand ====
+
+
 def test_rects_to_boxes_by_hand():
     rects = np.array([[0, 0, 128, 128], [32, 64, 16, 32]])
     assert P.rects_to_boxes(rects, (100, 200), 128).tolist() == [[0, 0, 200, 100], [50, 50, 75, 75]]
@@ -80,33 +85,33 @@ def test_rects_to_boxes_by_hand():
 
 def test_importance_probability_closed_form():
     ln2 = math.log(2)
-    assert np.allclose(P.importance_probability(2, 1), [1, 0])  # w = ln 2, 0
+    assert np.allclose(detreg.importance_probability(2, 1), [1, 0])  # w = ln 2, 0
     total = math.log(4) + ln2 + math.log(4 / 3)  # n = 4: w = ln 4, ln 2, ln 4/3, 0
-    assert np.allclose(P.importance_probability(4, 1), [2 * ln2 / total, ln2 / total, math.log(4 / 3) / total, 0])
-    assert np.allclose(P.importance_probability(4, 2)[:2], [1, 2 * ln2 / total])  # 4 ln 2 / total = 1.18, cut to 1
-    assert P.importance_probability(1, 30).tolist() == [1] and P.importance_probability(0, 30).shape == (0,)
-    assert P.importance_probability(1000, 30).sum() == pytest.approx(30)
-    released = P.importance_probability(400, 30, released=True)
+    assert np.allclose(detreg.importance_probability(4, 1), [2 * ln2 / total, ln2 / total, math.log(4 / 3) / total, 0])
+    assert np.allclose(detreg.importance_probability(4, 2)[:2], [1, 2 * ln2 / total])  # 4 ln 2 / total = 1.18, cut to 1
+    assert detreg.importance_probability(1, 30).tolist() == [1] and detreg.importance_probability(0, 30).shape == (0,)
+    assert detreg.importance_probability(1000, 30).sum() == pytest.approx(30)
+    released = detreg.importance_probability(400, 30, released=True)
     assert released[0] == pytest.approx(math.log(301) / 10) and released[299] == pytest.approx(math.log(301 / 300) / 10)
     assert (released[300:] == 0).all() and released.dtype == np.float64
 
 
 def test_select():
-    boxes, rng = np.repeat(np.arange(100, dtype=np.float32)[:, None], 4, 1), np.random.default_rng(0)
-    assert P.select(boxes, "topk", 3, rng)[:, 0].tolist() == [0, 1, 2]
-    chosen = P.select(boxes, "randomk", 30, rng)[:, 0]
+    boxes = np.repeat(np.arange(100, dtype=np.float32)[:, None], 4, 1)
+    rng = np.random.default_rng(0)
+    assert detreg.select(boxes, "topk", 3, rng)[:, 0].tolist() == [0, 1, 2]
+    chosen = detreg.select(boxes, "randomk", 30, rng)[:, 0]
     assert len(set(chosen.tolist())) == 30 and (np.diff(chosen) > 0).all()
     for policy in ("topk", "randomk", "importance"):
-        assert len(P.select(boxes[:5], policy, 30, rng)) == 5 and len(P.select(boxes[:1], policy, 1, rng)) == 1
-        assert len(P.select(boxes[:0], policy, 30, rng)) == 0
+        assert len(detreg.select(boxes[:5], policy, 30, rng)) == 5
+        assert len(detreg.select(boxes[:1], policy, 1, rng)) == 1
+        assert len(detreg.select(boxes[:0], policy, 30, rng)) == 0
     for policy in ("importance", "importance_released"):
-        drawn = [P.select(boxes, policy, 20, rng)[:, 0].astype(int) for _ in range(2000)]
+        drawn = [detreg.select(boxes, policy, 20, rng)[:, 0].astype(int) for _ in range(2000)]
         assert all((np.diff(d) > 0).all() for d in drawn if len(d) > 1)
-        p = P.importance_probability(100, 20, released=policy.endswith("released"))
+        p = detreg.importance_probability(100, 20, released=policy.endswith("released"))
         # 5 standard deviations
         assert np.abs(np.bincount(np.concatenate(drawn), minlength=100) / 2000 - p).max() < 0.06
-    with pytest.raises(ValueError):
-        P.select(boxes, "best", 3, rng)
 
 
 def test_rank_nms():
@@ -136,7 +141,9 @@ def test_random_boxes():
     assert sizes == {(100, 15), (20, 60)} and boxes[:, 0].max() > 150
 
 
-# ---- selective search ----
+# ==== Selective search ====
+
+
 def test_selective_search_order_is_seeded_and_set_is_not():
     image = np.asarray(Pictures().load(3))
     first, again, other = (P.selective_search(image, seed=s) for s in (7, 7, 8))
@@ -146,8 +153,8 @@ def test_selective_search_order_is_seeded_and_set_is_not():
 
 
 def test_quick_mode(tmp_path):
-    """D6, on one scene: its order is seeded and its set is not, all objects are found,
-    with other boxes than fast; the header names it."""
+    """D6, on one scene: its order is seeded and its set is not, all objects are found, with other boxes than fast; the
+    header names it."""
     image, truth, _ = D.SyntheticScenes(1, offset=4).scene(0)
     first, again, other = (P.selective_search(np.asarray(image), mode="quick", seed=s) for s in (7, 7, 8))
     assert (np.array_equal(first, again) and not np.array_equal(first, other)
@@ -158,7 +165,7 @@ def test_quick_mode(tmp_path):
     assert 0 < sum(box in fast for box in first.tolist()) < 45  # both have the whole image and some regions
     store = P.main(["--data", "synthetic", "--limit", "2", "--mode", "quick", "--out", str(tmp_path / "s")])
     assert (store.header["mode"] == "quick" and store.header["grid"] == 128
-            and "--mode quick" in P._command(store.header, store.path))
+            and "--mode quick" in P._build_command(store.header, store.path))
 
 
 def test_store_of_the_synthetic_pool_of_a_script(tmp_path):
@@ -194,7 +201,9 @@ def test_image_seed():
     assert len(seeds) == 1000 and all(0 <= s < 2**31 for s in seeds) and P.image_seed(1, 23) != P.image_seed(12, 3)
 
 
-# ---- edge boxes ----
+# ==== Edge boxes ====
+
+
 @pytest.mark.parametrize("short_side", [None, 100])
 def test_edge_boxes_find_a_rectangle(short_side):
     image = np.full((160, 220, 3), 40, np.uint8)
@@ -220,13 +229,16 @@ def test_edge_model_errors_say_where_the_file_is(tmp_path):
             P.edge_boxes(np.zeros((40, 40, 3), np.uint8), edge_model=str(tmp_path / file))
 
 
-# ---- store ----
+# ==== Store ====
+
+
 @pytest.mark.parametrize("method,grid,dtype", [("selective_search", 128, "uint8"), ("random", 300, "uint16"),
                                                ("selective_search", None, "uint16"), ("edge_boxes", None, "uint16"),
                                                ("random", None, "uint16"), ("random", 255, "uint8")])
 @pytest.mark.parametrize("rank", ["opencv", "nms"])
 def test_store_returns_what_the_generator_gives(tmp_path, method, grid, dtype, rank):
-    source, generator = Pictures(3), P.Generator(method=method, grid=grid, rank=rank)
+    source = Pictures(3)
+    generator = P.Generator(method=method, grid=grid, rank=rank)
     store = P.build_store(tmp_path / "s", source, generator, progress=False)
     assert store.header["dtype"] == dtype and len(store) == 3
     for i in range(3):
@@ -312,8 +324,9 @@ def test_resume_after_truncation_anywhere(tmp_path, cut_boxes, cut_counts):
         file = tmp_path / "s" / name
         assert file.stat().st_size == (8 * 1200 if name[0] == "b" else 8 * 4)
         os.truncate(file, max(file.stat().st_size - cut, 0))
-    source, loaded = Pictures(10), []
+    source = Pictures(10)
     load = source.load
+    loaded = []
     source.load = lambda i: loaded.append(i) or load(i)
     store = P.build_store(tmp_path / "s", source, CHEAP, progress=False)
     assert same_store(store, whole)
@@ -323,9 +336,9 @@ def test_resume_after_truncation_anywhere(tmp_path, cut_boxes, cut_counts):
 
 def test_resume_between_the_last_steps(tmp_path, monkeypatch):
     whole = P.build_store(tmp_path / "whole", Pictures(5), CHEAP, progress=False)
-    write = P._write_json
+    write = run.write_json
     with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(P, "_write_json",
+        patch.setattr(run, "write_json",
                       lambda path, v: (_ for _ in ()).throw(Killed()) if path.name == "meta.json" else write(path, v))
         P.build_store(tmp_path / "s", Pictures(5), CHEAP, progress=False)
     assert (tmp_path / "s/boxes.bin").exists()
@@ -349,7 +362,9 @@ def test_sigkill_of_a_build_with_workers(tmp_path):
     assert same_store(P.build_store(tmp_path / "s", Pictures(100), CHEAP, progress=False), whole)
 
 
-# ---- store under fire ----
+# ==== Store under fire ====
+
+
 def content(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
@@ -475,14 +490,16 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):
     argv = ["--data", "pictures", "--method", "random", "--grid", "128", "--out"]
     monkeypatch.setattr(P, "min", lambda *v: 1 if v[0] == 16 else min(*v), raising=False)  # chunks of one image
     P.main([*argv, "whole"])
-    total, finished = sum(map(len, content(tmp_path / "whole").values())), []
+    total = sum(map(len, content(tmp_path / "whole").values()))
+    finished = []
     for room in (0, 10, 600, 1700, 1800, 4000, 7700, 7900, 8000, total - 1):
         with monkeypatch.context() as patch:
             disk = Disk(room, patch)
             assert "s could not be filled further: No space left on device" in fails(P.main, [*argv, "s"])
             assert disk.room == 0
         kept = (tmp_path / "s/counts.partial").stat().st_size // 4 if (tmp_path / "s/counts.partial").exists() else 0
-        loaded, load = [], D.ImageFiles.load
+        loaded = []
+        load = D.ImageFiles.load
         with monkeypatch.context() as patch:
             patch.setattr(D.ImageFiles, "load", lambda self, i: loaded.append(i) or load(self, i))
             P.main([*argv, "s"])
@@ -526,13 +543,15 @@ def npy(array) -> bytes:
 def test_damage_inside_is_found_where_it_is_read(damage, tmp_path):
     """Opening reads no boxes; what would train on other images' boxes, or on impossible ones, ends there."""
     store = P.build_store(tmp_path / "s", Pictures(5), CHEAP, progress=False)
-    offsets, boxes = np.load(tmp_path / "s/offsets.npy"), np.fromfile(tmp_path / "s/boxes.bin", np.uint8).reshape(-1, 4)
+    offsets = np.load(tmp_path / "s/offsets.npy")
+    boxes = np.fromfile(tmp_path / "s/boxes.bin", np.uint8).reshape(-1, 4)
     del store
     if damage == "offsets":
         offsets[2] = offsets[-1] + 7
     else:
         boxes[400] = (3, 3, 0, 9) if damage == "a box without width" else (120, 3, 9, 9)
-    (tmp_path / "s/offsets.npy").write_bytes(npy(offsets)), boxes.tofile(tmp_path / "s/boxes.bin")
+    (tmp_path / "s/offsets.npy").write_bytes(npy(offsets))
+    boxes.tofile(tmp_path / "s/boxes.bin")
     store = P.ProposalStore.open(tmp_path / "s")
     assert len(store.boxes(0, (50, 70))) == 300
     with pytest.raises(UserError, match="s is damaged, or image 1 has changed since"):
@@ -585,7 +604,8 @@ def test_refusals_say_why(tmp_path):
 
 
 def test_two_workers_equal_none(tmp_path):
-    source, generator = Pictures(9), P.Generator(grid=64)
+    source = Pictures(9)
+    generator = P.Generator(grid=64)
     alone = P.build_store(tmp_path / "a", source, generator, workers=0, progress=False)
     threads = cv2.getNumThreads()
     assert (same_store(alone, P.build_store(tmp_path / "b", source, generator, workers=2, progress=False))
@@ -620,3 +640,64 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert store.header["units"] == "pixels" and store.path == Path("my-store")
     with pytest.raises(UserError, match="grid"):
         P.main(["--data", "some-pictures", "--grid", "-1"])
+
+
+# ==== What a method trains on ====
+
+
+@dataclass
+class Config(P.ProposalConfig):
+    """A method's configuration, as far as proposals read it."""
+    proposal_method: str = "random"
+    proposal_grid: int = 0
+    out: Path = Path("out")
+    seed: int = 3
+    num_workers: int = 0
+
+
+def test_flags_become_a_generator():
+    generator = P.Proposals(Config("selective_search", "quick", 64, "nms")).generator
+    assert generator == P.Generator("selective_search", "quick", 64, "nms", None, 3)
+    assert P.Proposals(Config("selective_search")).generator.grid is None  # 0: original size
+    edges = P.Proposals(Config("edge_boxes", proposal_grid=64, edge_model="m.yml")).generator
+    assert (edges.method, edges.grid, edges.edge_model) == ("edge_boxes", None, "m.yml")  # no grid
+
+
+def test_computed_proposals_follow_seed_epoch_and_index():
+    image = Pictures().load(1)
+    found = P.Proposals(Config())
+    boxes = found(image, 1, 0)
+    assert boxes.dtype == np.float32 and boxes.shape == (P.RANDOM_BOXES, 4) and (boxes <= [70, 51, 70, 51]).all()
+    assert np.array_equal(boxes, found.generator(image, P.image_seed(3, 0, 1)))
+    others = [found(image, 1, 1), found(image, 2, 0), P.Proposals(Config(seed=4))(image, 1, 0)]
+    assert len({b.tobytes() for b in (boxes, *others)}) == 4
+
+
+def test_stored_proposals_do_not_depend_on_the_epoch(tmp_path):
+    source = Pictures(3)
+    store = P.build_store(tmp_path / "s", source, CHEAP, progress=False)
+    found = P.Proposals(Config(), store)
+    for i in range(3):
+        stored = store.boxes(i, (50 + i, 70))
+        assert all(np.array_equal(found(source.load(i), i, epoch), stored) for epoch in (0, 7))
+    assert found.store is store
+
+
+def test_open_proposals(tmp_path, capsys):
+    source = Pictures(3)
+    assert P.open_proposals(Config(out=tmp_path), source).store is None and not list(tmp_path.iterdir())
+    store = P.build_store(tmp_path / "given", source, CHEAP, progress=False)
+    capsys.readouterr()
+    found = P.open_proposals(Config(out=tmp_path, proposal_store=str(tmp_path / "given"), cache_proposals=True), source)
+    assert same_store(found.store, store)
+    assert capsys.readouterr().out == (
+        f"proposals come from {tmp_path / 'given'} (method random, mode fast, grid 128, rank opencv, seed 42, opencv "
+        f"{cv2.__version__}); the flags --proposal_* are not used\n")
+    with pytest.raises(UserError, match="does not fit these images"):
+        P.open_proposals(Config(out=tmp_path, proposal_store=str(tmp_path / "given")), Pictures(4))
+    found = P.open_proposals(Config(out=tmp_path, cache_proposals=True), source)
+    assert found.store.path == tmp_path / "proposals" and found.store.header["seed"] == 3
+    image = source.load(2)
+    assert np.array_equal(found(image, 2, 5), found.generator(image, P.image_seed(3, source.key(2))))
+    P.open_proposals(Config(out=tmp_path, cache_proposals=True), source)
+    assert "already complete, 3 images" in capsys.readouterr().out

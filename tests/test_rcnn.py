@@ -220,7 +220,7 @@ def test_names_of_c4_and_2fc():
     ("mask_rcnn_fpn", "4conv1fc", 80, 45.72), ("mask_rcnn_fpn", "2fc", 80, 44.40), ("faster_rcnn_c4", "2fc", 20, 33.24),
     ("mask_rcnn_c4", "2fc", 80, 35.98), ("retinanet_fpn", "2fc", 80, 37.97), ("fcos_fpn", "2fc", 80, 32.30)))
 def test_sizes_of_the_published_models(detector, box_head, classes, millions):
-    with torch.device("meta"):                                                        # shapes without memory
+    with torch.device("meta"):  # shapes without memory
         model = rcnn.build_rcnn(finetune.Config(detector=detector, box_head=box_head, backbone_norm="bn"), classes)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
     assert all(p.requires_grad for p in model.parameters())
@@ -247,7 +247,7 @@ def test_settings_and_start():
             and fcos.score_thresh == 0.05)
     assert retina.detections_per_img == 100 and not any(isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))
                                                         for m in retina.head.modules())
-    wide = build("retinanet_fpn", fpn_channels=512)                                   # as wide as C5: still made of C5
+    wide = build("retinanet_fpn", fpn_channels=512)  # as wide as C5: still made of C5
     assert not wide.backbone.fpn.extra_blocks.use_P5
 
 
@@ -282,7 +282,7 @@ def test_norms_do_not_decay(detector):
     assert (len(decay["names"]) + len(none["names"]) == len(list(model.parameters()))
             == len({*decay["names"], *none["names"]}))
     assert not any(n.startswith("backbone.body.bn1") for n in decay["names"])
-    assert any(n.endswith("bias") for n in decay["names"])                            # biases of layers do decay
+    assert any(n.endswith("bias") for n in decay["names"])  # biases of layers do decay
 
 
 def test_schedule():
@@ -320,7 +320,7 @@ COCO_SIZES, WIDE = (640, 672, 704, 736, 768, 800), tuple(range(480, 801, 32))
     ({"preset": "demo", "detector": "faster_rcnn_c4"}, dict(iterations=None, anchor_size=8, data="synthetic"))))
 def test_recipes(values, expected):
     cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags({"detector": "mask_rcnn_fpn", **values}),
-                              script="finetune", description="", by_data=finetune.recipe_of)
+                              script="finetune", description="", recipe=finetune.recipe_of)
     assert {k: getattr(cfg, k) for k in expected} == expected
     assert (cfg.crop_scales, cfg.clip_max_norm, cfg.backbone_norm, cfg.sgd_momentum) == ((), 0.0, "bn", 0.9)
     assert values.get("preset") or (cfg.batch_size, cfg.max_size, cfg.eval_size, cfg.precise_bn) == (16, 1333, 800, 200)
@@ -328,7 +328,7 @@ def test_recipes(values, expected):
 
 def test_demo_of_the_detr_family_is_what_it_was():
     cfg = run.parse_config(finetune.Config, finetune.PRESETS, ["--preset", "demo"], script="finetune", description="",
-                           by_data=finetune.recipe_of)
+                           recipe=finetune.recipe_of)
     assert ((cfg.lr, cfg.lr_backbone, cfg.batch_size, cfg.crop_scales, cfg.hidden_dim, cfg.epochs)
             == (4e-4, 4e-4, 8, (112, 144), 128, 50))
 
@@ -339,7 +339,7 @@ def test_demo_of_the_detr_family_is_what_it_was():
 def test_adapter_there_and_back(detector):
     """Labels 0.. and boxes in 0..1 -> torchvision's targets; read as detections they are the original
     boxes in original pixels."""
-    sizes, originals = [(60, 80), (40, 32)], [(120, 240), (20, 64)]                    # network input, original
+    sizes, originals = [(60, 80), (40, 32)], [(120, 240), (20, 64)]  # network input, original
     boxes = [torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.1, 0.2, 0.2, 0.4]]),
              torch.tensor([[0.25, 0.75, 0.5, 0.25], [0.5, 0.5, 0.0, 0.5]])]
     padded = data.collate([{"image": torch.randn(3, *s), "target": {"boxes": b, "labels": torch.tensor([2, 0])},
@@ -361,7 +361,7 @@ def test_adapter_there_and_back(detector):
         expected = box_convert(b * torch.tensor([w, h, w, h]), "cxcywh", "xyxy")
         assert d["bbox"] == pytest.approx([*expected[:2].tolist(), *(expected[2:] - expected[:2]).tolist()], abs=1e-3)
     dropped = rcnn.from_rcnn(detections, images, known, detector, [None, 60, 70])
-    assert [d["category_id"] for d in dropped] == [70, 70]                             # a row that is no category
+    assert [d["category_id"] for d in dropped] == [70, 70]  # a row that is no category
 
 
 def test_masks_are_pasted_at_the_original_size():
@@ -370,7 +370,7 @@ def test_masks_are_pasted_at_the_original_size():
     found = rcnn.from_rcnn([detection], [torch.zeros(3, 50, 40)],
                            [{"image_id": 1, "orig_size": torch.tensor([100, 80])}], "mask_rcnn_fpn", [5])
     mask = coco_mask.decode(found[0]["segmentation"])
-    assert mask.shape == (100, 80) and json.dumps(found)                               # 20..60 x 10..50 in the original
+    assert mask.shape == (100, 80) and json.dumps(found)  # 20..60 x 10..50 in the original
     inside = np.zeros((100, 80), np.uint8)
     inside[10:50, 20:60] = 1
     assert (mask == inside).all()
@@ -443,7 +443,7 @@ def test_masks_follow_flip_crop_and_resize():
     crop = data.apply_geometry_to_masks(masks, data.Geometry(False, (16, 24), (2, 1, 6, 8), (6, 8)))
     assert crop.shape == (1, 6, 8) and crop[0, 2:, 1:7].all() and crop.sum() == 24
     image = Image.fromarray((masks[0].numpy() * 255)[..., None].repeat(3, 2))
-    geometry = data.Geometry(True, (16, 24), (2, 8, 12, 14), (24, 28))                 # and as the image and its boxes
+    geometry = data.Geometry(True, (16, 24), (2, 8, 12, 14), (24, 28))  # and as the image and its boxes
     view, boxes, _ = data.apply_geometry(image, torch.tensor([[1.0, 2, 4, 5]]), geometry)
     got = data.apply_geometry_to_masks(masks, geometry)
     y, x = got[0].nonzero(as_tuple=True)
@@ -527,7 +527,7 @@ def test_mask_ap(tmp_path):
         wrong.append({**d, "segmentation": coco_mask.encode(np.asfortranarray(mask))})
     metrics = evaluation.detection_metrics(truth, wrong, iou_type="segm")
     assert (metrics["AP50"], metrics["AP75"]) == (1, 0) and metrics["AP"] == pytest.approx(0.4)
-    assert evaluation.detection_metrics(truth, wrong)["AP"] == 1                       # the boxes are still right
+    assert evaluation.detection_metrics(truth, wrong)["AP"] == 1  # the boxes are still right
     assert "segmentation" in perfect[0] and isinstance(truth["annotations"][0]["segmentation"], dict)
 
 
@@ -537,7 +537,7 @@ def soco_state(prefix=""):
     torch.manual_seed(1)
     model = soco.SoCo(common.Backbone("resnet18", (1, 2, 3, 4), "bn", 5), fpn_channels=32, head_dim=16,
                       mlp_dim=24, embedding_dim=8)
-    for module in model.modules():                                                    # so that no two tensors are equal
+    for module in model.modules():  # so that no two tensors are equal
         if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm1d)):
             for value in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
                 value.uniform_(0.5, 1.5)
@@ -569,9 +569,9 @@ CATEGORIES = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}, {"id": 3, "name": 
 
 
 def load(path, detector, **values):
-    found, arch = finetune.read_init(str(path), detector=detector)
+    checkpoint, arch = finetune.read_init(str(path), detector=detector)
     cfg = finetune.adopt_architecture(config(detector, init_from=str(path), **values), arch, {"detector"})
-    return cfg, *finetune.build_model(cfg, found, CATEGORIES)
+    return cfg, *finetune.build_model(cfg, checkpoint, CATEGORIES)
 
 
 @pytest.mark.parametrize("prefix", ("", "module."))
@@ -581,7 +581,7 @@ def test_soco_checkpoint(detector, prefix, tmp_path, capsys):
     torch.save({"model": state, "epoch": 3}, tmp_path / "s.pt")
     cfg, model, mapped = load(tmp_path / "s.pt", detector, arch="resnet50", fpn_channels=256,
                               head_dim=1024, box_head="4conv1fc")
-    said, own, names = capsys.readouterr().out, model.state_dict(), expected_of_soco(detector)
+    printed, own, names = capsys.readouterr().out, model.state_dict(), expected_of_soco(detector)
     two = detector in ("mask_rcnn_fpn", "faster_rcnn_fpn")
     assert (cfg.arch == "resnet18"
             and (cfg.fpn_channels, cfg.head_dim) == (256 if detector.endswith("c4") else 32, 16 if two else 1024))
@@ -589,11 +589,11 @@ def test_soco_checkpoint(detector, prefix, tmp_path, capsys):
     fresh = {k for k in own if k not in names and not k.endswith("num_batches_tracked")}
     assert all(k.startswith(("rpn.", "roi_heads.box_predictor.", "roi_heads.mask_", "head.",
                              "backbone.fpn.extra_blocks.", "roi_heads.box_head.res5.norm.")) for k in fresh)
-    assert ("pyramid levels that this detector does not have" in said) == (not two)
-    assert ("heads of the pretext task, not needed: predictor, projector" in said and "target network" in said
-            and "encoder_k, head_k, neck_k" in said)
-    assert (("proposal network, made anew: rpn" in said) == ("rcnn" in detector)
-            and f"loaded {len(names)} tensors" in said)
+    assert ("pyramid levels that this detector does not have" in printed) == (not two)
+    assert ("heads of the pretext task, not needed: predictor, projector" in printed and "target network" in printed
+            and "encoder_k, head_k, neck_k" in printed)
+    assert (("proposal network, made anew: rpn" in printed) == ("rcnn" in detector)
+            and f"loaded {len(names)} tensors" in printed)
 
 
 @pytest.mark.parametrize(("variant", "detector", "count"), (("fpn", "mask_rcnn_fpn", 392), ("c4", "mask_rcnn_c4", 318)))
@@ -616,10 +616,10 @@ def test_names_of_the_released_soco(variant, detector, count):
 def test_soco_checkpoint_with_the_other_head(tmp_path, capsys):
     torch.save({"model": soco_state()}, tmp_path / "s.pt")
     _, model, _ = load(tmp_path / "s.pt", "faster_rcnn_fpn", box_head="2fc")
-    said = capsys.readouterr().out
-    assert ("4conv1fc box head, which --box_head 2fc replaces: roi_heads (22 tensors)" in said
-            or "--box_head 2fc replaces: roi_heads" in said)
-    assert "box head, made anew: roi_heads.box_head.fc6.bias" in said and hasattr(model.roi_heads.box_head, "fc6")
+    printed = capsys.readouterr().out
+    assert ("4conv1fc box head, which --box_head 2fc replaces: roi_heads (22 tensors)" in printed
+            or "--box_head 2fc replaces: roi_heads" in printed)
+    assert "box head, made anew: roi_heads.box_head.fc6.bias" in printed and hasattr(model.roi_heads.box_head, "fc6")
 
 
 @pytest.mark.parametrize(("detector", "prefix"),
@@ -632,13 +632,13 @@ def test_checkpoints_with_a_backbone_only(detector, prefix, tmp_path, capsys):
              "encoder_k.conv1.weight": torch.ones(3)}
     torch.save({"state_dict": {**{prefix + k: v for k, v in body.items()}, **other}}, tmp_path / "b.pt")
     cfg, model, _ = load(tmp_path / "b.pt", detector)
-    trunk = rcnn.rcnn_trunk(model).state_dict()
+    trunk = rcnn.whole_resnet(model).state_dict()
     assert cfg.arch == "resnet34" and all(torch.equal(v, trunk[k])
                                           for k, v in body.items() if not k.endswith("num_batches_tracked"))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     new = ["norm after res5, made anew"] if detector.endswith("c4") else ["feature pyramid, made anew"]
     new += ["P6 and P7, made anew"] if detector == "fcos_fpn" else ["class and box layers, made anew"]
-    assert all(n in said for n in new) and "encoder_k" in said
+    assert all(n in printed for n in new) and "encoder_k" in printed
 
 
 def test_backbone_weights_of_c4(tmp_path, capsys):
@@ -657,9 +657,9 @@ def test_backbone_of_an_own_c4_checkpoint(tmp_path):
                         script="finetune", categories=CATEGORIES)
     model, _ = finetune.build_model(config("fcos_fpn", fpn_channels=64, backbone_weights=str(tmp_path / "c4.pt")), None,
                                     CATEGORIES)
-    trunk = rcnn.rcnn_trunk(model).state_dict()
+    trunk = rcnn.whole_resnet(model).state_dict()
     assert all(torch.equal(v, trunk[k])
-               for k, v in rcnn.rcnn_trunk(c4).state_dict().items() if not k.endswith("num_batches_tracked"))
+               for k, v in rcnn.whole_resnet(c4).state_dict().items() if not k.endswith("num_batches_tracked"))
 
 
 @pytest.mark.parametrize("detector", ("mask_rcnn_fpn", "retinanet_fpn"))
@@ -667,28 +667,41 @@ def test_own_checkpoint(detector, tmp_path):
     model = build(detector, classes=3, box_head="4conv1fc", anchor_size=16)
     cfg = config(detector, box_head="4conv1fc", anchor_size=16)
     run.save_checkpoint(tmp_path / "o.pt", model, None, 5, cfg, script="finetune", categories=CATEGORIES)
-    found, arch = finetune.read_init(str(tmp_path / "o.pt"))               # whatever --detector says by default
+    checkpoint, arch = finetune.read_init(str(tmp_path / "o.pt"))  # whatever --detector says by default
     assert arch == dict(detector=detector, arch="resnet18", backbone_norm="bn", box_head="4conv1fc", fpn_channels=32,
                         head_dim=16, anchor_size=16)
     here = finetune.adopt_architecture(finetune.Config(init_from=str(tmp_path / "o.pt"), proposals_per_image=12), arch,
                                        set())
-    again, mapped = finetune.build_model(here, found, CATEGORIES)
-    assert mapped == [0, 1, 2] and all(torch.equal(v, found.state[k]) for k, v in again.state_dict().items())
-    other, mapped = finetune.build_model(here, found, [*CATEGORIES, {"id": 4, "name": "d"}])
-    changed = {k for k, v in other.state_dict().items() if v.shape != found.state[k].shape
-               or not torch.equal(v, found.state[k])}
+    again, mapped = finetune.build_model(here, checkpoint, CATEGORIES)
+    assert mapped == [0, 1, 2] and all(torch.equal(v, checkpoint.state[k]) for k, v in again.state_dict().items())
+    other, mapped = finetune.build_model(here, checkpoint, [*CATEGORIES, {"id": 4, "name": "d"}])
+    changed = {k for k, v in other.state_dict().items() if v.shape != checkpoint.state[k].shape
+               or not torch.equal(v, checkpoint.state[k])}
     class_head = {"retinanet_fpn": ("head.classification_head.cls_logits.",),
                   "mask_rcnn_fpn": ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")}[detector]
     assert len(mapped) == 4 and changed and all(k.startswith(class_head) for k in changed)
     only = dataclasses.replace(here, eval_only=True)
-    assert finetune.build_model(only, found, CATEGORIES[::-1])[1] == [2, 1, 0]
+    assert finetune.build_model(only, checkpoint, CATEGORIES[::-1])[1] == [2, 1, 0]
     with pytest.raises(UserError, match="trained on a, b, c, and coco has x; fine-tune it first"):
-        finetune.build_model(only, found, [{"id": 1, "name": "x"}])
+        finetune.build_model(only, checkpoint, [{"id": 1, "name": "x"}])
     with pytest.raises(UserError, match=r"--box_head 2fc \(it has 4conv1fc\)"):
         finetune.adopt_architecture(finetune.Config(init_from="o.pt"), arch, {"box_head"})
     with pytest.raises(UserError, match=rf"is detr\. Give "
                        rf"--detector {detector} or leave it out; for its backbone alone .*--backbone_weights o.pt"):
         finetune.adopt_architecture(finetune.Config(init_from="o.pt", detector="detr"), arch, {"detector"})
+
+
+def test_recipe_depends_on_the_checkpoint(tmp_path):
+    torch.save({"model": soco_state()}, tmp_path / "s.pt")
+    argv = ["--data", "voc", "--detector", "faster_rcnn_fpn", "--init-from", str(tmp_path / "s.pt")]
+    cfg, given, checkpoint = finetune.parse(argv)
+    assert given == {"data", "detector", "init_from"} and checkpoint.method == "soco"
+    assert ((cfg.protocol, cfg.box_head, cfg.arch, cfg.fpn_channels, cfg.iterations)
+            == ("released", "4conv1fc", "resnet18", 32, 24000))
+    assert finetune.parse([*argv, "--protocol", "dupr"])[0].box_head == "2fc"
+    by_epochs = finetune.parse([*argv, "--epochs", "3"])[0]
+    assert (by_epochs.epochs, by_epochs.iterations) == (3, None)
+    assert finetune.parse([*argv, "--epochs", "3", "--iterations", "9"])[0].iterations == 9
 
 
 # ==== PreciseBN ====================================================================================================
@@ -709,7 +722,7 @@ def test_precise_bn():
                if isinstance(m, nn.BatchNorm2d))
     sampler = data.StepSampler(6, 2, 3, seed=cfg.seed)
     means, variances = [], []
-    for keys in sampler:                                                              # by hand, for the first norm
+    for keys in sampler:  # by hand, for the first norm
         batch = data.collate([finetune.LabelledDataset(cfg, train_set)[k] for k in keys])
         padded = model.transform(rcnn.input_images(batch, CPU))[0].tensors
         assert padded.shape[2:] == (64, 64)
@@ -824,7 +837,7 @@ def test_eight_images_are_learned(tmp_path):
     (["--detector", "fcos_fpn", "--protocol", "siamese"],
      "--protocol siamese is a schedule of the DETR family, not of fcos_fpn"),
     (["--detector", "detr", "--protocol", "soco"], "--protocol soco is a schedule of the R-CNN family, not of detr"),
-    (["--detector", "fcos_fpn", "--lr_drops", "8", "11"], "--lr_drops 8.0 11.0: shares of the run"),
+    (["--detector", "fcos_fpn", "--lr_drops", "8", "11"], "--lr_drops 8.0 11.0: must be above 0 and at most 1"),
     (["--detector", "fcos_fpn", "--eval_only"], "--eval_only and --class_agnostic need --init_from FILE"),
     (["--detector", "mask_rcnn_c4", "--rois_per_image", "0"], "--rois_per_image 0: must be at least 1")))
 def test_flags_that_contradict(argv, message, fails, tmp_path):
@@ -855,7 +868,7 @@ def one_step(first=0, last=4):
     samples = [{"image": image, "target": {"boxes": data.normalized_cxcywh(t["boxes"], image.shape[-2:]),
                                            "labels": t["labels"]}, "skipped": []}
                for image, t in list(zip(images, targets))[first:last]]
-    wrapped = common.wrap_model(fixed_norms(model), CPU)                     # must live until the gradients are there
+    wrapped = common.wrap_model(fixed_norms(model), CPU)  # must live until the gradients are there
     losses = finetune.rcnn_losses(cfg, wrapped, data.collate(samples), CPU)
     torch.stack(list(losses.values())).sum().backward()
     return {k: v.detach() for k, v in losses.items()} | {k: p.grad

@@ -11,7 +11,7 @@ import torch
 from conftest import SMALL, flags
 from fill import fill
 from PIL import Image
-from test_detreg import plain, same_step
+from test_detreg import same_step
 
 import common
 import data
@@ -63,7 +63,7 @@ def test_iou_of_the_views(t):
     assert (2 + t) * s * s - 2 * t * s - t == pytest.approx(0, abs=1e-12)
     for u1, u2 in ((0, 0), (0.25, 0), (0, 0.6), (0.3, 0.9), (1, 1)):
         first, second, inter = (v.tolist() for v in siamese_detr.view_boxes(outer, t, u1, u2, False))
-        a1, a2 = ((1 + s) / 2 - u * (1 - s) / 2 for u in (u1, u2))        # sides, of the outer box's
+        a1, a2 = ((1 + s) / 2 - u * (1 - s) / 2 for u in (u1, u2))  # sides, of the outer box's
         assert (iou(first, second) == pytest.approx(s * s / (a1 * a1 + a2 * a2 - s * s), rel=1e-9)
                 and iou(first, second) >= t - 1e-12)
         assert first[:2] + second[2:] == pytest.approx([10 + 200 * (1 - s) / 2 * u1, 20 + 60 * (1 - s) / 2 * u1,
@@ -93,24 +93,24 @@ def test_outer_box():
 
 
 VIEWS = tuple(torch.tensor(v, dtype=torch.float64) for v in ((0, 0, 80, 40), (20, 10, 100, 50), (20, 10, 80, 40)))
-HW = (80, 160)                                                            # of each view: twice its size in the image
+HW = (80, 160)  # of each view: twice its size in the image
 
 
 def test_boxes_in_a_view():
     boxes = torch.tensor([[20.0, 10, 80, 40], [30, 20, 40, 25]], dtype=torch.float64)
     assert siamese_detr.to_view(boxes, VIEWS[0], HW).tolist() == [[40, 20, 160, 80], [60, 40, 80, 50]]
     assert siamese_detr.to_view(boxes, VIEWS[1], HW).tolist() == [[0, 0, 120, 60], [20, 20, 40, 30]]
-    wide = siamese_detr.to_view(boxes, VIEWS[0], (40, 160))               # the axes scale by themselves
+    wide = siamese_detr.to_view(boxes, VIEWS[0], (40, 160))  # the axes scale by themselves
     assert wide.tolist() == [[40, 10, 160, 40], [60, 20, 80, 25]]
 
 
 def test_usable_regions():
-    boxes = torch.tensor([[30, 15, 60, 30],                               # inside
+    boxes = torch.tensor([[30, 15, 60, 30],  # inside
                           [30, 15, 36, 22],  # 12 x 14 px of the view are less than 5 % of 120 x 60
-                          [0, 0, 19, 9],                                  # outside the overlap
+                          [0, 0, 19, 9],  # outside the overlap
                           [85, 42, 99, 49],  # outside, on the other side: both cut sides are negative
-                          [5, 5, 50, 20],                                 # reaches out: cut
-                          [30, 0, 60, 5],                                 # outside along one axis
+                          [5, 5, 50, 20],  # reaches out: cut
+                          [30, 0, 60, 5],  # outside along one axis
                           [0, 0, 100, 50]], dtype=torch.float64)  # everything: the overlap, without its last pixel
     one, two = siamese_detr.usable_regions(boxes, VIEWS, HW, 0.05)
     assert one.tolist() == [[60, 30, 120, 60], [40, 20, 100, 40], [40, 20, 158, 78]]
@@ -133,10 +133,10 @@ def test_chosen_regions():
             assert some[v, :4].tolist() == overlap[v] + usable[v].tolist()
         sides = (usable[0][:2, 2:] - usable[0][:2, :2]).repeat(1, 2)
         moved = usable[0][:2] + shift * sides
-        low, high = torch.tensor([40.0, 20]), torch.tensor([159.0, 79])   # inside the overlap of view 1
+        low, high = torch.tensor([40.0, 20]), torch.tensor([159.0, 79])  # inside the overlap of view 1
         moved = torch.cat([moved[:, :2].clamp(low, high), moved[:, 2:].clamp(low, high)], 1)
         torch.testing.assert_close(some[0, 4:], moved.double())
-        back = some[0, 4:] / 2                                            # view 1 lies at (0, 0): pixels of the image
+        back = some[0, 4:] / 2  # view 1 lies at (0, 0): pixels of the image
         torch.testing.assert_close(some[1, 4:], (back - torch.tensor([20.0, 10, 20, 10])) * 2)
     drawn = siamese_detr.choose_regions(usable, VIEWS, HW, 2, torch.zeros(2, 4), np.array([2, 0, 1]))
     assert drawn.tolist() == [usable[v][[2, 0]].tolist() for v in (0, 1)]  # random ones, and no overlap (D1)
@@ -200,10 +200,10 @@ MANY = np.float32([[x, y, x + 30, y + 24] for y in range(4, 90, 20) for x in ran
 
 
 def views_of(*images, boxes=MANY, augment=True, **values):
-    dataset = siamese_detr.TwoViewDataset(config(**values), Pictures(*images), np.arange(len(images)), augment=augment)
-    if boxes is not None:
-        dataset.generator = lambda image, seed: boxes
-    return dataset
+    """boxes: the proposals of every image; None: those of the configuration."""
+    cfg = config(**values)
+    proposals_of = proposals.Proposals(cfg) if boxes is None else lambda image, index, epoch: boxes
+    return siamese_detr.TwoViewDataset(cfg, Pictures(*images), np.arange(len(images)), proposals_of, augment)
 
 
 def equal(a, b):
@@ -247,7 +247,7 @@ def test_loader_processes_do_not_change_the_samples():
 
 
 def test_a_region_is_the_same_place_in_both_views():
-    four = Image.new("RGB", (160, 120), (90, 90, 90))                     # a square of four colours in a grey picture
+    four = Image.new("RGB", (160, 120), (90, 90, 90))  # a square of four colours in a grey picture
     for k, colour in enumerate(((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))):
         four.paste(colour, (64 + 16 * (k % 2), 40 + 16 * (k // 2), 80 + 16 * (k % 2), 56 + 16 * (k // 2)))
     dataset = views_of(four, boxes=np.float32([[64, 40, 96, 72]]), augment=False, scales=(120,), max_size=200,
@@ -258,9 +258,9 @@ def test_a_region_is_the_same_place_in_both_views():
         if sample["fallback"]:
             continue
         for v in (0, 1):
-            view, (x1, y1, x2, y2) = (np.asarray(evaluation.picture(sample["views"][v])).astype(int),
+            view, (x1, y1, x2, y2) = (np.asarray(evaluation.to_image(sample["views"][v])).astype(int),
                                       sample["boxes"][v, 1].tolist())
-            coloured = np.ptp(view, axis=2) > 60                          # not grey
+            coloured = np.ptp(view, axis=2) > 60  # not grey
             inside = np.zeros_like(coloured)
             inside[math.ceil(y1 + 2):math.floor(y2 - 2), math.ceil(x1 + 2):math.floor(x2 - 2)] = True
             assert inside.sum() > 30 and (coloured & inside).sum() > 0.9 * inside.sum()
@@ -268,7 +268,7 @@ def test_a_region_is_the_same_place_in_both_views():
             rows, columns = np.flatnonzero(coloured.any(1)), np.flatnonzero(coloured.any(0))
             edges = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
             whole += np.abs(edges - (x1, y1, x2, y2)).max() < 2.5  # its edges are the box; else the overlap has cut it
-        first, second = (sample["crops"][v, 1] for v in (0, 1))           # the same four colours in the same corners
+        first, second = (sample["crops"][v, 1] for v in (0, 1))  # the same four colours in the same corners
         assert (first - second).abs().mean() < 0.25 and (first.flip(2) - second).abs().mean() > 0.5
     assert seen > 30 and whole > 10
     smooth = views_of(picture(7), augment=False, scales=(120,), max_size=200)
@@ -284,7 +284,7 @@ def test_crops_are_those_of_the_plain_view():
     for epoch in range(4):
         sample = dataset[epoch, 0]
         for v in (0, 1):
-            view = evaluation.picture(sample["views"][v])
+            view = evaluation.to_image(sample["views"][v])
             for crop, box in zip(sample["crops"][v], sample["boxes"][v].tolist()):
                 region = np.asarray(view.crop([round(c) for c in box]).resize((16, 16),
                                                                               Image.Resampling.BILINEAR)) / 255
@@ -309,7 +309,7 @@ def test_top_choice_holds_the_overlap_and_random_choice_does_not():
         assert (overlaps, firsts) == ((12, {True}) if choice == "top" else (0, {False}))
 
 
-TINY_BOX = np.float32([[0, 0, 2, 2]])                                     # never large enough
+TINY_BOX = np.float32([[0, 0, 2, 2]])  # never large enough
 
 
 def test_no_proposal_ends_in_random_boxes():
@@ -332,7 +332,7 @@ def test_no_proposal_ends_in_random_boxes():
 def test_another_image_stands_in():
     images = [Image.new("RGB", (160, 120), (80, 80, 80)), picture(1), picture(2)]
     dataset = views_of(*images)
-    dataset.generator = lambda image, seed: TINY_BOX if image is images[0] else MANY
+    dataset.proposals_of = lambda image, index, epoch: TINY_BOX if image is images[0] else MANY
     drawn = set()
     for epoch in range(10):
         sample = dataset[epoch, 0]
@@ -343,7 +343,7 @@ def test_another_image_stands_in():
 
 def test_the_last_attempt_is_no_fallback():
     dataset, calls = views_of(picture(1)), []
-    dataset.generator = lambda image, seed: calls.append(1) or (MANY if len(calls) > 10 else TINY_BOX)
+    dataset.proposals_of = lambda *_: calls.append(1) or (MANY if len(calls) > 10 else TINY_BOX)
     sample = dataset[0, 0]
     assert len(calls) == 11 and sample["fallback"] == 0
 
@@ -370,7 +370,7 @@ def test_layout_of_a_batch():
     batch = siamese_detr.collate(samples)
     assert batch["index"] == [0, 1, 2] and batch["skipped"] == ["x.png: broken"] and batch["fallback"] == 0
     for place in range(6):
-        v, i = divmod(place, 3)                                           # view 1 of all, then view 2 of all
+        v, i = divmod(place, 3)  # view 1 of all, then view 2 of all
         height, width = samples[i]["views"][v].shape[1:]
         assert batch["sizes"][place].tolist() == [height, width]
         assert torch.equal(batch["images"][place, :, :height, :width], samples[i]["views"][v])
@@ -387,15 +387,16 @@ def test_stored_and_own_proposals(tmp_path):
         image.save(tmp_path / f"{i}.png")
     source = data.open_images(str(tmp_path), None)
     cfg = config(proposal_method="selective_search", proposal_grid=32)
-    generator = siamese_detr.proposal_generator(cfg)
+    generator = proposals.Proposals(cfg).generator
     assert ((generator.method, generator.grid) == ("selective_search", 32)
-            and siamese_detr.proposal_generator(config()).grid is None)
+            and proposals.Proposals(config()).generator.grid is None)
     store = proposals.build_store(tmp_path / "store", source, generator, progress=False)
-    stored, online = (siamese_detr.TwoViewDataset(cfg, source, np.arange(3), s) for s in (store, None))
+    stored, online = (siamese_detr.TwoViewDataset(cfg, source, np.arange(3), proposals.Proposals(cfg, s))
+                      for s in (store, None))
     for epoch in (0, 1):
-        assert np.array_equal(stored.propose(images[1], 1, epoch),
+        assert np.array_equal(stored.proposals_of(images[1], 1, epoch),
                               generator(images[1], proposals.image_seed(3, "1.png")))
-        assert np.array_equal(online.propose(images[1], 1, epoch),
+        assert np.array_equal(online.proposals_of(images[1], 1, epoch),
                               generator(images[1], proposals.image_seed(3, epoch, 1)))
 
 
@@ -424,14 +425,14 @@ def outputs_of(model, batch, **values):
 def test_queries_look_into_the_other_view(detector):
     batch = batch_case()
     other = batch["rois"].clone()
-    other[1] = other[1] + 9.0                                             # view 1 of image 1
+    other[1] = other[1] + 9.0  # view 1 of image 1
     for values, touched in (({}, [3]), ({"multi_view": False, "region_target": "object"}, [1])):
         model = build(detector=detector, **values)
         difference = (outputs_of(model, batch) - outputs_of(model, batch, rois=other)).abs().amax((1, 2))
         assert ((difference > 1e-4).tolist() == [i in touched for i in range(4)]
                 and difference[[i for i in range(4) if i not in touched]].max() < 1e-6)
     model = build(detector=detector)
-    source = torch.tensor([1, 0, 0, 2])                                   # whoever is named is asked for
+    source = torch.tensor([1, 0, 0, 2])  # whoever is named is asked for
     difference = (outputs_of(model, batch, source=source)
                   - outputs_of(model, batch, rois=other, source=source)).abs().amax((1, 2))
     assert (difference > 1e-4).tolist() == [True, False, False, False]
@@ -462,7 +463,7 @@ def test_what_a_query_is_made_of(detector):
     outputs_of(model, batch)
     with torch.no_grad():
         z = model.region_features(model.detector.backbone[0](batch["images"]), batch["rois"])
-        content = model.patch2query(z[[2, 3, 0, 1]]).repeat_interleave(Q // n, 1)              # of the other view
+        content = model.patch2query(z[[2, 3, 0, 1]]).repeat_interleave(Q // n, 1)  # of the other view
     table = model.detector.query_embed.weight.detach()
     torch.testing.assert_close(seen[0][..., :D], table[:, :D] + content)
     assert torch.equal(seen[0][..., D:], table[:, D:].expand(4, -1, -1))
@@ -473,7 +474,7 @@ def test_features_of_a_region():
     assert model.strides == [8, 16, 32]
     maps = [torch.full((2, c, 64 // s, 96 // s), 0.0) + torch.arange(c)[:, None, None]
             for c, s in ((2, 8), (3, 16), (1, 32))]
-    maps[0] += torch.arange(12.0)                                         # grows by 1 per cell of 8 pixels
+    maps[0] += torch.arange(12.0)  # grows by 1 per cell of 8 pixels
     rois = torch.tensor([[[16.0, 8, 48, 40], [32, 0, 64, 64]]] * 2)
     z = model.region_features(maps, rois)
     assert z.shape == (2, 2, 6)
@@ -536,13 +537,13 @@ def test_targets_of_a_step():
         assert (frozen is not None) == start
         with torch.no_grad():
             if start:
-                for parameter in model.detector.backbone.parameters():    # the training backbone has moved on
+                for parameter in model.detector.backbone.parameters():  # the training backbone has moved on
                     parameter.mul_(1.3)
                 assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
             backbone = frozen if start else model.detector.backbone[0]
             if target == "crop":
                 wanted = backbone(batch["crops"].flatten(0, 1))[-1].mean((2, 3)).unflatten(0, (8, n))
-            else:                                                         # of the box, not of the jittered RoI (D13)
+            else:  # of the box, not of the jittered RoI (D13)
                 wanted = model.region_features(backbone(batch["images"]), batch["boxes"])
         spy = Spy.of(cfg)
         siamese_detr.train_step(cfg, model, frozen, spy, common.build_optimizer(cfg, model), [batch], CPU)
@@ -556,10 +557,10 @@ def test_targets_of_a_step():
 def test_global_loss():
     z = tensor("z", 4, 6)
     other = z[[2, 3, 0, 1]]
-    for prediction, expected in ((other, 0.0), (-other, 4.0), (3.7 * other, 0.0)):            # twice 1 - cos
+    for prediction, expected in ((other, 0.0), (-other, 4.0), (3.7 * other, 0.0)):  # twice 1 - cos
         assert siamese_detr.global_loss(z, prediction).item() == pytest.approx(expected, abs=1e-6)
     basis = torch.eye(4)
-    assert siamese_detr.global_loss(basis, basis).item() == pytest.approx(2.0)                # unrelated views
+    assert siamese_detr.global_loss(basis, basis).item() == pytest.approx(2.0)  # unrelated views
     assert siamese_detr.global_loss(basis, basis[[2, 3, 0, 3]]).item() == pytest.approx(0.5)  # one of four is unrelated
     p = tensor("p", 4, 6).requires_grad_()
     z.requires_grad_()
@@ -570,7 +571,7 @@ def test_global_loss():
     assert loss.item() == pytest.approx((2 - 2 * cosines).mean(), rel=1e-5)
     assert loss.item() == pytest.approx(sum((1 - cosines[half]).mean()
                                             for half in (slice(0, 2), slice(2, 4))), rel=1e-5)  # a sum over directions
-    assert z.grad is None and p.grad.any()                                # stop-gradient
+    assert z.grad is None and p.grad.any()  # stop-gradient
 
 
 @pytest.mark.parametrize(("detector", "levels"),
@@ -588,7 +589,7 @@ def test_descriptions_of_one_view_do_not_depend_on_the_other(detector, levels):
         # each normalised
         assert one["projection"][:3].mean(0).abs().max() < 1e-5 and one["projection"][3:].mean(0).abs().max() < 1e-5
         model.eval()
-        fourth = [*memory[:3], *[m * 9 for m in memory[3:]]]              # Deformable DETR: its first three levels
+        fourth = [*memory[:3], *[m * 9 for m in memory[3:]]]  # Deformable DETR: its first three levels
         assert torch.equal(model.describe(memory)["projection"], model.describe(fourth)["projection"])
         pooled = torch.cat([m.double().mean((2, 3)) for m in memory[:3]], 1).float()
         torch.testing.assert_close(model.describe(memory)["projection"],
@@ -761,7 +762,7 @@ def test_probe_asks_for_own_and_for_other_regions(multi_view, choice):
         for row in rows:
             i, v = row["index"] - 20, row["view"]
             whose = sample((i + 1) % 3 if other else i)  # the queries carry its regions of the other view
-            for key, image in (("true", sample(i)), ("asked", whose)):    # both in this view
+            for key, image in (("true", sample(i)), ("asked", whose)):  # both in this view
                 x1, y1, x2, y2 = image["boxes"][v, skip:].T.numpy() / 40
                 np.testing.assert_allclose(row[key],
                                            np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], 1), atol=1e-6)
@@ -773,7 +774,7 @@ def test_probe_asks_for_own_and_for_other_regions(multi_view, choice):
 
 def parse(*argv):
     return run.parse_config(siamese_detr.Config, siamese_detr.PRESETS, list(argv), script="siamese_detr",
-                               description="", by_data=siamese_detr.recipe_of)
+                            description="", recipe=siamese_detr.recipe_of)
 
 
 def test_recipes():
@@ -810,23 +811,22 @@ def test_recipes():
 ROWS = {"untrained", "random_boxes", "shuffled", "wrong_image", "pretrained"}
 RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64,
        "batch_size": 4, "probe_images": 4, "log_every": 1, "save_every": 1,
-       "dropout": 0.1, "stride": 16, "epochs": 4, "lambda_region": 0.5, "lambda_global": 2.0, "eos_coef": 0.2}
+       "dropout": 0.1, "stride": 16, "epochs": 4, "lambda_region": 0.5, "lambda_global": 2.0, "eos_coef": 0.2,
+       "max_steps": 3}
 
 
 def run_script(out, **values):
     return siamese_detr.main(flags({**RUN, "out": out, **values}))
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    out = tmp_path_factory.mktemp("straight")
-    return out, run_script(out, max_steps=3)
+@pytest.fixture
+def straight(finished_run):
+    return finished_run("siamese_detr")
 
 
-def test_run_writes_its_files(straight):
+def test_log_and_table(straight):
     out, metrics = straight
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2]
     terms = ["loss_ce", "loss_bbox", "loss_giou", "loss_feature", "cardinality_error"]
     for line in lines:
         assert line.keys() == {"step", "epoch", "lr", "loss", "loss_global", "class_error",
@@ -837,7 +837,6 @@ def test_run_writes_its_files(straight):
     assert metrics.keys() == ROWS | {"steps", "primary"} and metrics["steps"] == 3 and metrics["primary"] == "IoU"
     assert all(metrics[row].keys() == {"IoU", "recall50"} and 0 <= metrics[row]["IoU"] <= 1
                and 0 <= metrics[row]["recall50"] <= 1 for row in ROWS)
-    assert json.loads((out / "metrics.json").read_text()) == plain(metrics)
     assert Image.open(out / "predictions.png").height > 4 * 200
     state = torch.load(out / "last.pt", weights_only=True)
     assert state["step"] == 3 and state["script"] == "siamese_detr" and state["config"]["num_regions"] == n
@@ -845,29 +844,7 @@ def test_run_writes_its_files(straight):
     assert {"patch2query.weight", "feature_align.layers.1.bias", "enc_head.0.projector.mlp.0.weight",
             "query_embed.weight"} <= names
     assert not any(name.startswith("detector.") for name in names)
-    assert (out / "proposals").is_dir() and not list(out.rglob("*.tmp"))
-
-
-def test_the_same_command_again(straight, capsys):
-    out, metrics = straight
-    assert plain(run_script(out, max_steps=3)) == plain(metrics)
-    assert "this run is finished (3 steps)" in capsys.readouterr().out
-
-
-def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
-    run_script(tmp_path, max_steps=1)
-    metrics = run_script(tmp_path, max_steps=3)
-    assert "at step 1" in capsys.readouterr().out
-    one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
-    assert (one["model"].keys() == two["model"].keys()
-            and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"]))
-    for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(a[k], b[k]) for k in a)
-    logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (straight[0], tmp_path)]
-    measured = {"images_per_s", "memory_gib", "seconds", "fallbacks"}     # fallbacks: of this start
-    assert [{k: v for k, v in line.items() if k not in measured} for line in logs[0]] == [
-        {k: v for k, v in line.items() if k not in measured} for line in logs[1]]
-    assert plain(metrics) == plain(straight[1])
+    assert (out / "proposals").is_dir()
 
 
 def test_own_images_with_random_regions(tmp_path):
@@ -884,7 +861,7 @@ def test_own_images_with_random_regions(tmp_path):
                       cache_proposals="false") == {"steps": 1}
 
 
-def test_bad_input_ends_in_one_line(fails, straight, tmp_path):
+def test_bad_input_ends_in_one_line(fails, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(4):
@@ -900,14 +877,8 @@ def test_bad_input_ends_in_one_line(fails, straight, tmp_path):
             "--num_queries 6" in line)
     assert "--num_regions 1: only the overlap would be left" in fail(num_regions=1)
     for iou in (0, 1.5):
-        assert f"--view_iou {float(iou)}: must lie above 0 and not above 1" in fail(view_iou=iou)
-    assert "the BatchNorm of L_g needs two" in fail(accumulate=2) and "--probe_images 1" in fail(probe_images=1)
-    assert ("batch_size 2 (global)" in fail(accumulate=3)
-            and "4 images are fewer than one batch of 8" in fail(batch_size=8))
-    assert str(tmp_path / "nowhere") in fail(data=tmp_path / "nowhere")
-    assert not (tmp_path / "out").exists()                                # nothing was written until here
+        assert f"--view_iou {float(iou)}: must be above 0 and at most 1" in fail(view_iou=iou)
+    assert "the BatchNorm of L_g needs two" in fail(accumulate=2)
+    assert "batch_size 2 (global)" in fail(accumulate=3)
+    assert not (tmp_path / "out").exists()  # nothing was written until here
     assert "does not exist; build it with: python proposals.py" in fail(proposal_store=tmp_path / "store")
-    line = fails(siamese_detr.main, flags({**RUN, "out": straight[0], "view_iou": 0.7, "max_steps": 3}))
-    assert "view_iou: 0.5 -> 0.7" in line and "--allow_config_change" in line
-    assert "holds a run of siamese_detr.py; give updetr.py another --out" in fails(__import__("updetr").main, flags(
-        {**SMALL, "data": "synthetic", "synthetic_images": 4, "batch_size": 2, "num_patches": 4, "out": straight[0]}))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import flags
 from PIL import Image
-from test_detreg import plain, same_step
+from test_detreg import same_step
 from test_siamese_detr import Pictures, picture
 from torchvision.ops import box_iou
 
@@ -24,7 +24,7 @@ import soco
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = {"backbone": "resnet18", "fpn_channels": 16, "head_dim": 24, "mlp_dim": 32, "embedding_dim": 16,
+TINY = {"arch": "resnet18", "fpn_channels": 16, "head_dim": 24, "mlp_dim": 32, "embedding_dim": 16,
         "image_size": 64, "small_size": 32, "star_size": 48, "level_sizes": (14, 28, 55, 64), "batch_size": 4,
         "num_workers": 0, "seed": 3, "backbone_weights": "random", "proposal_method": "random"}
 PLAIN = data.Photometric(0, 0, 0, 0, p_jitter=0, p_gray=0, p_blur=0)
@@ -38,14 +38,15 @@ def config(**values):
 
 def parse(*argv):
     return run.parse_config(soco.Config, soco.PRESETS, list(argv), script="soco",
-                            description="", by_data=soco.recipe_of)
+                            description="", recipe=soco.recipe_of)
 
 
 def views_of(*images, boxes=None, plain_colours=False, separate=False, **values):
     """A dataset of these images; boxes: the proposals of all of them, xyxy."""
-    dataset = soco.ObjectViewsDataset(config(**values), Pictures(*images), np.arange(len(images)), separate=separate)
-    if boxes is not None:
-        dataset.generator = lambda image, seed: np.float32(boxes).reshape(-1, 4)
+    cfg = config(**values)
+    proposals_of = (proposals.Proposals(cfg) if boxes is None
+                    else lambda image, index, epoch: np.float32(boxes).reshape(-1, 4))
+    dataset = soco.ObjectViewsDataset(cfg, Pictures(*images), np.arange(len(images)), proposals_of, separate)
     if plain_colours:
         dataset.photometric = [PLAIN, PLAIN]
     return dataset
@@ -56,7 +57,8 @@ def build(**values):
 
 
 def batch_of(cfg, n=2, start=0, epoch=0):
-    dataset = soco.ObjectViewsDataset(cfg, Pictures(*(picture(i) for i in range(start + n))), np.arange(start + n))
+    dataset = soco.ObjectViewsDataset(cfg, Pictures(*(picture(i) for i in range(start + n))), np.arange(start + n),
+                                      proposals.Proposals(cfg))
     return soco.collate([dataset[epoch, i] for i in range(start, start + n)])
 
 
@@ -123,7 +125,7 @@ def test_a_box_shows_its_object_mirrored_or_not():
         sample = dataset[epoch, 0]
         assert [v.shape[-1] for v in sample["views"]] == [96, 96, 80, 64]
         for view, box in zip(sample["views"], [sample["boxes1"][0, 0], *sample["boxes"][:, 0]]):
-            pixels, side = np.asarray(evaluation.picture(view)).astype(int), view.shape[-1]
+            pixels, side = np.asarray(evaluation.to_image(view)).astype(int), view.shape[-1]
             coloured = np.ptp(pixels, axis=2) > 60
             x1, y1, x2, y2 = (box * side).tolist()
             inside = np.zeros_like(coloured)
@@ -275,12 +277,12 @@ def test_crops_are_drawn_until_they_show_enough(monkeypatch):
 def test_views_of_the_variants():
     for values, sides in (({}, [64, 64, 32]), ({"star": True}, [64, 64, 48, 32]), ({"v3": "downsample"}, [64, 64, 32]),
                           ({"multi_view": False}, [64, 64]),
-                          ({"arch": "c4", "multi_view": False, "scale_aware": False}, [64, 64])):
+                          ({"pipeline": "c4", "multi_view": False, "scale_aware": False}, [64, 64])):
         dataset = views_of(picture(0), boxes=BOXES, plain_colours=True, **values)
         for epoch in range(4):
             sample = dataset[epoch, 0]
             assert [v.shape for v in sample["views"]] == [(3, s, s) for s in sides]
-            pairs, rows = len(sides) - 1, 4 if values.get("arch") == "c4" else 16
+            pairs, rows = len(sides) - 1, 4 if values.get("pipeline") == "c4" else 16
             assert (sample["boxes1"].shape == sample["boxes"].shape == (pairs, 4, 4)
                     and sample["corres"].shape == (pairs, rows, rows))
             twin = {"star": 2, "v3": 1}.get(next(iter(values), ""))       # the pair that shares V2's crop
@@ -362,19 +364,21 @@ def test_samples_are_a_function_of_seed_epoch_and_index(tmp_path):
             assert (boxes.dtype == torch.float32 and (boxes >= 0).all() and (boxes <= 1).all()
                     and (boxes[..., 2:] > boxes[..., :2]).all())
     scenes, cfg = data.SyntheticScenes(4, 64, seed=3), config(proposal_method="selective_search", min_side=8)
-    store = proposals.build_store(tmp_path / "store", scenes, soco.proposal_generator(cfg), progress=False)
+    store = proposals.build_store(tmp_path / "store", scenes, proposals.Proposals(cfg).generator, progress=False)
     for i in range(4):
         image = scenes.load(i)
-        drawn = {None: soco.proposal_generator(cfg)(image, proposals.image_seed(3, 5, i)),
+        drawn = {None: proposals.Proposals(cfg).generator(image, proposals.image_seed(3, 5, i)),
                  store: store.boxes(i, image.size[::-1])}
         for kept, boxes in drawn.items():
             rects = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).astype(int)
-            mine = soco.ObjectViewsDataset(cfg, scenes, np.arange(4), kept).propose(image, i, 5)
+            dataset = soco.ObjectViewsDataset(cfg, scenes, np.arange(4), proposals.Proposals(cfg, kept))
+            mine = dataset.propose(image, i, 5)
             assert np.array_equal(mine, soco.usable_boxes(rects, image.size, cfg)) and len(mine) > 1
     for kept in (None, store):
-        here, there = ([batch for batch in data.make_loader(soco.ObjectViewsDataset(cfg, scenes, np.arange(4), kept),
-                                                            data.StepSampler(4, 2, 3, seed=3), num_workers=workers,
-                                                            collate=soco.collate)] for workers in (0, 2 if kept else 0))
+        dataset = soco.ObjectViewsDataset(cfg, scenes, np.arange(4), proposals.Proposals(cfg, kept))
+        here, there = ([batch for batch in data.make_loader(dataset, data.StepSampler(4, 2, 3, seed=3),
+                                                            num_workers=workers, collate=soco.collate)]
+                       for workers in (0, 2 if kept else 0))
         assert all(one["index"] == two["index"] and equal(one, two) for one, two in zip(here, there, strict=True))
         assert here[0]["views"][2].shape == (2, 3, 32, 32) and here[0]["corres"].shape == (2, 2, 16, 16)
 
@@ -496,7 +500,7 @@ def test_feature_of_a_box_without_pyramid_or_head():
     h = build(fpn=False, box_head=False, scale_aware=False).object_features(feature_map, boxes, False)
     # the mean of the RoI
     assert h.shape == (2, 512) and h[:, 0].tolist() == pytest.approx([10 * 4 + 3, 10 * 4 + 2.5], rel=1e-5)
-    c4 = build(arch="c4")
+    c4 = build(pipeline="c4")
     c4.encoder.layer4, c4.encoder_k.layer4 = torch.nn.Identity(), torch.nn.Flatten(0, 0)
     for target in (False, True):                                          # the mean of what layer4 makes of the RoI
         torch.testing.assert_close(c4.object_features(feature_map, boxes, target), h)
@@ -520,8 +524,8 @@ def test_names_and_start():
     assert not torch.equal(build(seed=4).state_dict()["neck.fpn_convs.0.conv.weight"],
                            state["neck.fpn_convs.0.conv.weight"])
     assert not state["encoder.layer1.0.bn2.weight"].any() and state["encoder.layer1.0.bn1.weight"].all()
-    assert not build(backbone="resnet50").state_dict()["encoder.layer3.1.bn3.weight"].any()
-    c4 = build(arch="c4").state_dict()
+    assert not build(arch="resnet50").state_dict()["encoder.layer3.1.bn3.weight"].any()
+    c4 = build(pipeline="c4").state_dict()
     assert {name.split(".")[0] for name in c4} == {"encoder", "projector", "predictor", "encoder_k", "projector_k"}
 
 
@@ -559,9 +563,9 @@ def test_target_moves_before_it_looks():
                     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0), batch, 0.5, CPU)
     views, boxes1 = batch["views"], list(batch["boxes1"].unbind(1))
     with torch.no_grad():
-        old = frozen.embed(views[0], boxes1, True)
+        old = [frozen.embed(frozen.maps(views[0], True), boxes, True) for boxes in boxes1]
         frozen.update_target(0.5)
-        new = frozen.embed(views[0], boxes1, True)
+        new = [frozen.embed(frozen.maps(views[0], True), boxes, True) for boxes in boxes1]
     for pair, a, b in zip(seen[0], old, new):
         torch.testing.assert_close(pair[2], b)
         assert (pair[2] - a).abs().max() > 1e-3
@@ -623,12 +627,14 @@ def test_lars_by_hand():
 
 
 def test_learning_rate():
-    rates = [soco.lr_at(step, 8.0, 10, 20, 2) for step in range(201)]
+    cfg = config(lr=8.0, batch_size=256, epochs=20, warmup_epochs=2)
+    rates = [8 * soco.lr_factor(cfg, step, 10) for step in range(201)]
     assert rates[0] == pytest.approx(0.08) and rates[10] == pytest.approx(0.08 * (99 / 2 + 1)) and rates[20] == 8
     assert (rates[110] == pytest.approx((8 + 1e-6) / 2) and rates[200] == pytest.approx(1e-6)
             and rates[:21] == sorted(rates[:21]))
-    assert rates[20:] == sorted(rates[20:], reverse=True) and soco.lr_at(0, 8.0, 10, 20, 0) == 8
-    assert soco.lr_at(199, 8.0, 10, 20, 2) < 1e-3 * 8
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert 8 * soco.lr_factor(config(lr=8.0, batch_size=256, epochs=20, warmup_epochs=0), 0, 10) == 8
+    assert rates[199] < 1e-3 * 8
 
 
 # ==== Switches (Tables 4 and 5) ====================================================================================
@@ -637,7 +643,7 @@ TABLE_4 = ["--proposal_method whole --num_boxes 1 --fpn false --box_head false -
            "--multi_view false", "--proposal_method selective_search --num_boxes 4", "--fpn", "--box_head",
            "--scale_aware", "--jitter_prob 0.5", "--multi_view"]
 SWITCHES = [(" ".join(TABLE_4[:n + 1]), 2, 1 if n < 2 else 4) for n in range(6)] + [
-    (" ".join(TABLE_4), 3, 4), ("--arch c4", 2, 1), ("--star", 4, 4), ("--v3 downsample", 3, 4),
+    (" ".join(TABLE_4), 3, 4), ("--pipeline c4", 2, 1), ("--star", 4, 4), ("--v3 downsample", 3, 4),
     ("--preset paper", 3, 4), ("--small_size 96 --level_sizes 48 96 192 224", 3, 4),
     ("--small_size 192 --level_sizes 48 96 192 224", 3, 4), ("--num_boxes 1", 3, 4), ("--num_boxes 16", 3, 4),
     ("--num_boxes 8 --proposal_method random", 3, 4), ("--ema_momentum 0.98", 3, 4), ("--amp bf16", 3, 4),
@@ -666,7 +672,7 @@ def test_switches(command, views, levels):
     expected = {f"{part}{k}.bn1.num_batches_tracked": views if part == "encoder" else heads
                 for part in ("encoder", "head", "projector")
                 for k in ("", "_k")} | {"predictor.bn1.num_batches_tracked": heads}
-    assert counts == {k: v for k, v in expected.items() if cfg.box_head and cfg.arch == "fpn" or "head" not in k}
+    assert counts == {k: v for k, v in expected.items() if cfg.box_head and cfg.pipeline == "fpn" or "head" not in k}
     # a box meets itself once, or once on every level
     same = (batch["ids1"][..., None] == batch["ids"][..., None, :]).sum((2, 3))
     assert torch.equal(batch["corres"].sum((2, 3)), same.float() * (1 if cfg.scale_aware else levels))
@@ -677,9 +683,9 @@ def test_recipes():
     assert (cfg.data, cfg.batch_size, cfg.epochs, cfg.lr, cfg.weight_decay, cfg.num_boxes,
             cfg.jitter_prob, cfg.crop_area) == (
                 "imagenet", 2048, 100, 1.0, 1e-5, 4, 0.5, (0.5, 1.0))
-    assert (cfg.image_size, cfg.small_size, cfg.ema_momentum, cfg.arch, cfg.v3) == (224, 112, 0.99, "fpn", "crop")
+    assert (cfg.image_size, cfg.small_size, cfg.ema_momentum, cfg.pipeline, cfg.v3) == (224, 112, 0.99, "fpn", "crop")
     assert parse("--star").epochs == 400 and parse("--star", "--epochs", "100").epochs == 100
-    c4 = parse("--arch", "c4")
+    c4 = parse("--pipeline", "c4")
     assert ((c4.crop_area, c4.roi_size, c4.jitter_prob, c4.multi_view, c4.scale_aware, c4.epochs)
             == ((0.6, 1.0), 14, 0.0, False, False, 100))
     assert (parse("--preset", "paper").v3, parse("--preset", "paper").min_side) == ("downsample", 0)
@@ -710,7 +716,8 @@ def one_step(start, stop, mode="eval", steps=1):
 
 def batches(world=1, rank=0):
     cfg = config()
-    dataset = soco.ObjectViewsDataset(cfg, Pictures(*(picture(i) for i in range(6))), np.arange(6))
+    dataset = soco.ObjectViewsDataset(cfg, Pictures(*(picture(i) for i in range(6))), np.arange(6),
+                                      proposals.Proposals(cfg))
     return list(data.make_loader(dataset, data.StepSampler(6, 4, 3, world=world, rank=rank, seed=3),
                                  num_workers=0, collate=soco.collate))
 
@@ -824,20 +831,20 @@ def test_rows_of_the_probe(monkeypatch, tmp_path):
 ROWS = {"untrained", "shuffled", "pretrained"}
 RUN = {**TINY, "preset": "demo", "data": "synthetic", "synthetic_images": 12, "synthetic_size": 64, "probe_images": 4,
        "epochs": 2, "min_side": 8, "lr": 1.0, "lr_min": 1e-3, "ema_momentum": 0.99, "warmup_epochs": 0.5,
-       "log_every": 1, "save_every": 2, "proposal_method": "selective_search", "cache_proposals": "true"}
+       "log_every": 1, "save_every": 2, "proposal_method": "selective_search", "cache_proposals": "true",
+       "max_steps": 4}
 
 
 def run_script(out, **values):
     return soco.main(flags({**RUN, "out": out, **values}))
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    out = tmp_path_factory.mktemp("straight")
-    return out, run_script(out, max_steps=4)
+@pytest.fixture
+def straight(finished_run):
+    return finished_run("soco")
 
 
-def test_run_writes_its_files(straight):
+def test_log_and_table(straight):
     out, metrics = straight
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [(line["step"], line["epoch"]) for line in lines] == [(0, 0), (1, 0), (2, 0), (3, 1)]
@@ -847,45 +854,19 @@ def test_run_writes_its_files(straight):
                                "pairs", "grad_norm", "images_per_s", "memory_gib", "seconds"}
         assert (line["loss"]
                 == pytest.approx(sum(line[f"loss_{k}"] for k in ("12", "21", "13", "31")), rel=1e-3, abs=1e-4))
-        assert line["lr"] == pytest.approx(soco.lr_at(line["step"], base, 3, 2, 0.5, 1e-3), rel=1e-4)
+        cfg = config(lr=1.0, batch_size=4, epochs=2, warmup_epochs=0.5, lr_min=1e-3)
+        assert line["lr"] == pytest.approx(base * soco.lr_factor(cfg, line["step"], 3), rel=1e-4)
         assert line["momentum"] == pytest.approx(soco.momentum_at(line["step"], 0.99, 6), rel=1e-5)
     assert metrics.keys() == ROWS | {"steps", "primary"} and metrics["steps"] == 4 and metrics["primary"] == "retrieval"
     for row in ROWS:
         assert (metrics[row].keys() == {"retrieval", "view2", "view3", "own_image"}
                 and all(0 <= v <= 1 for v in metrics[row].values()))
-    assert json.loads((out / "metrics.json").read_text()) == plain(metrics)
     assert Image.open(out / "predictions.png").height > 4 * 60
     state = torch.load(out / "last.pt", weights_only=True)
     assert state["step"] == 4 and state["script"] == "soco" and state["config"]["num_boxes"] == 4
     assert {"encoder.conv1.weight", "neck.lateral_convs.0.conv.weight", "head.fc1.bias", "predictor.linear2.weight",
             "encoder_k.conv1.weight"} <= state["model"].keys()
-    assert (out / "proposals").is_dir() and not list(out.rglob("*.tmp"))
-
-
-def test_the_same_command_again(straight, capsys):
-    out, metrics = straight
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    assert plain(run_script(out, max_steps=4)) == plain(metrics)
-    assert "this run is finished (4 steps)" in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
-
-
-def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
-    run_script(tmp_path, max_steps=2)
-    metrics = run_script(tmp_path, max_steps=4)
-    assert "at step 2" in capsys.readouterr().out
-    one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
-    assert (one["model"].keys() == two["model"].keys()
-            and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"]))
-    assert len(one["optimizer"]["state"]) == len([k for k in one["model"] if "_k." not in k and not k.endswith(
-        ("running_mean", "running_var", "num_batches_tracked"))])
-    for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
-        assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
-    logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (straight[0], tmp_path)]
-    measured = {"images_per_s", "memory_gib", "seconds"}
-    assert [{k: v for k, v in line.items() if k not in measured} for line in logs[0]] == [
-        {k: v for k, v in line.items() if k not in measured} for line in logs[1]]
-    assert plain(metrics) == plain(straight[1])
+    assert (out / "proposals").is_dir()
 
 
 def test_its_encoder_is_a_backbone_for_others(straight):
@@ -906,7 +887,7 @@ def test_own_images(tmp_path):
     folder.mkdir()
     for i in range(7):
         picture(i, (90, 64)).save(folder / f"{i}.png")
-    metrics = run_script(tmp_path / "out", data=folder, max_steps=1, probe_images=3, arch="c4",
+    metrics = run_script(tmp_path / "out", data=folder, max_steps=1, probe_images=3, pipeline="c4",
                          proposal_method="random", cache_proposals="false")
     assert (metrics.keys() == ROWS | {"steps", "primary"}
             and metrics["pretrained"].keys() == {"retrieval", "view2", "own_image"})
@@ -919,27 +900,28 @@ def test_own_images(tmp_path):
 WRONG = [
     (dict(accumulate=2), "--accumulate 2: SoCo needs the whole batch at once"),
     (dict(batch_size=1, num_boxes=1), "--batch_size 1 --num_boxes 1: one box per process, but BatchNorm needs two"),
-    (dict(arch="c4", scale_aware="true"), "--arch c4 has neither FPN nor box head"),
-    (dict(arch="c4", fpn="false"), "--arch c4 has neither FPN nor box head"),
-    (dict(arch="c4", box_head="false"), "--arch c4 has neither FPN nor box head"),
+    (dict(pipeline="c4", scale_aware="true"), "--pipeline c4 has neither FPN nor box head"),
+    (dict(pipeline="c4", fpn="false"), "--pipeline c4 has neither FPN nor box head"),
+    (dict(pipeline="c4", box_head="false"), "--pipeline c4 has neither FPN nor box head"),
     (dict(fpn="false"), "--scale_aware needs the levels of --fpn"),
     (dict(star="true", multi_view="false"), "--star is made of four views"),
     (dict(level_sizes=(14, 28, 55)), "--level_sizes 14 28 55: give four rising sizes"),
     (dict(level_sizes=(14, 55, 28, 64)), "--level_sizes 14 55 28 64: give four rising sizes"),
     (dict(image_size=96), "--level_sizes 14 28 55 64: a view of 96 pixels has boxes above the last"),
-    (dict(arch="c4", star="true"), "--star is made of four views: add --multi_view"),
+    (dict(pipeline="c4", star="true"), "--star is made of four views: add --multi_view"),
     (dict(batch_size=1), "--batch_size 1: one image per process"),
-    (dict(lr=0), "--lr 0: must be above 0"),
-    (dict(crop_area=(0.5, 1.5)), "--crop_area 0.5 1.5: give the smallest and the largest share"),
-    (dict(crop_area=(1, 0.5)), "--crop_area 1.0 0.5: give"),
+    (dict(crop_area=(0.5, 1.5)), "--crop_area 0.5 1.5: must be at least 0 and at most 1"),
+    (dict(crop_area=(1, 0.5)), "--crop_area 1.0 0.5: give the smallest and the largest value"),
     (dict(size_range=(0.8, 0.3)), "--size_range 0.8 0.3: give"),
-    (dict(size_range=(-0.1, 0.3)), "--size_range -0.1 0.3: give"),
-    (dict(small_size=31), "31 is too small"),
-    (dict(ema_momentum=1.5), "--ema_momentum 1.5: must lie in 0..1"),
+    (dict(size_range=(-0.1, 0.3)), "--size_range -0.1 0.3: must be at least 0"),
+    (dict(small_size=31), "--small_size 31: must be at least 32"),
+    (dict(ema_momentum=1.5), "--ema_momentum 1.5: must be at least 0 and at most 1"),
+    (dict(crop_area=(0, 0)), "the largest share must be above 0"),
+    (dict(jitter_prob=1.1), "--jitter_prob 1.1: must be at least 0 and at most 1"),
+    (dict(jitter_ratio=0.5), "--jitter_ratio 0.5: must be below 0.5"),
+    (dict(proposal_method="random", proposal_store="x"), "--proposal_method random uses no --proposal_store"),
     (dict(warmup_epochs=2), "--warmup_epochs 2: must be less than --epochs 2"),
     (dict(num_boxes=0), "--num_boxes 0: must be at least 1"),
-    (dict(probe_images=1), "--probe_images 1"),
-    (dict(batch_size=16), "12 images are fewer than one batch of 16"),
 ]
 
 
@@ -958,17 +940,12 @@ def test_stores_and_runs_of_others_are_refused(fails, straight, tmp_path):
     assert "another list of files" in line
     line = fails(soco.main, flags({**RUN, "proposal_store": tmp_path / "nowhere", "out": tmp_path / "out"}))
     assert "does not exist; build it with: python proposals.py" in line
-    line = fails(soco.main, flags({**RUN, "out": straight[0], "ema_momentum": 0.98, "max_steps": 6}))
-    assert "ema_momentum: 0.99 -> 0.98" in line and "--allow_config_change" in line
-    assert "holds a run of soco.py; give updetr.py another --out" in fails(__import__("updetr").main, flags(
-        {"data": "synthetic", "synthetic_images": 4, "batch_size": 2, "backbone_weights": "random",
-         "arch": "resnet18", "out": straight[0]}))
 
 
 @pytest.mark.parametrize("zero", (True, False))
 def test_start_of_residual_branches(zero):
     """D14: with zero_init_residual every block begins as its shortcut; without it as torchvision's."""
-    model = soco.build_model(parse("--backbone", "resnet18", "--zero_init_residual", str(zero).lower()))
+    model = soco.build_model(parse("--arch", "resnet18", "--zero_init_residual", str(zero).lower()))
     block = model.encoder.layer2[1].train()
     x = torch.rand(2, 128, 6, 6)
     assert torch.equal(block(x), x) == zero

@@ -10,7 +10,7 @@ import torch
 from conftest import SMALL, flags
 from fill import fill
 from PIL import Image
-from test_detreg import pieces, plain, same_step
+from test_detreg import pieces, same_step
 
 import common
 import data
@@ -54,7 +54,7 @@ def test_patches_lie_anywhere_but_at_the_right_and_bottom_border():
             sides = boxes[:, 2 + axis] - boxes[:, axis]
             assert ((sides.min(), sides.max()) == (8, side - 8)
                     and (boxes[:, axis].min(), boxes[:, 2 + axis].max()) == (0, side - 1))
-            assert sides.mean() == pytest.approx(side / 2, rel=0.03)      # uniform in 8..side - 8
+            assert sides.mean() == pytest.approx(side / 2, rel=0.03)  # uniform in 8..side - 8
             place = boxes[:, axis] / np.maximum(side - sides - 1, 1)
             assert place.mean() == pytest.approx(0.5, abs=0.02)
     boxes = updetr.draw_patches(np.random.default_rng(1), (17, 17), 2000)
@@ -134,7 +134,7 @@ def test_patches_are_crops_of_the_original_image(folder, monkeypatch, augment):
                            data.to_normalized_tensor(image.resize((width, height), Image.Resampling.BILINEAR)))
         x, y = (boxes[:, 0] + boxes[:, 2]) / 2 / 76, (boxes[:, 1] + boxes[:, 3]) / 2 / 70
         np.testing.assert_allclose(sample["target"]["boxes"][:, :2].numpy(), np.stack([x, y], 1), atol=1e-6)
-    assert shown.keys() == {48} or augment and len(shown) > 1              # probe: the largest scale only
+    assert shown.keys() == {48} or augment and len(shown) > 1  # probe: the largest scale only
 
 
 def test_augmented_patches_are_recoloured_one_by_one(folder, monkeypatch):
@@ -150,7 +150,7 @@ def test_images_of_16_pixels_are_replaced(folder, capsys):
     for name, size in (("7", (16, 40)), ("8", (40, 16)), ("9", (17, 17))):
         picture(9, size).save(folder / f"{name}.png")
     dataset = patches_of(folder)
-    count = data.SkipCount(1000)
+    count = run.SkipCount(1000)
     for position, size in ((4, "16 x 40"), (5, "40 x 16")):
         drawn = set()
         for epoch in range(6):
@@ -174,7 +174,7 @@ def test_group_mask_is_block_diagonal(queries, patches):
     mask = updetr.group_mask(queries, patches)
     assert mask.dtype == torch.bool and mask.tolist() == [[i // size != j // size for j in range(queries)]
                                                           for i in range(queries)]
-    assert ((~mask).sum(1) == size).all()                                 # every query may look somewhere
+    assert ((~mask).sum(1) == size).all()  # every query may look somewhere
 
 
 INPUTS = dict(images=tensor("images", 2, 3, 48, 64), mask=torch.zeros(2, 48, 64, dtype=torch.bool),
@@ -193,7 +193,7 @@ def outputs_of(model, **values):
 def test_groups_do_not_see_each_other(detector):
     with_mask, without = build(detector=detector), build(detector=detector, attention_mask=False)
     changed = {**INPUTS, "patches": INPUTS["patches"].clone()}
-    changed["patches"][1, 2] += tensor("another patch", 3, 32, 32)        # patch 2 of image 1: queries 4 and 5
+    changed["patches"][1, 2] += tensor("another patch", 3, 32, 32)  # patch 2 of image 1: queries 4 and 5
     for model in (with_mask, without):
         before, after = outputs_of(model), outputs_of(model, **changed)
         for name in before:
@@ -243,7 +243,7 @@ def test_what_a_query_is_made_of(detector):
         maps = model.detector.backbone[0](INPUTS["patches"].flatten(0, 1))[-1]
         p = maps.numpy().astype(np.float64).mean((2, 3)).reshape(2, M, C)  # global average of the last stage
         weight, bias = (t.numpy().astype(np.float64) for t in (model.patch2query.weight, model.patch2query.bias))
-    content = np.repeat(p @ weight.T + bias, N // M, axis=1)              # query i: patch i // (N / M)
+    content = np.repeat(p @ weight.T + bias, N // M, axis=1)  # query i: patch i // (N / M)
     table = model.detector.query_embed.weight.detach()
     for (images, mask, queries, blocked), rows, factor in ((seen[0], table, np.ones((2, N, 1))),
                                                            (seen[1], table[order], keep.numpy())):
@@ -285,7 +285,7 @@ def test_loss_by_hand():
     criterion = updetr.build_criterion(cfg)
     assert ((criterion.matcher.cost_class, criterion.matcher.cost_bbox, criterion.matcher.cost_giou) == (1.5, 4.0, 3.0)
             and not criterion.matcher.focal)
-    pairs = [([0, 3], [1, 0]), ([1, 2], [0, 1])]                          # image 0: the matching ignores the groups
+    pairs = [([0, 3], [1, 0]), ([1, 2], [0, 1])]  # image 0: the matching ignores the groups
     criterion.matcher = Prescribed(pairs)
     layers = [{"pred_logits": tensor(f"logits{i}", 2, 4, 3), "pred_boxes": tensor(f"boxes{i}", 2, 4, 4).sigmoid(),
                "pred_features": tensor(f"features{i}", 2, 4, 5)} for i in range(2)]
@@ -338,7 +338,7 @@ def test_reconstruction_off():
 
 def parse(*argv):
     return run.parse_config(updetr.Config, updetr.PRESETS, list(argv), script="updetr", description="",
-                            by_data=updetr.recipe_of)
+                            recipe=updetr.recipe_of)
 
 
 def test_recipes():
@@ -433,7 +433,7 @@ def test_targets_of_the_reconstruction():
                for a, b in zip(target.state_dict().values(), model.detector.backbone[0].state_dict().values()))
     with torch.no_grad():
         wanted = [target(t["patches"])[-1].mean((2, 3)) for t in batch["targets"]]
-        for parameter in model.detector.backbone.parameters():            # the training backbone has moved on
+        for parameter in model.detector.backbone.parameters():  # the training backbone has moved on
             parameter.mul_(1.3)
         now = [model.detector.backbone[0](t["patches"])[-1].mean((2, 3)) for t in batch["targets"]]
     assert not target.training and not any(p.requires_grad for p in target.parameters())
@@ -443,7 +443,7 @@ def test_targets_of_the_reconstruction():
         updetr.train_step(cfg, model, backbone, spy, common.build_optimizer(cfg, model), [batch], CPU)
         for t, e in zip(spy.seen[0], expected, strict=True):
             torch.testing.assert_close(t["features"].detach(), e, rtol=1e-4, atol=1e-5)
-            assert t["features"].requires_grad == (backbone is None)      # the current feature, with gradient (D10)
+            assert t["features"].requires_grad == (backbone is None)  # the current feature, with gradient (D10)
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
 
@@ -523,7 +523,7 @@ def test_probe_asks_for_own_and_for_other_patches():
             asked = sample(j)["target"]["boxes"]
             # of the image that is looked into
             np.testing.assert_allclose(row["true"], sample(i)["target"]["boxes"], atol=1e-6)
-            np.testing.assert_allclose(row["asked"], asked, atol=1e-6)    # of the image the patches come from
+            np.testing.assert_allclose(row["asked"], asked, atol=1e-6)  # of the image the patches come from
             np.testing.assert_allclose(row["found"], asked[:, [0, 1, 2, 2]], atol=1e-6)
             np.testing.assert_allclose(row["score"], np.exp(2) / (np.exp(2) + 2), atol=1e-6)
 
@@ -531,7 +531,7 @@ def test_probe_asks_for_own_and_for_other_patches():
 def test_rows_of_the_probe(monkeypatch, tmp_path):
     def find(cfg, model, probe_set, device, other=False, text=""):
         assert model == "trained" or text == "untrained"
-        assert probe_set.scales == (64,)                                  # no augmentation
+        assert probe_set.scales == (64,)  # no augmentation
         own, theirs, far = [[0.2, 0.2, 0.2, 0.2]], [[0.8, 0.8, 0.2, 0.2]], [[0.5, 0.5, 0.1, 0.1]]
         found = far if text == "untrained" else theirs if other else own
         return [{"index": i, "true": own, "asked": theirs if other else own, "found": found, "score": [0.5]}
@@ -551,23 +551,22 @@ def test_rows_of_the_probe(monkeypatch, tmp_path):
 # ==== Whole runs ===================================================================================================
 
 RUN = {**TINY, "preset": "demo", "synthetic_images": 16, "synthetic_size": 64, "batch_size": 4, "probe_images": 4,
-       "log_every": 1, "save_every": 1, "dropout": 0.1, "stride": 16, "epochs": 4, "mask_ratio": 0.1, "eos_coef": 0.2}
+       "log_every": 1, "save_every": 1, "dropout": 0.1, "stride": 16, "epochs": 4, "mask_ratio": 0.1, "eos_coef": 0.2,
+       "max_steps": 3}
 
 
 def run_script(out, **values):
     return updetr.main(flags({**RUN, "out": out, **values}))
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    out = tmp_path_factory.mktemp("straight")
-    return out, run_script(out, max_steps=3)
+@pytest.fixture
+def straight(finished_run):
+    return finished_run("updetr")
 
 
-def test_run_writes_its_files(straight):
+def test_log_and_table(straight):
     out, metrics = straight
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2]
     terms = ["loss_ce", "loss_bbox", "loss_giou", "loss_feature", "cardinality_error"]
     for line in lines:
         assert line.keys() == {"step", "epoch", "lr", "loss", "class_error", *terms, *(f"{k}_0" for k in terms),
@@ -577,7 +576,6 @@ def test_run_writes_its_files(straight):
     assert metrics.keys() == ROWS | {"steps", "primary"} and metrics["steps"] == 3 and metrics["primary"] == "IoU"
     assert all(metrics[row].keys() == {"IoU", "recall50"} and 0 <= metrics[row]["IoU"] <= 1
                and 0 <= metrics[row]["recall50"] <= 1 for row in ROWS)
-    assert json.loads((out / "metrics.json").read_text()) == plain(metrics)
     assert Image.open(out / "predictions.png").height > 4 * 200
     state = torch.load(out / "last.pt", weights_only=True)
     assert state["step"] == 3 and state["script"] == "updetr" and state["config"]["num_patches"] == M
@@ -586,31 +584,6 @@ def test_run_writes_its_files(straight):
             "backbone.0.body.conv1.weight"} <= names
     assert (not any(name.startswith("detector.") for name in names)
             and state["model"]["class_embed.weight"].shape == (3, D))
-    assert not list(out.rglob("*.tmp"))
-
-
-def test_the_same_command_again(straight, capsys):
-    out, metrics = straight
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    assert plain(run_script(out, max_steps=3)) == plain(metrics)
-    assert "this run is finished (3 steps)" in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
-
-
-def test_resumed_run_is_the_unbroken_one(straight, tmp_path, capsys):
-    run_script(tmp_path, max_steps=1)
-    metrics = run_script(tmp_path, max_steps=3)
-    assert "at step 1" in capsys.readouterr().out
-    one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight[0], tmp_path))
-    assert (one["model"].keys() == two["model"].keys()
-            and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"]))
-    for a, b in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(a[k], b[k]) for k in a)
-    logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (straight[0], tmp_path)]
-    measured = {"images_per_s", "memory_gib", "seconds"}
-    assert [{k: v for k, v in line.items() if k not in measured} for line in logs[0]] == [
-        {k: v for k, v in line.items() if k not in measured} for line in logs[1]]
-    assert plain(metrics) == plain(straight[1])
 
 
 def test_own_images_with_held_out_ones(folder, tmp_path):
@@ -625,7 +598,7 @@ def test_own_images_with_held_out_ones(folder, tmp_path):
     assert quiet == {"steps": 1} and not (tmp_path / "quiet" / "predictions.png").exists()
 
 
-def test_bad_input_ends_in_one_line(fails, folder, straight, tmp_path):
+def test_bad_input_ends_in_one_line(fails, folder, tmp_path):
     def fail(**values):
         return fails(updetr.main, flags({**RUN, "max_steps": 1, "probe_images": 0, "batch_size": 2,
                                          "out": tmp_path / "out", **values}))
@@ -635,15 +608,11 @@ def test_bad_input_ends_in_one_line(fails, folder, straight, tmp_path):
             "--num_queries 6" in line)
     assert "for example --num_queries 16" in fail(data=folder, num_patches=16)
     assert "--num_patches 0: must be at least 1" in fail(data=folder, num_patches=0)
-    assert "--probe_images 1: the row `shuffled` needs at least 2 images" in fail(probe_images=1)
     assert "4 images are too few to hold out 2" in fail(data=folder, probe_images=2)
-    assert "4 images are fewer than one batch of 8" in fail(data=folder, batch_size=8)
     assert "batch_size 2 (global)" in fail(data=folder, accumulate=3)
-    assert str(tmp_path / "nowhere") in fail(data=tmp_path / "nowhere") and "--nheads 5" in fail(data=folder, nheads=5)
-    assert not (tmp_path / "out").exists()                                # nothing was written until here
+    assert "--nheads 5" in fail(data=folder, nheads=5)
+    assert not (tmp_path / "out").exists()  # nothing was written until here
     for i in range(4):
         picture(i, (16, 60)).save(folder / f"{i}.png")
     assert ("11 images in a row cannot be used" in (line := fail(data=folder))
             and "16 x 60 pixels, at least 17 a side are needed" in line)
-    line = fails(updetr.main, flags({**RUN, "out": straight[0], "mask_ratio": 0.5, "max_steps": 3}))
-    assert "mask_ratio: 0.1 -> 0.5" in line and "--allow_config_change" in line

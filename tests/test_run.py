@@ -1,0 +1,504 @@
+"""run.py: flags and their ranges, exit codes, log, checkpoints, the watch for numbers that are not finite, Run."""
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+import convert
+import detreg
+import dupr
+import finetune
+import run
+import siamese_detr
+import soco
+import updetr
+from common import UserError
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ==== Flags ====
+
+
+@dataclass
+class Knobs:
+    data: str = "x/set.json"  # what to read
+    out: str | None = None  # where to write
+    preset: str | None = None  # a
+    box_count: int = 3  # how many, 5 % of them
+    rate: float = 0.5  # speed
+    limit: int | None = 7  # at most
+    flag: bool = False  # on or off
+    sizes: tuple[int, ...] = (1, 2)  # sides
+    mode: Literal["slow", "fast"] = "slow"  # how
+
+
+def parse(*argv, recipe=None):
+    presets = {"a": {"rate": 2.0, "flag": True}}
+    return run.parse_config(Knobs, presets, list(argv), script="s", description="d", recipe=recipe)
+
+
+def test_precedence_default_data_preset_flag():
+    def recipe(values):
+        assert values["data"] in ("x/set.json", "big")
+        return {"box_count": 10, "rate": 10.0, "limit": 10} if values["data"] == "big" else {}
+
+    assert parse(recipe=recipe) == Knobs(out="out/s-set")
+    assert parse("--data", "big", recipe=recipe) == Knobs("big", "out/s-big", None, 10, 10.0, 10)
+    assert parse("--data=big", "--preset", "a", recipe=recipe) == Knobs("big", "out/s-a", "a", 10, 2.0, 10, True)
+    assert (parse("--data", "big", "--preset", "a", "--rate", "3", "--limit", "4", recipe=recipe)
+            == Knobs("big", "out/s-a", "a", 10, 3.0, 4, True))
+
+
+def test_flag_spellings():
+    assert all(parse(*argv).box_count == 5 for argv in (["--box-count", "5"], ["--box_count=5"], ["--box-count=5"]))
+    assert parse("--data", "my-set", "--out=a-b") == Knobs("my-set", "a-b")  # values keep their hyphens
+    assert all(parse(*argv).flag for argv in (["--flag"], ["--flag", "true"], ["--flag=yes"]))
+    assert not any(parse(*argv).flag for argv in (["--flag", "false"], ["--flag", "0"], []))
+    assert parse("--preset", "a").flag
+    assert not parse("--preset", "a", "--no_flag").flag and not parse("--preset", "a", "--no-flag").flag
+    assert parse("--sizes", "4", "5", "6").sizes == (4, 5, 6)
+    assert parse("--limit", "none").limit is None and parse("--out", "None").out == "out/s-set"
+    assert parse("--mode", "fast").mode == "fast"
+
+
+@pytest.mark.parametrize("argv", (["--mode", "quick"], ["--flag", "perhaps"], ["--box_count", "x"], ["--box", "5"],
+                                  ["--nothing"], ["--preset", "b"]))
+def test_bad_flags_end_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    assert caught.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_help_shows_the_comments(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "how many, 5 % of them (default: 3)" in text and "sides (default: (1, 2))" in text
+
+
+@dataclass
+class Ranges:
+    data: str = "x"  # what to read
+    out: str | None = None  # where to write
+    preset: str | None = None  # a
+    count: run.Count = 1  # one at least
+    natural: run.Natural = 0  # none at least
+    positive: run.Positive = 1.0  # above zero
+    non_negative: run.NonNegative = 0.0  # zero at least
+    share: run.Share = 0.5  # a part of the whole
+    scale: Annotated[float, run.Range(0.5, 2)] = 1.0  # between the two
+    limit: run.Count | None = None  # at most
+    sides: tuple[run.Count, ...] = (4, 5)  # one at least, each
+
+
+def parse_ranges(*argv, preset=None, recipe=None):
+    presets = {"a": preset or {}}
+    return run.parse_config(Ranges, presets, list(argv), script="s", description="d", recipe=recipe)
+
+
+@pytest.mark.parametrize(("name", "values", "bounds"), (
+    ("count", (0, -3), "at least 1"),
+    ("natural", (-1,), "at least 0"),
+    ("positive", (0.0, -1.0, math.nan, math.inf, -math.inf), "above 0"),
+    ("non_negative", (-1e-09, math.nan, math.inf, -math.inf), "at least 0"),
+    ("share", (1.01, -0.1, math.nan, math.inf), "at least 0 and at most 1"),
+    ("scale", (0.49, 2.1, math.nan, math.inf, -math.inf), "at least 0.5 and at most 2"),
+    ("limit", (0,), "at least 1"),
+    ("sides", (0, -2), "at least 1")))
+def test_numbers_out_of_range(name, values, bounds):
+    for value in values:
+        with pytest.raises(UserError, match=f"^{re.escape(f'--{name} {value}: must be {bounds}')}$"):
+            parse_ranges(f"--{name}={value}")
+
+
+def test_numbers_at_the_ends_of_their_range():
+    cfg = parse_ranges("--positive", "1e-9", "--share", "1", "--scale", "2", "--limit", "1", "--sides", "1", "9")
+    assert cfg == Ranges(out="out/s-x", positive=1e-9, share=1.0, scale=2.0, limit=1, sides=(1, 9))
+    assert parse_ranges("--share", "0", "--scale", "0.5", "--limit", "none").limit is None
+    with pytest.raises(UserError, match=r"^--sides 4 0: must be at least 1$"):  # every element; shown with the others
+        parse_ranges("--sides", "4", "0")
+
+
+def test_presets_and_recipes_have_ranges_too():
+    with pytest.raises(UserError, match="^--count 0: must be at least 1$"):
+        parse_ranges("--preset", "a", preset={"count": 0})
+    with pytest.raises(UserError, match="^--share 2: must be at least 0 and at most 1$"):
+        parse_ranges(recipe=lambda values: {"share": 2})
+
+
+def test_pairs():
+    run.check_pair(Ranges(), "sides")
+    for sides in ((5, 4), (4,), (4, 5, 6)):
+        with pytest.raises(UserError, match=f"^--sides {' '.join(map(str, sides))}: give the smallest and the largest"):
+            run.check_pair(Ranges(sides=sides), "sides")
+
+
+@pytest.mark.parametrize("script", (detreg, updetr, siamese_detr, soco, dupr, finetune))
+def test_every_knob_is_explained_and_read(script):
+    code = "\n".join(path.read_text() for path in sorted(ROOT.glob("*.py")))
+    explained = run._knob_help(script.Config)
+    for field in dataclasses.fields(script.Config):
+        assert explained.get(field.name), f"{field.name} has no comment"
+        reads = (r"\b(cfg|config)\.NAME\b", r"""values\[["']NAME["']\]""", r'values\[k\] for k in \([^)]*"NAME"',
+                 r'getattr\((self\.)?cfg, "NAME"')
+        read = any(re.search(pattern.replace("NAME", field.name), code) for pattern in reads)
+        assert read, f"nothing reads {script.__name__}.Config.{field.name}"
+    for preset in script.PRESETS.values():
+        assert preset.keys() <= explained.keys()
+
+
+def test_shared_knobs_have_one_order():
+    scripts = (detreg, updetr, siamese_detr, finetune)
+    names = [[field.name for field in dataclasses.fields(script.Config)] for script in scripts]
+    for one, two in itertools.combinations(names, 2):
+        shared = set(one) & set(two)
+        assert [n for n in one if n in shared] == [n for n in two if n in shared]
+
+
+# ==== Exit codes and seeds ====
+
+
+def test_cli_exit_codes(fails, capsys):
+    def refuse(argv):
+        raise UserError(f"{argv[0]} is wrong")
+
+    assert fails(refuse, ["this"]) == "error: this is wrong"
+    with pytest.raises(SystemExit) as caught:
+        run.cli(lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert caught.value.code == 130
+    with pytest.raises(ZeroDivisionError):  # our own faults keep their traceback
+        run.cli(lambda: 1 / 0)
+    assert run.cli(lambda: 5) is None
+
+
+def test_step_seed(monkeypatch):
+    draws = []
+    for seed, step, rank in ((1, 5, 0), (1, 5, 0), (1, 6, 0), (2, 5, 0), (1, 5, 1)):
+        monkeypatch.setattr(run, "rank", lambda r=rank: r)
+        run.seed_step(seed, step)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[1] and len(set(draws)) == 4
+
+
+# ==== Log and files ====
+
+
+@dataclass
+class RunConfig:
+    out: str
+    lr: float = 1.0
+    scales: tuple[int, ...] = (1, 2)
+    max_steps: int | None = None
+    allow_config_change: bool = False
+
+
+def test_files_appear_whole(tmp_path):
+    run.write_atomic(tmp_path / "a.json", b"one")
+    run.write_atomic(tmp_path / "a.json", b"two")
+    model = nn.Linear(2, 3)
+    wrapped = nn.Sequential()
+    wrapped.module = model  # as DistributedDataParallel names it
+    optimizer = torch.optim.AdamW(model.parameters())
+    run.save_checkpoint(tmp_path / "last.pt", wrapped, optimizer, 7, RunConfig("x"), script="s", categories=[{"id": 3}])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "last.pt"]
+    assert (tmp_path / "a.json").read_bytes() == b"two"
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert set(state) == {"model", "optimizer", "step", "config", "script", "categories"} and state["step"] == 7
+    assert set(state["model"]) == {"weight", "bias"} and torch.equal(state["model"]["weight"], model.weight)
+    assert state["config"] == {"out": "x", "lr": 1.0, "scales": (1, 2), "max_steps": None, "allow_config_change": False}
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = nn.Linear(2, 3)
+    run.save_checkpoint(tmp_path / "last.pt", model, None, 1, RunConfig("x"))
+    monkeypatch.setattr(torch, "save", lambda state, file: (file.write(b"half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        run.save_checkpoint(tmp_path / "last.pt", model, None, 2, RunConfig("x"))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_log_is_cut_back(tmp_path):
+    log = run.Log(tmp_path, 0, CPU)
+    for step in range(6):
+        terms = {"loss": torch.tensor(1.0 / 3), "loss_ce": torch.tensor(2.0)}
+        log.write(step, terms, images=4, lr=0.1, epoch=step // 2)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    first = json.loads(lines[3])
+    assert [json.loads(l)["step"] for l in lines] == list(range(6))
+    assert first["loss"] == 0.333333 and first["loss_ce"] == 2 and first["epoch"] == 1
+    assert first.keys() == {"step", "lr", "epoch", "loss", "loss_ce", "images_per_s", "memory_gib", "seconds"}
+    assert first["images_per_s"] > 0 and first["memory_gib"] > 0
+    log = run.Log(tmp_path, 4, CPU)  # the checkpoint knows 4 finished steps: 0..3
+    log.write(4, {"loss": torch.tensor(5.0)}, images=4)
+    kept = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert kept[:4] == lines[:4] and [json.loads(l)["step"] for l in kept] == [0, 1, 2, 3, 4]
+    assert json.loads(kept[4])["loss"] == 5
+    run.Log(tmp_path, 0, CPU)
+    assert (tmp_path / "log.jsonl").read_text() == ""  # a new run begins a new log
+
+
+def test_log_with_a_line_cut_short(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
+    run.Log(tmp_path, 2, CPU)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+# ==== Checkpoints ====
+
+
+def test_open_run(tmp_path, capsys):
+    out = tmp_path / "deep" / "run"
+    cfg = RunConfig(str(out))
+    assert run.open_run(cfg, "s") is None and out.is_dir()
+    model = nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    run.save_checkpoint(out / "last.pt", model, optimizer, 7, cfg, script="s")
+    state = run.open_run(dataclasses.replace(cfg, max_steps=9), "s")  # how long a run lasts is no part of what it is
+    assert "at step 7" in capsys.readouterr().out
+    other = nn.Linear(2, 3)
+    restored = torch.optim.AdamW(other.parameters())
+    assert run.restore(state, other, restored) == 7 and torch.equal(other.weight, model.weight)
+    assert torch.equal(restored.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+    assert restored.param_groups[0]["lr"] == 0.3
+    changed = dataclasses.replace(cfg, lr=2.0, scales=(1, 3))
+    difference = r"lr: 1.0 -> 2.0; scales: \(1, 2\) -> \(1, 3\).*--allow_config_change"
+    with pytest.raises(UserError, match=difference) as caught:
+        run.open_run(changed, "s")
+    assert str(out) in str(caught.value)
+    assert run.open_run(dataclasses.replace(changed, allow_config_change=True), "s")["step"] == 7
+    with pytest.raises(UserError, match=r"holds a run of s\.py"):
+        run.open_run(cfg, "t")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out .*file"):
+        run.open_run(RunConfig(str(tmp_path / "file" / "below")), "s")
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    victim = tmp_path / "ran"
+
+    class System:
+        def __reduce__(self):
+            return os.system, (f"touch {victim}",)
+
+    torch.save({"model": System()}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"model": System()}))
+    for name in ("zip.pth", "plain.pkl"):
+        with pytest.raises(UserError, match=rf"{name}: refused") as caught:
+            run.read_checkpoint(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert not victim.exists()
+    torch.load(tmp_path / "zip.pth", weights_only=False)  # it would have run
+    assert victim.exists()
+
+
+@pytest.mark.parametrize("content", (b"", b"not a checkpoint", b"PK\x03\x04 cut", bytes(range(256)) * 4))
+def test_what_is_no_checkpoint(content, tmp_path):
+    (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(UserError, match="file.pth") as caught:
+        run.read_checkpoint(tmp_path / "file.pth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ([1, 2], torch.zeros(3)))
+def test_a_file_of_something_else(content, tmp_path):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="file.pth"):
+        convert.state_of(run.read_checkpoint(tmp_path / "file.pth"), tmp_path / "file.pth")
+
+
+def test_no_such_checkpoint_and_a_cut_one(tmp_path):
+    with pytest.raises(UserError, match="nowhere.pth: no such checkpoint"):
+        run.read_checkpoint(tmp_path / "nowhere.pth")
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:2000])
+    with pytest.raises(UserError, match="cut.pth"):
+        run.read_checkpoint(tmp_path / "cut.pth")
+
+
+
+# ==== Numbers that are not finite ====
+
+
+def test_watch_looks_one_step_late(tmp_path):
+    """Nothing waits for a step's numbers before the next has been started; whatever came of that, the first bad step is
+    named, with its batch."""
+
+    def run_script(*losses):
+        watch = run.FiniteWatch(tmp_path, lambda i: f"image{i}")
+        for step, loss in enumerate(losses):
+            terms = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(1.0)}
+            watch.check(step, terms, [{"index": [10 * step]}])
+        terms = {"loss": torch.tensor(0.0), "grad_norm": torch.tensor(math.inf)}
+        watch.check(len(losses), terms, [{"index": [99]}])
+        return watch
+
+    with pytest.raises(FloatingPointError, match=r"^step 2: not finite: grad_norm inf; images of this process: "
+                       r"image99; its batch .*step2-rank0"):
+        run_script(1.0, 2.0).settle()
+    assert torch.load(tmp_path / "nonfinite-step2-rank0.pt")["batches"] == [{"index": [99]}]
+    with pytest.raises(FloatingPointError, match=r"^step 1: not finite: loss nan; images of this process: image10"):
+        run_script(1.0, math.nan)  # seen at the end of step 2
+
+
+def test_watch_names_every_term_and_eight_images(tmp_path):
+    watch = run.FiniteWatch(tmp_path, lambda i: f"image{i}")
+    terms = {"loss": math.nan, "loss_bbox": 1.0, "loss_ce": -math.inf, "grad_norm": math.inf}
+    watch.check(5, {name: torch.tensor(value) for name, value in terms.items()}, [{"index": [0, 1, 2]}] * 4)
+    with pytest.raises(FloatingPointError, match=r"^step 5: not finite: loss nan, loss_ce -inf, grad_norm inf; images "
+                       r"of this process: (image[012], ){7}image1 and 4 more; its batch is kept in"):
+        watch.settle()
+    watch.settle()  # said once
+
+
+# ==== Run ====
+
+
+@dataclass
+class JobConfig(run.RunConfig):
+    backbone_weights: str = "random"  # where the backbone starts
+    batch_size: run.Count = 4  # images per step
+    epochs: run.Count = 2  # passes over the data
+    accumulate: run.Count = 2  # micro-batches
+    log_every: run.Count = 1  # steps
+    save_every: run.Count = 1  # steps
+
+
+class Source:
+    """Ten images."""
+
+    def __len__(self):
+        return 10
+
+    def key(self, i):
+        return f"image{i}"
+
+    def fingerprint(self):
+        return "0123456789abcdef" * 4
+
+
+def open_job(out, source=Source(), **values):
+    return run.Run(JobConfig(out=str(out), **values), "tiny", source, len(source), CPU,
+                   lambda metrics: f"score {metrics.get('score')}", categories=[{"id": 3}])
+
+
+def train(job, fallback=1, losses={}):
+    """All steps that are left, of a model that does not learn; `losses`: of a step, else 1."""
+    model = nn.Linear(2, 1)
+    job.restore(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    sample = {"index": [0, 1], "skipped": []} | ({} if fallback is None else {"fallback": fallback})
+    for step in job.steps():
+        batches = job.next_batches(itertools.repeat(sample))
+        terms = {"loss": torch.tensor(losses.get(step, 1.0)), "grad_norm": torch.tensor(2.0)}
+        job.check(step, terms, batches)
+        job.log(step, terms, "loss", lr=0.5)
+        job.save(step)
+    return job
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("batch_size", "reason"), (
+    (3, "batch_size 3 .global. is no multiple of 1 processes x 2 accumulated micro-batches = 2.*2 or 4 would work"),
+    (12, "10 images are fewer than one batch of 12")))
+def test_a_refused_batch_size_leaves_nothing_behind(tmp_path, batch_size, reason):
+    with pytest.raises(UserError, match=reason):
+        open_job(tmp_path / "run", batch_size=batch_size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_from_its_plan_to_its_end(tmp_path, capsys):
+    out = tmp_path / "run"
+    job = open_job(out)
+    assert job.metrics is None and (job.start, job.total_steps, job.steps_per_epoch) == (0, 4, 2)
+    train(job)
+    assert job.end({"score": 7}) == {"steps": 4, "score": 7} == json.loads((out / "metrics.json").read_text())
+    printed = capsys.readouterr().out
+    assert "10 images, 2 steps per epoch, steps 0..4; batch 4 = 1 processes x 2 x 2; cpu\n" in printed
+    assert f"score 7\nwrote {out}/last.pt, log.jsonl, metrics.json\n" in printed
+    assert [(line["step"], line["epoch"], line["loss"], line["lr"]) for line in log_of(out)] == [
+        (0, 0, 1, 0.5), (1, 0, 1, 0.5), (2, 1, 1, 0.5), (3, 1, 1, 0.5)]
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert (state["step"], state["script"], state["world"], state["categories"]) == (4, "tiny", 1, [{"id": 3}])
+    assert state["data"] == "10 images, sha256 0123456789abcdef"
+
+
+@pytest.mark.parametrize(("values", "line"), (
+    ({}, "it is trained, with ordinary BatchNorm"),
+    ({"lr_backbone": 0.0, "backbone_norm": "bn"}, "and it is FROZEN"),
+    ({"lr_backbone": 0.1, "backbone_norm": "frozen"}, "it is trained, with frozen BatchNorm"),
+    ({"init_from": "last.pt"}, None),
+    ({"backbone_weights": "swav"}, None)))
+def test_how_the_backbone_starts_is_told(tmp_path, capsys, values, line):
+    job = open_job(tmp_path)
+    for name, value in values.items():
+        setattr(job.cfg, name, value)
+    next(job.steps())
+    printed = capsys.readouterr().out
+    assert (f"the backbone starts random: {line}\n" if line else "steps per epoch") in printed
+    assert ("starts random" in printed) == (line is not None)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, capsys):
+    train(open_job(tmp_path, max_steps=2)).end({"score": 1})
+    capsys.readouterr()
+    assert open_job(tmp_path, max_steps=2).metrics == {"steps": 2, "score": 1}
+    assert "this run is finished (2 steps)\nscore 1\n" in capsys.readouterr().out
+    longer = open_job(tmp_path)  # its metrics are those of half the run
+    assert longer.metrics is None and (longer.start, longer.total_steps) == (2, 4)
+    train(longer)
+    assert "10 images, 2 steps per epoch, steps 2..4; " in capsys.readouterr().out
+    unmeasured = open_job(tmp_path)  # killed after its last step, before it was measured
+    assert unmeasured.metrics is None and unmeasured.start == 4
+    assert train(unmeasured).end({"score": 2}) == {"steps": 4, "score": 2} == open_job(tmp_path).metrics
+    assert [line["step"] for line in log_of(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_fallbacks_are_counted_and_restored(tmp_path):
+    assert train(open_job(tmp_path, max_steps=2), fallback=3).fallbacks == 12  # two micro-batches a step
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["fallbacks"] == 12
+    job = open_job(tmp_path)
+    assert job.fallbacks == 12
+    assert train(job, fallback=1).fallbacks == 16
+    assert [line["fallbacks"] for line in log_of(tmp_path)] == [6, 12, 14, 16]
+    train(open_job(tmp_path / "other"), fallback=None)  # a script that has none
+    assert not any("fallbacks" in line for line in log_of(tmp_path / "other"))
+
+
+def test_a_step_that_is_not_finite_is_not_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match="^step 2: not finite: loss nan; images of this process: image0, "):
+        train(open_job(tmp_path), losses={2: math.nan})
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+    assert [line["step"] for line in log_of(tmp_path)] == [0, 1]
+    job = train(open_job(tmp_path))  # the same command goes on
+    assert job.start == 2 and [line["step"] for line in log_of(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_unreadable_images_end_a_run(tmp_path):
+    job = open_job(tmp_path)
+    batch = {"index": [0, 1], "skipped": ["3.png: cut", "3.png: cut"]}
+    with pytest.raises(UserError, match=r"^1 of 10 images cannot be read .more than 1 %., the first: 3\.png: cut"):
+        job.next_batches(iter([batch, batch]))
+
+
+def test_another_data_set_is_refused(tmp_path):
+    train(open_job(tmp_path, max_steps=2))
+    other = Source()
+    other.fingerprint = lambda: "f" * 64
+    with pytest.raises(UserError, match="data set: 10 images, sha256 0123456789abcdef -> 10 images, sha256 f{16}"):
+        open_job(tmp_path, other)
