@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import datetime
 import functools
 import inspect
 import math
 import os
 import re
+import signal
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any, Callable, Literal
@@ -68,30 +71,55 @@ def world_size() -> int:
 
 def setup_distributed(device: str = "auto") -> torch.device:
     """Join the processes torchrun started (NCCL on CUDA, gloo on CPU); a plain `python script.py` is the same path with
-    one process.
+    one process. UserError: a device that is not there, an environment that torchrun has not made.
 
-    A process waits at most $PROCESS_TIMEOUT seconds for the others, 30 minutes by default.
+    A process waits at most $PROCESS_TIMEOUT seconds for the others, 30 minutes by default. Where its torchrun ends, it
+    is stopped as by SIGTERM (on Linux).
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this PyTorch sees no CUDA device; use --device cpu")
-    if "RANK" in os.environ and not dist.is_initialized():
+    joins = "RANK" in os.environ and not dist.is_initialized()
+    found = find_device(device, joins or dist.is_initialized())
+    if joins:
         try:
             timeout = datetime.timedelta(seconds=float(os.environ.get("PROCESS_TIMEOUT", 1800)))
         except ValueError as error:
             raise UserError(f"PROCESS_TIMEOUT={os.environ['PROCESS_TIMEOUT']}: give a number of seconds") from error
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        values = {name: os.environ.get(name, "") for name in names}
+        number, count, port = (int(v) if v.isdecimal() else -1 for v in map(values.get, (names[0], names[1], names[3])))
+        if not 0 <= number < count or port < 0 or not values["MASTER_ADDR"]:
+            given = ", ".join(f"{name} {value or 'not set'}" for name, value in values.items())
+            raise UserError(f"the environment says that this is one of several processes, but not of which ({given}): "
+                            "start them with torchrun, or `unset RANK` for a single one")
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         store, number, count = next(dist.rendezvous("env://", timeout=timeout))
         # a restart by torchrun finds the addresses of the attempt before in it
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=number,
-                                world_size=count, timeout=timeout)
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    return torch.device(device)
+        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", store=store, rank=number, world_size=count,
+                                timeout=timeout)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
+
+
+def find_device(name: str, one_of_several: bool = False) -> torch.device:
+    """The device of --device; auto: CUDA, else Apple's GPU (one process alone: gloo cannot send its tensors), else the
+    CPU. UserError: it is not there."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
+              "xpu": torch.xpu.device_count(), "cpu": 1}
+    usable = {kind: count for kind, count in counts.items() if count and not (kind == "mps" and one_of_several)}
+    wanted = next(iter(usable)) if name == "auto" else name
+    kind, _, index = wanted.partition(":")
+    if wanted == "cuda" and one_of_several:
+        index = os.environ.get("LOCAL_RANK", "")
+        wanted = f"cuda:{index}" if index else wanted
+    if kind not in usable or index and not (index.isdecimal() and int(index) < usable[kind]):
+        there = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in usable.items())
+        of_process = f" (of this process: {wanted})" if wanted != name else ""
+        raise UserError(f"--device {name}{of_process}: this PyTorch sees no such device here, but {there}; give one of "
+                        "these, or auto")
+    return torch.device(wanted)
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
@@ -427,7 +455,8 @@ class ConditionalDecoder(nn.Module):
         self.layers = nn.ModuleList(ConditionalDecoderLayer(d_model, d_ffn, dropout, n_heads, first=i == 0)
                                     for i in range(layers))
         self.norm = nn.LayerNorm(d_model)
-        self.query_scale = MLP(d_model, d_model, d_model, 2)
+        # of the layers after the first: one layer alone has no use for it, and a file of it keeps the name
+        self.query_scale = MLP(d_model, d_model, d_model, 2).requires_grad_(layers > 1)
         self.ref_point_head = MLP(d_model, d_model, 2, 2)
 
     def forward(self, query_pos: Tensor, memory: Tensor, pos: Tensor, padding: Tensor,
@@ -813,11 +842,28 @@ def build_detector(cfg: Any, num_logits: int, *, focal: bool, position_offset: f
     return DETR(backbone, DETRTransformer(*shared, pre_norm=pre_norm, conditional=conditional), **options)
 
 
-def check_detector(cfg: Any) -> None:
-    """UserError for a width that the heads, or a GroupNorm of 32 groups, do not divide."""
+def check_detector(cfg: Any, views: int = 1) -> None:
+    """UserError for a width that the heads, or a GroupNorm of 32 groups, do not divide; for batches that may leave a
+    learned BatchNorm a single value. views: how many a model sees of an image."""
     if cfg.hidden_dim % cfg.nheads or cfg.hidden_dim % 32:
         raise UserError(f"--hidden_dim {cfg.hidden_dim} with --nheads {cfg.nheads}: the width must be a multiple of "
                         "the heads and of 32")
+    if cfg.detector.startswith("deformable") and cfg.hidden_dim < 64:
+        raise UserError(f"--hidden_dim {cfg.hidden_dim}: Deformable DETR normalises in 32 groups of at least two "
+                        "channels; give 64 or more")
+    side = min(*cfg.scales, cfg.max_size)
+    if not norms_see_enough(cfg, cfg.batch_size * views, side):
+        raise UserError(f"--batch_size {cfg.batch_size}: one image per process and micro-batch, of which {side} pixels "
+                        "may leave BatchNorm one value; give a larger --batch_size, larger --scales and --max_size, or "
+                        "--backbone_norm frozen")
+
+
+def norms_see_enough(cfg: Any, images: int, side: int) -> bool:
+    """Does a backbone's learned BatchNorm see two values per channel, in a step on `images` images over all processes,
+    of which the longer side has at least `side` pixels?"""
+    learns = cfg.backbone_norm == "bn" and cfg.lr_backbone > 0
+    stride = 32 if cfg.detector.startswith("deformable") else cfg.stride
+    return not learns or images > world_size() * cfg.accumulate or side > stride
 
 
 def align_start(detector: Detector, to_query: nn.Linear) -> None:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, get_weight
 
+import evaluation
 import rcnn
 import run
 from data import IMAGENET_MEAN, IMAGENET_STD
@@ -185,32 +186,50 @@ VOC_NAMES = dict(enumerate(get_weight("FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS
 
 
 def has(state: dict[str, Tensor], marks: str) -> bool:
-    """Whether all of the tensors in `marks` are there, and none of those with a minus."""
-    return all((mark.removeprefix("-") in state) != mark.startswith("-") for mark in marks.split())
+    """Whether all of the tensors in `marks` are there, and none of those with a minus; name* stands for any that
+    starts so."""
+    def there(mark: str) -> bool:
+        return any(k.startswith(mark[:-1]) for k in state) if mark.endswith("*") else mark in state
+
+    return all(there(mark.removeprefix("-")) != mark.startswith("-") for mark in marks.split())
 
 
-# What a file is: its family, the tensors that tell it, the table to our names (None: ours). The first that fits counts.
+_QUERY = "encoder_q.conv1.weight -predictor* -queue2 -queues*"
+_SOCO_PARTS = "encoder.conv1.weight projector.linear1.weight projector_k.linear1.weight predictor.linear1.weight"
+_BOTTOM_UP = "backbone.bottom_up.stem.conv1.weight"
+# What a file is: its family, the tensors that tell it and, with a minus, those that it cannot have, the table to our
+# names (None: ours). The first that fits counts. A file of none of them is a backbone if one ResNet is in it
+# (resnet_prefix): a family is more than its encoder, whose names many methods share.
 KNOWN: tuple[tuple[str, str, Table | None], ...] = (
-    ("MoCo v1", "encoder_q.conv1.weight encoder_q.fc.weight", MOCO["v1"]),
-    ("MoCo v2", "encoder_q.conv1.weight encoder_q.fc.0.weight", MOCO["v2"]),
-    ("DUPR", "encoder_q.conv1.weight", None),
-    ("SoCo", "encoder.conv1.weight", None),
-    ("Siamese DETR", "pred_head.bbox_embed.layers.0.weight", SIAMESE_DETR),
-    ("detector", "transformer.encoder.layers.0.linear1.weight", None),
+    ("MoCo v1", f"{_QUERY} encoder_q.fc.weight", MOCO["v1"]),
+    ("MoCo v2", f"{_QUERY} encoder_q.fc.0.weight -encoder_q.fc.1.weight -encoder_q.fc.3.weight", MOCO["v2"]),
+    ("DUPR", "encoder_q.conv1.weight encoder_k.conv1.weight queues*", None),
+    ("SoCo", f"{_SOCO_PARTS} -encoder.fc* neck.lateral_convs.0.conv.weight head.fc1.weight", None),
+    ("SoCo", f"{_SOCO_PARTS} -encoder.fc* -neck* -head*", None),
+    ("Siamese DETR", "pred_head.bbox_embed.layers.0.weight transformer.encoder*", SIAMESE_DETR),
     ("detector", "backbone.0.body.conv1.weight", None),
-    ("SoCo for MMDetection", "roi_head.bbox_head.shared_fcs.0.weight", SOCO_MMDETECTION),
-    ("SoCo for detectron2", "box_head.fc1.weight", SOCO_DETECTRON2),
+    ("detector", "detr.backbone.0.body.conv1.weight", (("detr.*", "*"),)),  # with a mask head around it
+    ("SoCo for MMDetection", "backbone.conv1.weight neck.lateral_convs.0.bn.weight "
+     "roi_head.bbox_head.shared_convs.3.bn.weight roi_head.bbox_head.shared_fcs.0.weight "
+     "-roi_head.bbox_head.shared_fcs.1.weight -roi_head.bbox_head.fc_cls.weight -rpn_head*", SOCO_MMDETECTION),
+    ("SoCo for detectron2", "stem.conv1.weight fpn_lateral2.norm.weight box_head.conv4.norm.weight box_head.fc1.weight "
+     "-box_head.fc2.weight -box_predictor*", SOCO_DETECTRON2),
     ("detectron2", "stem.conv1.weight", SOCO_DETECTRON2),
-    ("detectron2 RetinaNet", "head.cls_subnet.0.weight", RCNN_DETECTRON2["one_stage"]),
-    ("detectron2 R-CNN (FPN, 2fc)", "backbone.bottom_up.stem.conv1.weight roi_heads.box_head.fc2.weight",
-     RCNN_DETECTRON2["fpn_2fc"]),
-    ("detectron2 R-CNN (FPN)", "backbone.bottom_up.stem.conv1.weight", RCNN_DETECTRON2["fpn"]),
-    ("detectron2 R-CNN (C4)", "backbone.stem.conv1.weight", RCNN_DETECTRON2["c4"]),
+    ("detectron2 RetinaNet", f"{_BOTTOM_UP} head.cls_subnet.0.weight head.cls_score.weight -roi_heads*",
+     RCNN_DETECTRON2["one_stage"]),
+    ("detectron2 R-CNN (FPN, 2fc)", f"{_BOTTOM_UP} roi_heads.box_head.fc2.weight", RCNN_DETECTRON2["fpn_2fc"]),
+    ("detectron2 R-CNN (FPN)", f"{_BOTTOM_UP} roi_heads.box_predictor.cls_score.weight", RCNN_DETECTRON2["fpn"]),
+    ("detectron2 R-CNN (C4)", "backbone.stem.conv1.weight roi_heads.box_predictor.cls_score.weight",
+     RCNN_DETECTRON2["c4"]),
+    ("detectron2", _BOTTOM_UP, _fpn_detectron2(2)),
+    ("detectron2", "backbone.stem.conv1.weight", below("backbone.", "backbone.body.", RESNET_DETECTRON2)),
     ("torchvision detector", "backbone.body.conv1.weight", None),
-    ("MMDetection", "backbone.conv1.weight", (("backbone.*", "*"),)),
-    ("SwAV", "conv1.weight projection_head.0.weight", None),
+    ("MMDetection", "backbone.conv1.weight neck*", (("backbone.*", "*"),)),
+    ("SwAV", "conv1.weight projection_head.0.weight -fc.weight", None),
     ("torchvision", "conv1.weight", None),
 )
+# Copies that a method makes of the network that it trains: of two ResNets in a file the other one counts.
+COPIES = re.compile(r"_k\.|(^|[._])(key|target|teacher|momentum|ema|old|frozen)([._]|$)")
 # Whose pretraining of the DETR family a foreign file is: script, the tensors that tell it. The first that fits counts.
 PRETRAININGS = (
     ("siamese_detr", "enc_head.0.projector.mlp.0.weight"),
@@ -232,6 +251,12 @@ RES5 = "roi_heads.box_head.res5."  # where our C4 detectors keep its layer4
 BACKBONE_COUNTERS = r"^backbone\..*num_batches_tracked$"  # FrozenBatchNorm has none
 DECODER = "transformer.decoder.layers.0.linear1.weight"  # all of the DETR family have it
 SOCO_PYRAMID = "neck.lateral_convs.0.conv.weight"  # SoCo has it but for C4
+ENCODER_NORM = "transformer.encoder.norm.weight"  # a pre-norm DETR has it
+CONDITIONAL = "transformer.decoder.ref_point_head.layers.0.weight"  # Conditional DETR has it
+OFFSETS = {"enc": "transformer.encoder.layers.0.self_attn.sampling_offsets.bias",
+           "dec": "transformer.decoder.layers.0.cross_attn.sampling_offsets.bias"}  # Deformable DETR has them
+# Where files of other code bases keep the options that they were made with.
+OPTIONS = ("args", "opt", "config", "cfg", "hparams", "hyper_parameters")
 
 
 @dataclass(frozen=True)
@@ -251,6 +276,66 @@ class Checkpoint:
         return self.content["config"] if ours else {}
 
     @property
+    def said(self) -> dict[str, Any]:
+        """What the file says of how it was made: `config`, or the options of another code base; {}: nothing."""
+        if "script" in self.content:
+            return self.config
+        options = (self.content.get(name) for name in OPTIONS)
+        options = (vars(o) if isinstance(o, argparse.Namespace) else o for o in options)
+        return next((o for o in options if isinstance(o, dict) and o), {})
+
+    @property
+    def not_built(self) -> str | None:
+        """What its detector has that none of ours has, by its tensors or by what the file says; None: nothing."""
+        said, state = self.said, self.state
+        if "script" in self.content:
+            return None
+        encoder_norm, pre_norm = ENCODER_NORM in state, said.get("pre_norm")
+        dilation = said.get("dilation", "dc5" in Path(self.path).name.lower())
+        activation = said.get("activation") or said.get("transformer_activation") or "relu"
+        points = {part: _sampling_points(state, said, part) for part in ("enc", "dec")}
+        reasons = {
+            "a dilated last stage (DC5)": dilation,
+            "two stages": said.get("two_stage") or "transformer.enc_output.weight" in state,
+            "learned position embeddings": said.get("position_embedding") in ("learned", "v3")
+            or has(state, "backbone.1.row_embed.weight"),
+            f"the activation {activation}": str(activation).lower() != "relu",
+            **{f"{part}_n_points {n} rather than 4": n != 4 for part, n in points.items()},
+            "pre-norm layers": CONDITIONAL in state and (encoder_norm or pre_norm),
+            f"pre_norm {pre_norm} by its options and {encoder_norm} by its tensors":
+                pre_norm is not None and "transformer.level_embed" not in state and bool(pre_norm) != encoder_norm,
+        }
+        return next((what for what, there in reasons.items() if there), None)
+
+    def architecture(self) -> dict[str, Any]:
+        """architecture() of its tensors and, where the file tells them, its attention heads. UserError: it is none of
+        our detectors, or has what they have not."""
+        if DECODER in self.state and self.not_built:
+            raise UserError(f"{self.path}: its detector has {self.not_built}, which is not built here; give another "
+                            "file, or its ResNet alone with --backbone_weights")
+        found = architecture(self.state, self.path)
+        heads = self.said.get("nheads")
+        offsets = self.state.get(OFFSETS["enc"])
+        if heads is None and offsets is not None:  # of 4 points each
+            heads = len(offsets) // (8 * found["num_feature_levels"])
+        if heads is None:
+            return found
+        if type(heads) is not int or heads < 1 or found["hidden_dim"] % heads:
+            raise UserError(f"{self.path}: says nheads = {heads}, which does not divide its width of "
+                            f"{found['hidden_dim']}; it is damaged, or its options are another model's")
+        return found | {"nheads": heads}
+
+    @property
+    def assumed(self) -> str | None:
+        """What a detector's file does not tell, and is taken to be as in most released ones; None: nothing."""
+        if DECODER not in self.state or "script" in self.content:
+            return None
+        heads = "nheads" in self.said or OFFSETS["enc"] in self.state
+        lacking = ["how many attention heads it has (8 are taken, or --nheads)"] * (not heads)
+        lacking += ["whether its last stage is dilated (taken not to be)"] * ("dilation" not in self.said)
+        return f"{self.path} does not say {' and '.join(lacking)}" if lacking else None
+
+    @property
     def rcnn(self) -> str | None:
         """Which detector of the R-CNN family our finetune.py made of it."""
         detector = self.config.get("detector", "")
@@ -263,12 +348,15 @@ class Checkpoint:
             return self.content["script"] if self.content["script"] in METHODS else None
         if self.family.startswith("SoCo"):
             return "soco"
-        return next((script for script, marks in PRETRAININGS if has(self.state, marks)), None)
+        detector = DECODER in self.state
+        return next((script for script, marks in PRETRAININGS if detector and has(self.state, marks)), None)
 
     @property
     def what(self) -> str:
         """What the file is, in words: model, ResNet, step. UserError: a detector's checkpoint that lacks parts."""
-        if DECODER in self.state:
+        if DECODER in self.state and (self.not_built or "query_embed.weight" not in self.state):
+            words = [f"detector with {self.not_built or 'other queries'}, which is not built here"]
+        elif DECODER in self.state:
             arch = architecture(self.state, self.path)
             variant = (" with box refinement" if arch.get("with_box_refine") else
                        " (pre-norm)" if arch.get("pre_norm") else "")
@@ -311,11 +399,26 @@ def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 
+def resnet_prefix(state: dict[str, Tensor], path: str | Path) -> str | None:
+    """Under which prefix a file of an unknown family keeps its one ResNet, copies of it aside; None: there is none.
+    UserError: there are several."""
+    stages = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight")
+    every = [name.removesuffix(stages[0]) for name in state if name.endswith("." + stages[0])]
+    found = [p for p in every if all(p + stage in state for stage in stages)]
+    found = [p for p in found if not COPIES.search(p)] or found
+    if any(not torch.equal(state[p + stages[-1]], state[found[0] + stages[-1]]) for p in found[1:]):
+        raise UserError(f"{path}: holds {len(found)} ResNets, called {', '.join(p + '*' for p in found)}, and nothing "
+                        "says which is meant; give a file with one of them")
+    return found[0] if found else None
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read a file and recognise it by its content. UserError: see read_checkpoint; a file of no family in KNOWN."""
     content = run.read_checkpoint(path)
     theirs = state_of(content, path)
     family, table = next(((family, table) for family, marks, table in KNOWN if has(theirs, marks)), (None, None))
+    if family is None and (prefix := resnet_prefix(theirs, path)) is not None:
+        family, table = "backbone", ((f"{prefix}*", "*"),)
     if family is None:
         raise UserError(f"{path}: no known kind of checkpoint; its tensors are called {', '.join(list(theirs)[:4])}, "
                         "... Known are ours and files of DETReg, UP-DETR, Siamese DETR, SoCo, MoCo, SwAV, DETR, "
@@ -371,6 +474,15 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
     return 1 + max(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix))
 
 
+def _sampling_points(state: dict[str, Tensor], said: dict[str, Any], part: str) -> int:
+    """Points per head and level of Deformable DETR's encoder ("enc") or decoder ("dec"): what the file says, else by
+    the heads that it says; 4, as all released files have, where neither is known."""
+    points, heads = said.get(f"{part}_n_points"), said.get("nheads")
+    if points is None and OFFSETS[part] in state and type(heads) is int and heads > 0:
+        points = len(state[OFFSETS[part]]) // (2 * heads * len(state["transformer.level_embed"]))
+    return 4 if points is None else points
+
+
 def resnet_kind(state: dict[str, Tensor], prefix: str = "") -> str | None:
     """Which ResNet lies under the names that start with `prefix`, told by its blocks; None: none of RESNET_BLOCKS."""
     stages = [_count(state, f"{prefix}layer{i}.") for i in (1, 2, 3) if f"{prefix}layer{i}.0.conv1.weight" in state]
@@ -388,7 +500,7 @@ def resnet_name(state: dict[str, Tensor], prefix: str, path: str | Path) -> str:
 
 def architecture(state: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
     """Flags of the detector a state dict belongs to (names as in finetune.py), read off its names and shapes, from
-    which the number of heads cannot be told (every released checkpoint has 8). UserError: it is none."""
+    which the number of heads cannot be told: see Checkpoint.architecture. UserError: it is none."""
     if not has(state, f"{DECODER} query_embed.weight"):
         known = next((family for family, marks, _ in KNOWN if has(state, marks)), None)
         hint = ("; give a bare backbone with --backbone_weights, or fine-tune the R-CNN family from it: "
@@ -415,9 +527,9 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
                         "num_feature_levels": levels,
                         "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state}
     found["stride"] = 2 ** (1 + max(i for i in (1, 2, 3, 4) if f"{body}layer{i}.0.conv1.weight" in state))
-    if "transformer.decoder.ref_point_head.layers.0.weight" in state:
+    if CONDITIONAL in state:
         return found | {"detector": "conditional_detr"}
-    return found | {"detector": "detr", "pre_norm": "transformer.encoder.norm.weight" in state}
+    return found | {"detector": "detr", "pre_norm": ENCODER_NORM in state}
 
 
 # ==== 3. Into our models ====
@@ -661,7 +773,7 @@ def class_names(found: Checkpoint, rows: int) -> dict[int, str]:
     """What the rows of a class head stand for, "no object" not counted: the categories our checkpoint carries; those of
     the released heads; of a pretraining row 1, which is every object."""
     if found.content.get("categories"):
-        return {i: category["name"] for i, category in enumerate(found.content["categories"])}
+        return dict(enumerate(evaluation.distinct_names(found.content["categories"])))
     names = {1: "object"} if found.method else {91: COCO_NAMES, 21: VOC_NAMES}.get(rows, {})
     return {i: names.get(i, f"unused {i}" if names else f"class {i}") for i in range(rows)}
 
@@ -674,6 +786,9 @@ def _hugging_face_tensors(found: Checkpoint, family: str) -> dict[str, Tensor]:
         for part, rows in zip("qkv", state.pop(key).chunk(3)):
             state[key.replace(f"in_proj_{kind}", f"{part}_proj.{kind}")] = rows
     state = renamed_back(state, HUGGING_FACE[family])
+    if family == "deformable_detr" and "model.decoder.bbox_embed.0.layers.0.weight" not in state:
+        # one head for all layers is one entry, or transformers does not see that they are one
+        state = {k: v for k, v in state.items() if not re.match(r"(class|bbox)_embed\.[1-9]", k)}
     return {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
 
 
@@ -688,23 +803,35 @@ def _hugging_face_config(found: Checkpoint, arch: dict[str, Any], family: str, n
                                         "features_only": True, "num_channels": 3, "use_pretrained_backbone": False,
                                         "out_indices": [2, 3, 4][-levels:] if levels else [last]}}
     pre_norm = arch.get("pre_norm", False)
-    heads = found.config.get("nheads", 8)
+    heads = arch.get("nheads", 8)
+
+    def said(default: float, *names: str) -> float:
+        values = (v for v in map(found.said.get, names) if type(v) in (int, float))
+        # transformers takes costs as whole numbers only
+        return next((type(default)(v) for v in values if type(default)(v) == v), default)
+
     config = {
         "architectures": ["TableTransformerForObjectDetection" if pre_norm else f"{name}ForObjectDetection"],
         "model_type": "table-transformer" if pre_norm else family, **backbone, "num_channels": 3, "dilation": False,
         "d_model": arch["hidden_dim"], "num_queries": arch["num_queries"], "encoder_layers": arch["enc_layers"],
         "decoder_layers": arch["dec_layers"], "encoder_attention_heads": heads, "decoder_attention_heads": heads,
         "encoder_ffn_dim": arch["dim_feedforward"], "decoder_ffn_dim": arch["dim_feedforward"],
-        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), found.config.get("dropout", 0.1)),
+        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), said(0.1, "dropout")),
         "activation_function": "relu", "position_embedding_type": "sine", "auxiliary_loss": False,
         "is_encoder_decoder": True, "id2label": {str(i): n for i, n in names.items()},
-        "label2id": {n: i for i, n in names.items()}, "class_cost": 1 if family == "detr" else 2, "bbox_cost": 5,
-        "giou_cost": 2, "bbox_loss_coefficient": 5, "giou_loss_coefficient": 2, "eos_coefficient": 0.1,
-        "focal_alpha": 0.25, "torch_dtype": "float32",
+        "label2id": {n: i for i, n in names.items()},
+        "class_cost": said(1 if family == "detr" else 2, "lambda_f", "set_cost_class"),
+        "bbox_cost": said(5, "lambda_l1", "set_cost_bbox"), "giou_cost": said(2, "lambda_giou", "set_cost_giou"),
+        "bbox_loss_coefficient": said(5, "lambda_l1", "bbox_loss_coef"),
+        "giou_loss_coefficient": said(2, "lambda_giou", "giou_loss_coef"), "eos_coefficient": said(0.1, "eos_coef"),
+        "focal_alpha": said(0.25, "focal_alpha"), "torch_dtype": "float32",
     }
     if family == "deformable_detr":
         config |= {"num_feature_levels": levels, "with_box_refine": arch["with_box_refine"], "two_stage": False,
-                   "encoder_n_points": 4, "decoder_n_points": 4}
+                   "encoder_n_points": 4, "decoder_n_points": 4,
+                   # True ties the class heads too, of which every layer has its own with refinement; export() says
+                   # how the decoder's box heads are tied to the others again
+                   "tie_word_embeddings": not arch["with_box_refine"]}
     return config
 
 
@@ -714,11 +841,11 @@ def write_hugging_face(found: Checkpoint, out: Path) -> str:
     TableTransformerForObjectDetection, which is that. Modules of the pretext task stay out. UserError: no detector of
     the DETR family."""
     try:
-        from safetensors.torch import save_file
+        import safetensors.torch
     except ImportError as error:
         raise UserError("--to hf writes the safetensors format: "
                         "pip install safetensors (transformers brings it)") from error
-    arch = architecture(found.state, found.path)
+    arch = found.architecture()
     family = "deformable_detr" if arch["detector"].startswith("deformable") else arch["detector"]
     name = family.title().replace("_", "")  # DeformableDetr
     config = _hugging_face_config(found, arch, family, name)
@@ -727,8 +854,7 @@ def write_hugging_face(found: Checkpoint, out: Path) -> str:
                  "size": size, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
                  "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "do_pad": True}
     tensors = _hugging_face_tensors(found, family)
-    out.mkdir(parents=True)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    run.write_atomic(out / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
     for file, content in (("config.json", config), ("preprocessor_config.json", processor)):
         run.write_atomic(out / file, (json.dumps(content, indent=2) + "\n").encode())
     return config["architectures"][0]
@@ -744,7 +870,6 @@ def write_file(found: Checkpoint, to: str, out: Path, backbone_only: bool) -> No
         torch.save({"state_dict": mmdetection_state(found), "meta": {}}, buffer)
     else:
         torch.save(official(found) if to == "official" else torchvision_state(found, backbone_only), buffer)
-    out.parent.mkdir(parents=True, exist_ok=True)
     run.write_atomic(out, buffer.getvalue())
 
 
@@ -777,10 +902,13 @@ def export(found: Checkpoint, to: str, out: Path, backbone_only: bool) -> None:
     if loader and found.method in ("updetr", "siamese_detr") and not loader.startswith(("Detr", "Table")):
         run.print_rank0("its class head was trained with softmax over 3 rows, of which row 1 is an object; "
                         "the transformers class applies a sigmoid")
+    if to == "hf" and "transformer.decoder.bbox_embed.0.layers.0.weight" in found.state:
+        run.print_rank0("to train it further with transformers 5, which loads the decoder's box heads as copies, first "
+                        "model.model.decoder.bbox_embed = model.bbox_embed; model.config.tie_word_embeddings = True")
     categories = found.content.get("categories")
     if found.rcnn and not backbone_only and categories:
         first = rcnn.first_label(found.rcnn) if to == "torchvision" else 0
-        labels = ", ".join(f"{i} {category['name']}" for i, category in enumerate(categories, first))
+        labels = ", ".join(f"{i} {name}" for i, name in enumerate(evaluation.distinct_names(categories), first))
         run.print_rank0(f"labels: {labels}")
 
 
@@ -789,8 +917,8 @@ def export(found: Checkpoint, to: str, out: Path, backbone_only: bool) -> None:
 
 def main(argv: list[str] | None = None) -> str:
     """Returns what the file is."""
-    parser = argparse.ArgumentParser(prog="convert.py", allow_abbrev=False,
-                                     description="Says what a checkpoint is; with --to writes it for another tool.")
+    parser = run.Parser(prog="convert.py",
+                        description="Says what a checkpoint is; with --to writes it for another tool.")
     parser.add_argument("checkpoint", help="any file that --init_from and --backbone_weights read")
     parser.add_argument("--to", choices=("official", "hf", "torchvision", "detectron2", "mmdetection"),
                         help="hf: a folder for Hugging Face transformers; torchvision: a state dict; detectron2: "
@@ -802,6 +930,8 @@ def main(argv: list[str] | None = None) -> str:
     found = open_checkpoint(args.checkpoint)
     run.print_rank0(f"{found.path}: {found.what}; {len(found.state)} tensors")
     print_unused(found.left)
+    if found.assumed:
+        run.print_rank0(f"note: {found.assumed}")
     if not args.to:
         return found.what
     if not args.out:

@@ -15,27 +15,30 @@ from __future__ import annotations
 import atexit
 import hashlib
 import math
-import multiprocessing
+import multiprocessing.queues
 import os
+import shutil
 import signal
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageFilter, ImageOps
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as TF
 
 from common import UserError, rank, world_size
-from run import STOP_SIGNALS, Run, check_batch_size
+from run import STOP_SIGNALS, Run, check_batch_size, loader_failure, print_rank0
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -57,8 +60,13 @@ IMAGENET100 = tuple((
 _LAYOUT = {"imagenet": "<root>/{split}/<wnid>/*.JPEG",
            "coco": "<root>/{split}2017/*.jpg (+ annotations/instances_{split}2017.json to fine-tune)",
            "voc": "<root>/VOC2007|VOC2012/{{JPEGImages,Annotations,ImageSets/Main}}"}
+# Below --data_root; the folder itself comes first: what is given wins over what is guessed.
 _SUBFOLDERS = {"imagenet": ("", "imagenet", "ILSVRC/Data/CLS-LOC"), "coco": ("", "coco"),
-               "voc": ("VOCdevkit", "", "voc/VOCdevkit", "voc")}
+               "voc": ("", "VOCdevkit", "voc/VOCdevkit", "voc")}
+# A folder that holds all of one of these is an output of this project: a run, an evaluation, a proposal store.
+_OUTPUTS = ({"last.pt"}, {"previous.pt"}, {"damaged.pt"}, {"log.jsonl"}, {"metrics.json", "predictions.png"},
+            {"meta.json", "boxes.bin"}, {"header.partial"})
+_OUTPUT_PICTURES = {"predictions.png", "pictures.png"}
 
 
 # ==== 1. Image files ====
@@ -102,6 +110,20 @@ def decode_image(path: str | Path, exif: bool = True) -> Image.Image:
         raise UnreadableImage(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
+def image_header(path: str | Path) -> tuple[int, int, int] | None:
+    """(width and height as stored, EXIF orientation 1..8) of a picture file, not decoded; None for what cannot be read.
+    """
+    try:
+        if not os.path.isfile(path):  # reading a named pipe would wait for ever
+            return None
+        with Image.open(path, formats=FORMATS) as image:
+            # not image.getexif(): for a PNG without EXIF that decodes the whole picture
+            orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+            return (*image.size, orientation if orientation in range(1, 9) else 1)
+    except Exception:  # as in decode_image, which says what is wrong once the picture is used
+        return None
+
+
 class ImageFiles:
     """Image files below `root`: keys are relative posix paths, sorted and unique (absolute only for list entries
     outside `root`).
@@ -139,12 +161,14 @@ class ImageFiles:
 
 def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
     """Keys of all images under root/<below>, links followed, but no folder twice. No stat per file: 1.3 M files are
-    found in seconds. Hidden files are no images. UserError for a folder that cannot be listed."""
+    found in seconds. Hidden files are no images. Our own output is no input: a folder below that holds some is left
+    out, which is said; in the folder itself the pictures that we write. UserError for a folder that cannot be listed.
+    """
     def unlisted(error: OSError):
         raise UserError(f"{error.filename}: this folder cannot be listed ({error.strerror}). Make it readable, "
                         "or give a .txt list of the others.")
 
-    keys, known = [], set()
+    keys, known, outputs = [], set(), []
     for top in below:
         for folder, subfolders, files in os.walk(root / top, onerror=unlisted, followlinks=True):
             real = os.path.realpath(folder)
@@ -152,10 +176,19 @@ def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
                 subfolders.clear()
                 continue
             known.add(real)
+            if any(marks <= set(files) for marks in _OUTPUTS):
+                if folder != str(root / top):
+                    outputs.append(folder)
+                    subfolders.clear()
+                    continue
+                files = [f for f in files if f not in _OUTPUT_PICTURES]
             # lost+found is the file system's own, and closed
             subfolders[:] = sorted(d for d in subfolders if not d.startswith(".") and d != "lost+found")
             prefix = "" if (relative := Path(folder).relative_to(root).as_posix()) == "." else relative + "/"
             keys += [prefix + f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+    if outputs:
+        print_rank0(f"note: {root}: {len(outputs)} folder{'s' * (len(outputs) > 1)} with output of a run left out, no "
+                    f"image of it is used: {', '.join(sorted(outputs)[:3])}{', ...' * (len(outputs) > 3)}")
     return keys
 
 
@@ -165,6 +198,75 @@ def read_lines(path: Path, what: str) -> Iterator[str]:
             yield from file
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} ({what}) cannot be read: {error}. Give an existing UTF-8 text file.") from error
+
+
+def unicode_form(name: str) -> str:
+    """The same for names that look the same: macOS writes an accent as a character of its own."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+class FileFinder:
+    """Finds files by the names that a list or a json gives them, looking once into each folder. `respelled`: those that
+    are spelled otherwise there, {name: name there}."""
+
+    def __init__(self):
+        self.respelled: dict[str, str] = {}
+        self._listed: dict[Path, tuple[set[str] | None, dict[str, str]]] = {}
+        self._places: dict[tuple[Path, str], str | None] = {}
+
+    def find(self, root: Path, name: str) -> str | None:
+        """`name` below `root`, spelled as it is there: as given, else in another Unicode form, else with back slashes
+        as separators. None: it is not there."""
+        there = self._spelled(root, name)
+        if there is None and "\\" in name:
+            there = self._spelled(root, PurePosixPath(name.replace("\\", "/")).as_posix())
+        if there not in (None, name):
+            self.respelled[name] = there
+        return there
+
+    def note(self, source: str | Path, count: int) -> list[str]:
+        """A sentence on what is spelled otherwise among `count` names of `source`; none where nothing is."""
+        return [f"{source}: {len(self.respelled)} of {count} names of files are spelled otherwise there (another "
+                f"Unicode form, or back slashes for separators), the first: {name!a} is {there!a}"
+                for name, there in list(self.respelled.items())[:1]]
+
+    def _spelled(self, root: Path, name: str) -> str | None:
+        folder, file = os.path.split(name)
+        if (place := self._place(root, folder)) is None:
+            return None
+        files, forms = self._list(root / place)
+        if file in files if files is not None else os.path.isfile(root / place / file):
+            return os.path.join(place, file)
+        other = os.path.join(place, forms.get(unicode_form(file), ""))
+        return other if os.path.isfile(root / other) else None
+
+    def _place(self, root: Path, folder: str) -> str | None:
+        """A folder below `root`, spelled as it is there."""
+        if (root, folder) not in self._places:
+            above, name = os.path.split(folder)
+            there = folder
+            if above != folder and not os.path.isdir(root / folder):
+                place = self._place(root, above)
+                other = None if place is None else self._list(root / place)[1].get(unicode_form(name))
+                there = None if other is None else os.path.join(place, other)
+            self._places[root, folder] = there
+        return self._places[root, folder]
+
+    def _list(self, folder: Path) -> tuple[set[str] | None, dict[str, str]]:
+        """(names of the files there, None where they cannot be listed; names beyond ASCII by their Unicode form)."""
+        if folder not in self._listed:
+            files, forms = set(), {}
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if entry.is_file():
+                            files.add(entry.name)
+                        if not entry.name.isascii():
+                            forms[unicode_form(entry.name)] = entry.name
+            except (OSError, ValueError):
+                files = None if os.path.isdir(folder) else set()
+            self._listed[folder] = files, forms
+        return self._listed[folder]
 
 
 # ==== 2. Unlabelled sets ====
@@ -203,58 +305,71 @@ def voc_years(root: Path) -> list[Path]:
     return [year for year in (root / "VOC2007", root / "VOC2012", root) if (year / "JPEGImages").is_dir()]
 
 
+def _voc_files(folder: Path, stem: str, listed: dict[str, dict[str, list[str]]]) -> list[str]:
+    """The images below `folder` that a line of a VOC list means, spelled as they are there; more than one: it is
+    ambiguous. `listed`: what was listed so far, by subfolder, filled here."""
+    for name in dict.fromkeys((stem, stem.replace("\\", "/"))):
+        place, name = os.path.split(name)
+        if place.startswith("/") or ".." in place.split("/"):
+            continue
+        if place not in listed:
+            forms = listed[place] = {}
+            for file in sorted(os.listdir(folder / place)) if os.path.isdir(folder / place) else ():
+                if file.lower().endswith(EXTENSIONS):
+                    forms.setdefault(unicode_form(os.path.splitext(file)[0]), []).append(os.path.join(place, file))
+        found = listed[place].get(unicode_form(name), [])
+        if found:
+            return [f for f in found if os.path.splitext(os.path.basename(f))[0] == name] or found
+    return []
+
+
 def voc_images(root: Path, split: str) -> list[tuple[Path, str]]:
-    """(year folder, image file name) in list order: trainval of every year for "train", else test of the first."""
+    """(year folder, image file name) in list order: trainval of every year for "train", else test of the first. What is
+    spelled otherwise in the list is said."""
     part = "trainval" if split == "train" else "test"
     years = voc_years(root)
     found = []
     for year in years if split == "train" else years[:1]:
-        source = year / "ImageSets" / "Main" / f"{part}.txt"
-        files = {}
-        for file in sorted(os.listdir(year / "JPEGImages")):
-            if file.lower().endswith(EXTENSIONS):
-                files.setdefault(os.path.splitext(file)[0], []).append(file)
+        source, folder = year / "ImageSets" / "Main" / f"{part}.txt", year / "JPEGImages"
         stems = list(filter(None, map(str.strip, read_lines(source, "the VOC image list"))))
+        listed: dict[str, dict[str, list[str]]] = {}
+        lines: dict[str, str] = {}  # file -> its line
         for stem in stems:
-            if stem not in files:
-                raise UserError(f"{source}: no image {stem}.jpg in {year / 'JPEGImages'}. Add it or remove the line.")
-            if len(files[stem]) > 1:
-                raise UserError(f"{source}: {stem} may be {' or '.join(files[stem])} in {year / 'JPEGImages'}. "
-                                "Leave one of them there.")
-            found.append((year, files[stem][0]))
-        if len(set(stems)) < len(stems):
-            raise UserError(f"{source}: {next(s for s in stems if stems.count(s) > 1)} is listed twice. "
-                            "Remove one of the lines.")
+            files = _voc_files(folder, stem, listed)
+            if not files:
+                raise UserError(f"{source}: no image {stem}.jpg in {folder}. Add it or remove the line.")
+            if len(files) > 1:
+                raise UserError(f"{source}: {stem} may be {' or '.join(files)} in {folder}. Leave one of them there.")
+            if files[0] in lines:
+                raise UserError(f"{source}: {stem} is listed twice. Remove one of the lines.")
+            lines[files[0]] = stem
+        finder = FileFinder()
+        finder.respelled = {stem: file for file, stem in lines.items() if os.path.splitext(file)[0] != stem}
+        for note in finder.note(source, len(stems)):
+            print_rank0(f"note: {note}")
+        found += [(year, file) for file in lines]
     return found
-
-
-def _files_in(folder: Path) -> set[str]:
-    """Names of the files there; of none where it cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except (OSError, ValueError):
-        return set()
 
 
 def _open_list(path: Path) -> ImageFiles:
     """The user's own paths: absolute or leading anywhere, to any of FORMATS. A file named twice counts once."""
-    keys = []
-    # of each folder named: what its keys begin with, and its files (one look at a folder, not one at every file)
-    folders: dict[str, tuple[str, set[str]]] = {}
+    keys, finder = [], FileFinder()
+    starts: dict[str, str] = {}  # of each folder named: what its keys begin with
     for number, line in enumerate(read_lines(path, "the image list"), start=1):
         if (line := line.strip()) and not line.startswith("#"):
             folder, name = os.path.split(line)
-            if folder not in folders:
+            if folder not in starts:
                 place = path.parent / Path(folder).expanduser()
                 start = (place.relative_to(path.parent) if place.is_relative_to(path.parent) else place).as_posix()
-                folders[folder] = "" if start == "." else start.rstrip("/") + "/", _files_in(place)
-            start, files = folders[folder]
-            keys.append(start + name)
-            if name not in files and not os.path.isfile(path.parent / keys[-1]):
-                raise UserError(f"{path}, line {number}: {path.parent / keys[-1]} does not exist. "
+                starts[folder] = "" if start == "." else start.rstrip("/") + "/"
+            key = starts[folder] + name
+            if (there := finder.find(path.parent, key)) is None:
+                raise UserError(f"{path}, line {number}: {path.parent / key} does not exist. "
                                 "Paths are relative to the list's folder; correct or remove the line.")
-    folders.clear()  # that memory first: the keys are joined next
+            keys.append(there)
+    for note in finder.note(path, len(keys)):
+        print_rank0(f"note: {note}")
+    del finder  # that memory first: the keys are joined next
     return ImageFiles(path.name, path.parent, keys)
 
 
@@ -775,7 +890,10 @@ class _ErrorsAsValues:
 
 
 def _collate_or_error(collate: Callable, samples: list):
-    return next((s for s in samples if isinstance(s, UserError)), None) or collate(samples)
+    if error := next((s for s in samples if isinstance(s, UserError)), None):
+        return error
+    batch = collate(samples)
+    return _too_large(batch) or batch
 
 
 class _Loader(DataLoader):
@@ -783,7 +901,12 @@ class _Loader(DataLoader):
 
     def __iter__(self):
         message = None
-        for batch in super().__iter__():
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            raise UserError(f"{self.num_workers} loader processes cannot be started ({error.strerror or error}); give "
+                            "a lower --num_workers, or more memory") from error
+        for batch in batches:
             if isinstance(batch, UserError):
                 message = str(batch)
                 break
@@ -796,9 +919,45 @@ class _Loader(DataLoader):
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # a cluster sends them to every process of a job, but the main process finishes its step first
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_failure
+    # a cluster, and a terminal, sends them to every process of a job, but the main process finishes its step first
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _send_failure(queue: multiprocessing.queues.Queue, error: Exception, message: tuple) -> None:
+    """In place of a batch that cannot be sent, which a worker notices in another thread than its own and the main
+    process not at all: why. `message`: (number of the batch, batch)."""
+    reason = ExceptionWrapper(where="in a loader process, which could not send its batch")  # ours: with a traceback
+    if isinstance(error, OSError) or "shared memory" in str(error) or "unable to" in str(error):
+        reason = UserError(loader_failure(str(error)) or "a batch cannot be sent from its loader process "
+                           f"({str(error).partition(chr(10))[0]}); {MORE_ROOM}")
+    queue.put((message[0], reason))
+
+
+MORE_ROOM = ("give more shared memory (docker run --shm-size=8g or --ipc=host), a lower --num_workers (0 needs none) "
+             "or a smaller --batch_size")
+
+
+def _too_large(batch: Any) -> UserError | None:
+    """In a loader process: shared memory that can't hold a batch of every one, or has no room for this one now."""
+    workers = torch.utils.data.get_worker_info()
+    if workers is None or not os.path.isdir("/dev/shm"):
+        return None
+    size, room = _bytes(batch), shutil.disk_usage("/dev/shm")
+    processes = workers.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if size <= room.free and size * processes <= room.total:
+        return None
+    return UserError(f"the shared memory /dev/shm of {room.total / 2**20:.0f} MiB ({room.free / 2**20:.0f} free) is "
+                     f"too small for {processes} loader processes with batches of {size / 2**20:.1f} MiB: {MORE_ROOM}")
+
+
+def _bytes(batch: Any) -> int:
+    """Of all tensors in whatever dicts and sequences."""
+    if isinstance(batch, Tensor):
+        return batch.nbytes
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    return sum(map(_bytes, parts))
 
 
 @atexit.register

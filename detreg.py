@@ -7,8 +7,7 @@ Paper: Amir Bar, Xin Wang, Vadim Kantorov, Colorado J Reed, Roei Herzig, Gal Che
 Idea: A detector has two jobs, to find objects and to tell them apart; DETReg gives it a label-free version of each. For
     the first, an old algorithm without learning (selective search) proposes boxes, and the detector is trained to
     output them as a set, exactly as on annotated boxes of one class, "object". For the second, a frozen self-supervised
-    network describes the pixels of every proposed box, and the query that was matched to the box must
-    regress this description.
+    network describes the pixels of every proposed box, and the query matched to the box must regress this description.
 
 Diagram:
     image --selective search--> proposals [n, 4] --crop, augment--> patches [n, 3, 128, 128] --SwAV, res3--> z [n, 512]
@@ -29,12 +28,10 @@ Hyperparameters: in Config below, each with its place in the paper. `--preset pa
     values behind the published numbers differ; `--preset official`: what else the released code does.
 
 Deviations (paper / released code / here; in full in docs/methods/detreg.md):
-    D1  z: "SwAV descriptor" / mean of res3, 512-d, not normalised / as released
-        (`--embedding_target swav_head`: 128-d).
+    D1  z: "SwAV descriptor" / mean of res3, 512-d, not normalised / as released (`--embedding_target swav_head`).
     D2  f_emb: "2 hidden layers" / one hidden layer / as released.
     D3  f_cat: 2 outputs / 91, all targets are class 1 / as released, so that released checkpoints load.
-    D4  L_emb: sum / mean over pairs and channels of the last layer / the mean runs over ALL
-        processes and micro-batches.
+    D4  L_emb: sum / mean over pairs and channels of the last layer / so, over ALL processes and micro-batches.
     D5  Batch 28 per GPU / 24 per GPU / 24 x 8; `--preset paper` has 28 x 8.
     D6  The order of selective search's boxes is random at every call / so / seeded from (seed, epoch, index).
     D7  OpenCV expects BGR / RGB is passed / RGB, as released.
@@ -54,7 +51,6 @@ import common  # first: it tells OpenMP how to wait before torch is loaded
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -69,9 +65,9 @@ import data
 import evaluation
 import proposals
 import run
-from annotations import DetectionSet, held_out_set, open_detection
+from annotations import DetectionSet
 from common import UserError
-from run import Count, NonNegative, Positive, Share
+from run import Count, Depth, Images, NonNegative, Pixels, Positive, Share, Width
 
 # ==== 1. Hyperparameters ====
 
@@ -79,32 +75,33 @@ from run import Count, NonNegative, Positive, Share
 @dataclass
 class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     data: str = "imagenet100"  # imagenet100, imagenet, coco, voc, synthetic, a folder, or a .txt of paths (Sec. 6)
+    exif: Literal["auto", "stored", "rotated"] = "auto"  # pixels --probe_data's boxes lie on: as stored, or as rotated
     # proposals (Sec. 3, 6; more in proposals.ProposalConfig)
     strategy: Literal["topk", "randomk", "importance", "importance_released", "other_image"] = "topk"  # Sec. 4; Table 5
-    max_prop: Count = 30  # M, proposals per image (Sec. 6)
+    max_prop: Width = 30  # M, proposals per image (Sec. 6)
     # images
-    scales: tuple[Count, ...] = (320, 336, 352, 368, 400, 416, 432, 448, 464, 480)  # short side, px (Sec. 6; released)
-    max_size: Count = 600  # longest side, pixels (released)
-    crop_scales: tuple[Count, ...] = (400, 500, 600)  # short side before a random crop (released)
-    crop_range: tuple[Count, ...] = (384, 600)  # smallest and largest side of the crop (released)
-    patch_size: Count = 128  # side of a region crop (released)
+    scales: tuple[Pixels, ...] = (320, 336, 352, 368, 400, 416, 432, 448, 464, 480)  # short side, px (Sec. 6; released)
+    max_size: Pixels = 600  # longest side, pixels (released)
+    crop_scales: tuple[Pixels, ...] = (400, 500, 600)  # short side before a random crop (released)
+    crop_range: tuple[Pixels, ...] = (384, 600)  # smallest and largest side of the crop (released)
+    patch_size: Pixels = 128  # side of a region crop (released)
     # model
     detector: common.DETECTORS = "deformable_detr"  # what is pretrained (the others: Siamese DETR, Tables 1 and 2)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 6)
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 6)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant (released) or learned
     stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see
-    num_feature_levels: Count = 4  # of deformable_detr (Sec. 5)
+    num_feature_levels: Depth = 4  # of deformable_detr (Sec. 5)
     pre_norm: bool = True  # LayerNorm before each block, of detr (released)
-    hidden_dim: Count = 256  # transformer width (Sec. 6)
-    nheads: Count = 8  # attention heads
-    enc_layers: Count = 6  # encoder layers
-    dec_layers: Count = 6  # decoder layers
-    dim_feedforward: Count = 1024  # width of the feed-forward layers (detr, conditional_detr: 2048)
+    hidden_dim: Width = 256  # transformer width (Sec. 6)
+    nheads: Width = 8  # attention heads
+    enc_layers: Depth = 6  # encoder layers
+    dec_layers: Depth = 6  # decoder layers
+    dim_feedforward: Width = 1024  # width of the feed-forward layers (detr, conditional_detr: 2048)
     dropout: Share = 0.1  # in the transformer
-    num_queries: Count = 300  # N (Sec. 5; detr, conditional_detr: 100)
+    num_queries: Width = 300  # N (Sec. 5; detr, conditional_detr: 100)
     with_box_refine: bool = False  # iterative box refinement of deformable_detr (released: off)
-    num_classes: Count = 91  # rows of f_cat; targets are row 1 (D3); detr has another one, "no object"
+    num_classes: Width = 91  # rows of f_cat; targets are row 1 (D3); detr has another one, "no object"
     embedding_target: Literal["res3", "swav_head"] = "res3"  # z: mean of res3, or SwAV's normalised projection (D1)
     # loss
     lambda_f: NonNegative = 2.0  # focal loss and its matching cost, Eq. (3) (detr: cross-entropy, 1)
@@ -113,7 +110,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     lambda_e: NonNegative = 1.0  # object embedding, Eq. (3), Table 5
     embedding_mean: Literal["global", "local"] = "global"  # mean of L_emb over all processes, or over each (D4)
     # optimisation
-    batch_size: Count = 192  # images per step over all processes (released: 24 per GPU x 8)
+    batch_size: Images = 192  # images per step over all processes (released: 24 per GPU x 8)
     epochs: Count = 50  # Sec. 6; ImageNet-1k 5 (released)
     lr_drop: NonNegative = 40  # epoch after which the rate is x 0.1 (Sec. 6)
     lr: Positive = 2e-4  # Sec. 6
@@ -151,6 +148,9 @@ def check(cfg: Config) -> None:
     run.check_pair(cfg, "crop_range")
     if cfg.num_classes < 2:
         raise UserError(f"--num_classes {cfg.num_classes}: at least 2 rows are needed, the object is row 1 (D3)")
+    if cfg.embedding_target == "swav_head" and cfg.backbone_weights in ("random", "imagenet", "moco_v2"):
+        raise UserError(f"--embedding_target swav_head: --backbone_weights {cfg.backbone_weights} has no such head; "
+                        "give swav or a file of SwAV's")
 
 
 # ==== 2. Data ====
@@ -313,6 +313,9 @@ def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
         state = convert.state_of(run.read_checkpoint(path), path)
         convert.load_matching(descriptor, state, source=str(path), drop=drop)
     else:
+        if not hasattr(backbone.body, "layer2"):  # --stride 4: the detector ends before res3
+            backbone = common.Backbone(cfg.arch, (2,), cfg.backbone_norm)
+            convert.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.arch)
         descriptor = RegionDescriptor(backbone)
     if descriptor.dim != 512:  # the embedding is as wide as its target
         model.reset_embedding(descriptor.dim)
@@ -392,37 +395,14 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
 # ==== 6. Probe ====
 
 
-def open_probe(cfg: Config, source, held_out: np.ndarray) -> DetectionSet | None:
-    """What boxes are scored on: --probe_data, unseen synthetic scenes, or held-out images with their own proposals."""
-    if cfg.probe_data or not cfg.probe_images:
-        return open_detection(cfg.probe_data, cfg.data_root, "test", seed=cfg.seed) if cfg.probe_data else None
-    if cfg.data == "synthetic":
-        return open_detection("synthetic", None, "test", synthetic_images=cfg.probe_images,
-                              synthetic_size=cfg.synthetic_size, seed=cfg.seed)
-    generator = proposals.Proposals(cfg).generator
-    return held_out_set(source, held_out.tolist(), lambda image, i: generator(
-        image, proposals.image_seed(cfg.seed, source.key(i)))[:cfg.max_prop])
-
-
 def probe(cfg: Config, model: DETReg, train_set: RegionDataset, probe_set: DetectionSet, device: torch.device
           ) -> dict[str, Any]:
     """Class-agnostic AP and AR (Table 6), before and after, and predictions.png. All processes call it."""
     untrained = build_models(cfg)[0].to(device)
-    table, best = evaluation.class_agnostic_table(cfg, untrained, model, train_set, probe_set, device)
+    table, found = evaluation.class_agnostic_table(cfg, untrained, model, train_set, probe_set, device)
     if common.rank() == 0:
-        columns = {"ground truth": probe_set.coco_ground_truth()["annotations"],
-                   "proposals (first 10)": drawn_proposals(cfg, train_set, probe_set), "DETReg (best 10)": best}
-        evaluation.draw_detections(Path(cfg.out) / "predictions.png", probe_set, columns)
+        evaluation.draw_class_agnostic(cfg, probe_set, train_set.proposals_of, {"DETReg (best 10)": found})
     return table
-
-
-def drawn_proposals(cfg: Config, train_set: RegionDataset, probe_set: DetectionSet, images: int = 6) -> list[dict]:
-    found = []
-    for i in range(min(images, len(probe_set))):
-        image, target = probe_set.load(i)
-        boxes = train_set.proposals_of.generator(image, proposals.image_seed(cfg.seed, i))
-        found += evaluation.boxes_as_detections(boxes, target["image_id"])
-    return found
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -438,7 +418,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device = common.setup_distributed(cfg.device)
     check(cfg)
     source, indices, held_out = data.open_training_images(cfg)
-    probe_set = open_probe(cfg, source, held_out)
+    probe_set = evaluation.open_class_agnostic_probe(cfg, source, held_out)
     job = run.Run(cfg, "detreg", source, len(indices), device, summary)
     if job.metrics:
         return job.metrics

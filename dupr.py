@@ -68,7 +68,7 @@ import data
 import evaluation
 import run
 from common import UserError
-from run import Count, NonNegative, Positive, Share
+from run import Count, Images, NonNegative, Positive, Share, Width
 
 # ==== 1. Hyperparameters ====
 
@@ -77,25 +77,25 @@ PositiveShare = Annotated[float, run.Range(0, 1, open=True)]
 @dataclass
 class Config(run.ProbeConfig, run.RunConfig):
     # images
-    image_size: Annotated[int, run.Range(32)] = 224  # side of a view, pixels (MoCo v2); 32 is the stride of conv5
+    image_size: Annotated[int, run.Range(32, 2**14)] = 224  # side of a view, pixels (MoCo v2); 32: stride of conv5
     crop_area: tuple[PositiveShare, ...] = (0.2, 1.0)  # share of the image that a view shows (MoCo v2)
     # pretext
     alpha: tuple[NonNegative, ...] = (0.1, 0.4, 0.7, 1.0)  # weight of the image loss on conv2..conv5, Eq. (2) (Table 1)
     beta: tuple[NonNegative, ...] = (0.0, 0.0, 1.0, 1.0)  # weight of the patch loss on conv2..conv5, Eq. (2) (Table 2)
-    roi_sizes: tuple[Count, ...] = (56, 28, 14, 7)  # S on conv2..conv5 (Sec. 4.1; D1)
+    roi_sizes: tuple[run.Cells, ...] = (56, 28, 14, 7)  # S on conv2..conv5 (Sec. 4.1; D1)
     patch_reduction: Literal["mean", "sum"] = "mean"  # over the patches of a pair, Eq. (5) (D2)
-    min_overlap: float = 1.0  # least side of the overlap in either view, pixels (D5)
-    embedding_dim: Count = 128  # of images and patches (MoCo)
+    min_overlap: Annotated[float, run.Range(0, 2**14)] = 1.0  # least side of the overlap in either view, pixels (D5)
+    embedding_dim: Width = 128  # of images and patches (MoCo)
     temperature: Positive = 0.2  # of both losses (Implementation Details)
-    queue_size: Count = 65536  # keys per queue (Implementation Details)
-    queued_patches: Count = 4  # patches of an image that enter a queue (Implementation Details)
+    queue_size: Annotated[int, run.Range(1, 10**7)] = 65536  # keys per queue (Implementation Details)
+    queued_patches: Width = 4  # patches of an image that enter a queue (Implementation Details)
     ema_momentum: Share = 0.999  # of the key encoder (MoCo)
     logit_rows: Count = 2048  # queries compared with a queue at once: bounds the memory, changes nothing else
     # model
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Implementation Details)
     backbone_weights: str = "random"  # start: random, imagenet, moco_v2, swav or a file
     # optimisation
-    batch_size: Count = 256  # images per step over all processes (Implementation Details)
+    batch_size: Images = 256  # images per step over all processes (Implementation Details)
     epochs: Count = 200  # Implementation Details (Table 6, COCO: 2000)
     schedule: Literal["cosine", "step"] = "cosine"  # of the learning rate, changed once per epoch (MoCo)
     lr_drops: tuple[NonNegative, ...] = (120, 160)  # epochs after which the rate is x 0.1, with --schedule step (MoCo)
@@ -173,6 +173,15 @@ def overlap_boxes(crops: list[tuple[float, ...]], flips: list[bool], size: int,
     if not (sides >= max(min_overlap, 1e-9)).all():
         return torch.tensor([[0.0, 0.0, size, size]] * 2), False
     return torch.stack([data.flip_boxes(b, size) if flip else b for b, flip in zip(boxes, flips)]).float(), True
+
+
+def patch_boxes(box: Tensor, flip: bool, size: int) -> Tensor:
+    """The size * size patches [n, 4] xyxy px of the overlap `box` [4] of a view, row by row as (i, j) counts them."""
+    x = torch.linspace(float(box[0]), float(box[2]), size + 1)
+    y = torch.linspace(float(box[1]), float(box[3]), size + 1)
+    i, j = torch.arange(size).repeat_interleave(size), torch.arange(size).repeat(size)
+    j = size - 1 - j if flip else j
+    return torch.stack([x[j], y[i], x[j + 1], y[i + 1]], 1)
 
 
 class TwoCropsDataset(torch.utils.data.Dataset):
@@ -511,15 +520,6 @@ def probe(cfg: Config, model: DUPR, probe_source, held_out: np.ndarray, device: 
         plot_matches(Path(cfg.out) / "predictions.png", cfg, probe_set, rows["pretrained"])
     table = {name: match_metrics(found) for name, found in rows.items()}
     return table | {"primary": "patch" if any(cfg.beta) else "image"}
-
-
-def patch_boxes(box: Tensor, flip: bool, size: int) -> Tensor:
-    """The size * size patches [n, 4] xyxy px of the overlap `box` [4] of a view, row by row as (i, j) counts them."""
-    x = torch.linspace(float(box[0]), float(box[2]), size + 1)
-    y = torch.linspace(float(box[1]), float(box[3]), size + 1)
-    i, j = torch.arange(size).repeat_interleave(size), torch.arange(size).repeat(size)
-    j = size - 1 - j if flip else j
-    return torch.stack([x[j], y[i], x[j + 1], y[i + 1]], 1)
 
 
 def plot_matches(path: Path, cfg: Config, probe_set: TwoCropsDataset, rows: list[dict],

@@ -30,10 +30,10 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 import data
-from annotations import DetectionSet
+from annotations import DetectionSet, held_out_set, open_detection
 from common import UserError, boxes_to_pixels, rank, world_size
-from proposals import image_seed, random_boxes, selective_search
-from run import print_rank0, printable, progress
+from proposals import Proposals, image_seed, random_boxes, selective_search
+from run import print_rank0, printable, progress, save_picture
 
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#9a6bff")
@@ -79,11 +79,26 @@ def _check_detections(ground_truth: dict, detections: list[dict]) -> None:
                         "the model's outputs are broken (nan in its weights?)")
 
 
-def _coco(ground_truth: dict, items: list[dict], categories: list[dict], class_agnostic: bool, iou_type: str) -> COCO:
-    """Objects or detections as an indexed COCO, in copies. Ids count from 1: COCOeval marks "unmatched" with 0 and
-    would lose an object of id 0."""
+def distinct_names(categories: list[dict]) -> list[str]:
+    """Their names, in order; where one occurs twice, with the id: no two are alike."""
+    names = [c["name"] for c in categories]
+    longer = [f"{c['name']} (id {c['id']})" for c in categories]
+    distinct = [long if names.count(name) > 1 else name for name, long in zip(names, longer)]
+    return distinct if len(set(distinct)) == len(distinct) else longer
+
+
+def _coco(ground_truth: dict, items: list[dict], class_agnostic: bool, iou_type: str) -> COCO:
+    """Objects or detections as an indexed COCO, in copies, without those outside the images and categories of the
+    ground truth. All ids are numbers from 1 in here: COCOeval sorts ids, which may be of any kind, and marks
+    "unmatched" with 0. Images in the order of their ids, numbers first; categories as they are listed."""
+    image_ids = sorted((i["id"] for i in ground_truth["images"]), key=lambda i: (isinstance(i, str), i))
+    images = {image_id: i for i, image_id in enumerate(image_ids, 1)}
+    categories = {1: 1} if class_agnostic else {c["id"]: i for i, c in enumerate(ground_truth["categories"], 1)}
     annotations = []
     for i, a in enumerate(items, 1):
+        category = 1 if class_agnostic else categories.get(a["category_id"])
+        if a["image_id"] not in images or category is None:
+            continue
         is_detection = "score" in a
         if is_detection and iou_type == "segm":
             area = float(mask_area(a["segmentation"]))
@@ -92,14 +107,14 @@ def _coco(ground_truth: dict, items: list[dict], categories: list[dict], class_a
         if not is_detection:
             area = a.get("area", area)
         crowd = int(a.get("iscrowd", 0))
-        annotations.append({"id": i, "image_id": a["image_id"],
-                            "category_id": 1 if class_agnostic else a["category_id"], "bbox": list(a["bbox"]),
-                            "area": area, "score": a.get("score"), "crowd": crowd,
+        annotations.append({"id": i, "image_id": images[a["image_id"]], "category_id": category,
+                            "bbox": list(a["bbox"]), "area": area, "score": a.get("score"), "crowd": crowd,
                             "iscrowd": int(crowd or _is_difficult(a))})
         if iou_type == "segm":
             annotations[-1]["segmentation"] = a["segmentation"]
     coco = COCO()
-    coco.dataset = {"images": ground_truth["images"], "annotations": annotations, "categories": categories}
+    coco.dataset = {"images": [i | {"id": images[i["id"]]} for i in ground_truth["images"]], "annotations": annotations,
+                    "categories": [{"id": i} for i in categories.values()]}
     coco.createIndex()
     return coco
 
@@ -117,12 +132,13 @@ def detection_metrics(ground_truth: dict, detections: list[dict], *, class_agnos
     APm, APl, one AR<k> per k of `max_dets`, ARs, ARm, ARl. AP and the size rows use the largest k.
 
     class_agnostic: all categories are one (DETReg Table 6: COCOeval with useCats = 0). per_class adds "per_class":
-    {name: AP}. A missing `area` is that of the box. Inputs are not modified. UserError: see _check_detections.
+    {name: AP}, names as in distinct_names(). Ids of images are numbers or strings. A missing `area` is that of the box.
+    Inputs are not modified. UserError: see _check_detections.
     """
     _check_detections(ground_truth, detections)
     categories = [{"id": 1, "name": "object"}] if class_agnostic else ground_truth["categories"]
     with contextlib.redirect_stdout(io.StringIO()):
-        objects, found = (_coco(ground_truth, items, categories, class_agnostic, iou_type)
+        objects, found = (_coco(ground_truth, items, class_agnostic, iou_type)
                           for items in (ground_truth["annotations"], detections))
         coco_eval = _DifficultEval(objects, found, iou_type)
         coco_eval.params.maxDets = sorted(max_dets)
@@ -136,8 +152,8 @@ def detection_metrics(ground_truth: dict, detections: list[dict], *, class_agnos
     metrics |= {f"AR{k}": _valid_mean(recall[:, :, 0, i]) for i, k in enumerate(sorted(max_dets))}
     metrics |= {f"AR{size}": _valid_mean(recall[..., i, -1]) for i, size in enumerate("sml", 1)}
     if per_class:
-        names = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]  # COCOeval sorts the ids
-        metrics["per_class"] = {name: _valid_mean(precision[:, :, i, 0, -1]) for i, name in enumerate(names)}
+        metrics["per_class"] = {name: _valid_mean(precision[:, :, i, 0, -1])
+                                for i, name in enumerate(distinct_names(categories))}
     return metrics
 
 
@@ -226,7 +242,7 @@ def class_agnostic_scores(logits: Tensor, boxes_xyxy: Tensor, object_class: int 
     return scores, box_convert(boxes_xyxy[order].clamp(min=0), "xyxy", "xywh")
 
 
-def class_agnostic_detections(logits: Tensor, boxes_xyxy: Tensor, image_id: int, *, object_class: int = 1,
+def class_agnostic_detections(logits: Tensor, boxes_xyxy: Tensor, image_id: int | str, *, object_class: int = 1,
                               top: int | None = None) -> list[dict]:
     """The `top` (None: all) best detections of one image, category_id 1. Shapes: see class_agnostic_scores."""
     scores, boxes_xywh = class_agnostic_scores(logits.detach(), boxes_xyxy.detach(), object_class)
@@ -234,7 +250,7 @@ def class_agnostic_detections(logits: Tensor, boxes_xyxy: Tensor, image_id: int,
             for box, score in zip(boxes_xywh[:top].tolist(), scores[:top].tolist())]
 
 
-def boxes_as_detections(boxes_xyxy, image_id: int, scores=None, category_id: int = 1) -> list[dict]:
+def boxes_as_detections(boxes_xyxy, image_id: int | str, scores=None, category_id: int = 1) -> list[dict]:
     """Boxes [n, 4] px, best first, as detections. scores None: 1, 1/2, 1/3, ..., so that over all images the first
     boxes come first.
 
@@ -341,12 +357,13 @@ def predict(model: torch.nn.Module, labelled, *, size: int, max_size: int, devic
 
 
 def probe_batches(probe_set, num_workers: int, text: str = "", size: int = 8, collate=data.collate) -> Iterator[dict]:
-    """This process's slice of a probe's samples (keys (0, i)), in batches of 2 to size + 1: the shuffled control needs
-    two images. Names files that it had to leave out."""
-    indices = list(rank_slice(len(probe_set)))
-    keys = [[(0, i) for i in indices[k:k + size]] for k in range(0, len(indices), size)]
+    """This process's share of a probe's batches, of 2 to size + 1 samples (keys (0, i)): the shuffled control needs two
+    images. The batches are the same for any number of processes, and so is what is compared with what. Names files that
+    it had to leave out."""
+    keys = [[(0, i) for i in range(k, min(k + size, len(probe_set)))] for k in range(0, len(probe_set), size)]
     if len(keys) > 1 and len(keys[-1]) == 1:
         keys[-2:] = [keys[-2] + keys[-1]]
+    keys = [keys[i] for i in rank_slice(len(keys))]
     for batch in progress(data.make_loader(probe_set, keys, num_workers=num_workers, collate=collate), desc=text):
         for entry in batch["skipped"]:
             print_rank0(f"warning: left out of the probe: {entry}")
@@ -397,6 +414,26 @@ def localization_table(rows: dict[str, list[dict]], random_boxes: Callable[[int,
     table = {"untrained": rows["untrained"], "random_boxes": drawn, "shuffled": rows["shuffled"],
              "wrong_image": wrong_image, "pretrained": rows["pretrained"]}
     return {name: localization_metrics(found) for name, found in table.items()} | {"primary": "IoU"}
+
+
+def open_class_agnostic_probe(cfg: Any, source: Any, held_out: np.ndarray) -> DetectionSet | None:
+    """What a pretraining's boxes are scored on: the labelled set of --probe_data, unseen synthetic scenes, or held-out
+    images with their own proposals. cfg: DETReg's."""
+    if cfg.probe_data:
+        # --data_root is that of --data where this is a named set; a file or folder of the probe has its own
+        other = cfg.data in ("imagenet", "imagenet100", "coco", "voc") and cfg.probe_data not in ("coco", "voc")
+        root = None if other else cfg.data_root
+        labelled = open_detection(cfg.probe_data, root, "test", seed=cfg.seed, exif=cfg.exif)
+        labelled.print_notes()
+        return labelled
+    if not cfg.probe_images:
+        return None
+    if cfg.data == "synthetic":
+        return open_detection("synthetic", None, "test", synthetic_images=cfg.probe_images,
+                              synthetic_size=cfg.synthetic_size, seed=cfg.seed)
+    generator = Proposals(cfg).generator
+    return held_out_set(source, held_out.tolist(), lambda image, i: generator(
+        image, image_seed(cfg.seed, source.key(i)))[:cfg.max_prop])
 
 
 def class_agnostic_table(cfg: Any, untrained: torch.nn.Module, pretrained: torch.nn.Module, train_set: Any,
@@ -529,8 +566,7 @@ def draw_boxes_figure(path, images: list, columns: dict[str, list], max_boxes: i
             sheet.paste(row[c], (x + (w - row[c].width) // 2, y))
             y += row[c].height + GAP
         x += w + GAP
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG")
+    save_picture(sheet, path)
 
 
 def to_image(tensor: Tensor) -> Image.Image:
@@ -581,3 +617,14 @@ def draw_detections(path, labelled: DetectionSet, columns: dict[str, list[dict]]
             row.append((image, boxes, labels))
         cells.append(row)
     draw_rows(path, tuple(columns), cells, max_boxes=10 if names is None else 30)
+
+
+def draw_class_agnostic(cfg: Any, labelled: DetectionSet, proposals_of: Proposals, found: dict[str, list[dict]],
+                        images: int = 6) -> None:
+    """predictions.png of a probe: ground truth, proposals, and `found` (title: detections)."""
+    proposed = []
+    for i in range(min(images, len(labelled))):
+        image, target = labelled.load(i)
+        proposed += boxes_as_detections(proposals_of.generator(image, image_seed(cfg.seed, i)), target["image_id"])
+    columns = {"ground truth": labelled.coco_ground_truth()["annotations"], "proposals (first 10)": proposed, **found}
+    draw_detections(Path(cfg.out) / "predictions.png", labelled, columns, rows=images)

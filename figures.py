@@ -55,7 +55,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -95,8 +95,7 @@ def load_updetr(path: str, num_patches: int) -> tuple[updetr.UPDETR, int]:
         what = (f" but of {found.method}.py" if "patch2query.weight" in state
                 else " (no patch2query: it was fine-tuned, or is another method's)")
         raise UserError(f"{path}: not a checkpoint of UP-DETR's pretraining{what}")
-    cfg = SimpleNamespace(**{"nheads": 8, "dropout": 0.0, "lr_backbone": 0.0, **convert.architecture(state, path)})
-    cfg.nheads = config.get("nheads", cfg.nheads)
+    cfg = SimpleNamespace(**{"nheads": 8, "dropout": 0.0, "lr_backbone": 0.0, **found.architecture()})
     num_patches = config.get("num_patches", min(num_patches, cfg.num_queries))
     if cfg.num_queries % num_patches:
         raise UserError(f"--num_patches {num_patches}: {path} has {cfg.num_queries} queries, "
@@ -274,7 +273,9 @@ def open_source(args: argparse.Namespace, least: int) -> Any:
 
 def open_objects(args: argparse.Namespace) -> tuple[DetectionSet, list[int]]:
     """A labelled set, and which of its images show an object; crowds, and what is marked as difficult, are none."""
-    labelled = open_detection(args.data, args.data_root, args.split, synthetic_images=args.images, seed=args.seed)
+    labelled = open_detection(args.data, args.data_root, args.split, synthetic_images=args.images, seed=args.seed,
+                              exif=args.exif)
+    labelled.print_notes()
     usable = [i for i, r in enumerate(labelled.records) if min(r.hw) >= MIN_SIDE and not (r.crowd | r.difficult).all()]
     if not usable:
         raise UserError(f"--data {args.data}: none of the {len(labelled)} images of its {args.split} split has a box "
@@ -399,8 +400,7 @@ def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> Non
             draw.circle(at, 8, colour)
         draw.line([right - 400, y, right - 340, y], colour, 6)  # at the lower right no rising curve comes by
         draw.text((right - 324, y), name, "black", font, anchor="lm")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(path, format="PNG")
+    run.save_picture(sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS), path)
 
 
 # ==== 4. DUPR, Fig. 9: affinity of an object in two views ====
@@ -656,14 +656,17 @@ def add_analysis(commands: Any, figure: str, draw: Callable, text: str, images: 
                          help="as finetune.py's (iou-similarity, affinity) or dupr.py's (match, neighbours)")
     command.add_argument("--data_root", "--data-root",
                          help="where a named data set lies; else $DATA_ROOT, else data/<name>")
+    command.add_argument("--exif", choices=("auto", "stored", "rotated"), default="auto",
+                         help="pixels the boxes lie on: as stored, or as EXIF rotates them (default: auto)")
     command.add_argument("--split", choices=("test", "train"), default="test",
                          help="which part of a data set that has them (default: test)")
-    command.add_argument("--images", type=int, default=images,
+    command.add_argument("--images", type=run.Images, default=images,
                          help=f"how many images, drawn by --seed (default: {images})")
-    command.add_argument("--size", type=int, default=size, help=f"side of the input, pixels (default: {size})")
+    command.add_argument("--size", type=Annotated[int, run.Range(32, 2**14)], default=size,
+                         help=f"side of the input, pixels (default: {size})")
     command.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "resnet101"),
                          help="of imagenet (default: resnet50) and random (default: as the first file)")
-    command.add_argument("--seed", type=int, default=42, help="everything random follows from it (default: 42)")
+    command.add_argument("--seed", type=run.Seed, default=42, help="everything random follows from it (default: 42)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     command.add_argument("--out", type=Path, default=Path(f"out/{figure}.png"),
                          help=f"picture to write (default: out/{figure}.png)")
@@ -672,9 +675,7 @@ def add_analysis(commands: Any, figure: str, draw: Callable, text: str, images: 
 
 def check(args: argparse.Namespace) -> None:
     """What the flags of add_analysis alone can be wrong in; the device."""
-    if args.images < 1 or args.seed < 0:
-        raise UserError(f"--images {args.images} must be at least 1, --seed {args.seed} at least 0")
-    if args.size < 32 or args.size % 32:
+    if args.size % 32:
         raise UserError(f"--size {args.size}: must be a multiple of 32 pixels, the stride of conv5")
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: give a name that ends in .png; the numbers go into the .json beside it")
@@ -682,8 +683,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="figures.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = run.Parser(prog="figures.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
     command = commands.add_parser("localize", help="UP-DETR, Fig. 5: find query patches in an image")
     command.set_defaults(draw=localize)
@@ -692,11 +692,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     command.add_argument("--patches", required=True, nargs="+", metavar="X1,Y1,X2,Y2",
                          help="what to look for: boxes in pixels")
     command.add_argument("--patch_image", "--patch-image", help="the image the patches are cut from (default: --image)")
-    command.add_argument("--threshold", type=float, default=0.9,
+    command.add_argument("--threshold", type=run.Share, default=0.9,
                          help="least confidence of a box that is drawn (default: 0.9)")
-    command.add_argument("--size", type=int, default=420,
+    command.add_argument("--size", type=run.Pixels, default=420,
                          help="short side the image is resized to, pixels (default: 420, released)")
-    command.add_argument("--num_patches", "--num-patches", type=int, default=10,
+    command.add_argument("--num_patches", "--num-patches", type=run.Width, default=10,
                          help="M of a file that does not say it (default: 10, released)")
     command.add_argument("--out", type=Path, default=Path("out/localize.png"),
                          help="picture to write (default: out/localize.png)")
@@ -704,12 +704,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                  "DUPR, Fig. 5: similarity of boxes to an object, by IoU", images=1000)
     command = add_analysis(commands, "affinity", draw_affinity,
                            "DUPR, Fig. 9: affinity of an object's places in two views", images=100)
-    command.add_argument("--tau", type=float, default=0.001, help="temperature of Eq. (9) (default: 0.001)")
+    command.add_argument("--tau", type=run.Positive, default=0.001, help="temperature of Eq. (9) (default: 0.001)")
     add_analysis(commands, "match", draw_match, "DUPR, Fig. 10: patches of one view, found in another", images=100)
     command = add_analysis(commands, "neighbours", draw_neighbours,
                            "DUPR, Fig. 6: nearest neighbours of images", images=5000, size=224)
-    command.add_argument("--top", type=int, default=4, help="neighbours of a query (default: 4)")
-    command.add_argument("--queries", type=int, default=8, help="how many of the images are queries (default: 8)")
+    command.add_argument("--top", type=run.Width, default=4, help="neighbours of a query (default: 4)")
+    command.add_argument("--queries", type=run.Width, default=8, help="how many of the images are queries (default: 8)")
     args = parser.parse_args(argv)
     if args.draw is not localize:
         check(args)

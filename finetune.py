@@ -63,7 +63,7 @@ import rcnn
 import run
 from annotations import DetectionSet, open_detection
 from common import UserError
-from run import Count, Natural, NonNegative, Positive, Share
+from run import Count, Depth, Images, Natural, NonNegative, Pixels, Positive, Share, Width
 
 # ==== 1. Hyperparameters ====
 
@@ -75,8 +75,9 @@ PartOfRun = Annotated[float, run.Range(0, 1, open=True)]
 @dataclass
 class Config(run.RunConfig):
     data: str = "coco"  # coco, voc, synthetic, a COCO json, or a folder in VOC layout or with train.json and test.json
-    synthetic_images: Count = 40  # labelled synthetic images
-    synthetic_test_images: Count = 100  # test images of the synthetic set
+    exif: Literal["auto", "stored", "rotated"] = "auto"  # pixels the boxes lie on: as stored, or as EXIF rotates them
+    synthetic_images: Images = 40  # labelled synthetic images
+    synthetic_test_images: Images = 100  # test images of the synthetic set
     labels_percent: Percent = 100  # use this share of the training images, the same on every process (DETReg, Sec. 6.1)
     # what to do
     init_from: str | None = None  # checkpoint of a detector, ours or released; else it starts from --backbone_weights
@@ -85,40 +86,40 @@ class Config(run.RunConfig):
     eval_only: bool = False  # only evaluate --init_from
     class_agnostic: bool = False  # evaluate the boxes of --init_from without categories (DETReg, Table 6); no training
     # images
-    scales: tuple[Count, ...] = tuple(range(480, 801, 32))  # short side in training, pixels (Deformable DETR)
-    max_size: Count = 1333  # longest side, pixels
-    crop_scales: tuple[Count, ...] = (400, 500, 600)  # short side before a random crop (R-CNN family: no crop)
-    crop_range: tuple[Count, ...] = (384, 600)  # smallest and largest side of the crop
-    eval_size: Count = 800  # short side in evaluation, pixels
+    scales: tuple[Pixels, ...] = tuple(range(480, 801, 32))  # short side in training, pixels (Deformable DETR)
+    max_size: Pixels = 1333  # longest side, pixels
+    crop_scales: tuple[Pixels, ...] = (400, 500, 600)  # short side before a random crop (R-CNN family: no crop)
+    crop_range: tuple[Pixels, ...] = (384, 600)  # smallest and largest side of the crop
+    eval_size: Pixels = 800  # short side in evaluation, pixels
     # model (read off --init_from when given)
     detector: Literal[common.DETECTORS, rcnn.RCNN_DETECTORS] = "deformable_detr"  # which one
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file; only without --init_from
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant or learned (R-CNN family: bn)
     stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see
-    num_feature_levels: Count = 4  # of deformable_detr
+    num_feature_levels: Depth = 4  # of deformable_detr
     pre_norm: bool = False  # LayerNorm before each block, of detr (DETR: off)
-    hidden_dim: Count = 256  # transformer width
-    nheads: Count = 8  # attention heads
-    enc_layers: Count = 6  # encoder layers
-    dec_layers: Count = 6  # decoder layers
-    dim_feedforward: Count = 1024  # width of the feed-forward layers (detr, conditional_detr: 2048)
+    hidden_dim: Width = 256  # transformer width
+    nheads: Width = 8  # attention heads
+    enc_layers: Depth = 6  # encoder layers
+    dec_layers: Depth = 6  # decoder layers
+    dim_feedforward: Width = 1024  # width of the feed-forward layers (detr, conditional_detr: 2048)
     dropout: Share = 0.1  # in the transformer
-    num_queries: Count = 300  # object queries (detr, conditional_detr: 100)
+    num_queries: Width = 300  # object queries (detr, conditional_detr: 100)
     with_box_refine: bool = False  # iterative box refinement of deformable_detr (its Sec. 4.2)
     box_head: Literal["2fc", "4conv1fc"] = "2fc"  # of *_rcnn_fpn; 2fc: no norm in box and mask head, else BatchNorm
-    fpn_channels: Count = 256  # width of the pyramid and of the convolutions on it
-    head_dim: Count = 1024  # width behind the box head
-    anchor_size: Count = 32  # side of the smallest of five anchors, pixels, each twice the last (fcos_fpn: none)
-    proposals_per_image: Count = 1000  # that the region proposal network passes on (C4 in training: twice as many)
-    rois_per_image: Count = 512  # of them that the box head learns from
+    fpn_channels: Width = 256  # width of the pyramid and of the convolutions on it
+    head_dim: Width = 1024  # width behind the box head
+    anchor_size: Pixels = 32  # side of the smallest of five anchors, pixels, each twice the last (fcos_fpn: none)
+    proposals_per_image: Width = 1000  # that the region proposal network passes on (C4 in training: twice as many)
+    rois_per_image: Width = 512  # of them that the box head learns from
     # loss
     lambda_f: NonNegative = 2.0  # focal loss and its matching cost (detr: cross-entropy, 1)
     lambda_l1: NonNegative = 5.0  # L1 box loss and its matching cost
     lambda_giou: NonNegative = 2.0  # GIoU loss and its matching cost
     eos_coef: NonNegative = 0.1  # class weight of "no object", of detr
     # optimisation (schedules: docs/methods/finetune.md)
-    batch_size: Count = 32  # images per step over all processes (released: 4 per GPU x 8; R-CNN family: 16)
+    batch_size: Images = 32  # images per step over all processes (released: 4 per GPU x 8; R-CNN family: 16)
     epochs: Count = 50  # length of the run
     iterations: Count | None = None  # R-CNN family: length of the run in steps instead of epochs
     schedule: Literal["1x", "2x", "4x"] = "1x"  # R-CNN family: how many times the length of its schedule
@@ -264,17 +265,41 @@ def check(cfg: Config, given: frozenset[str], init: convert.Checkpoint | None) -
 
 def open_sets(cfg: Config) -> tuple[DetectionSet, DetectionSet]:
     """Training set (the --labels_percent share of it) and test set, which has the training set's categories."""
-    shared = {"synthetic_size": cfg.synthetic_size, "seed": cfg.seed, "masks": cfg.detector.startswith("mask")}
+    shared = {"synthetic_size": cfg.synthetic_size, "seed": cfg.seed, "masks": cfg.detector.startswith("mask"),
+              "exif": cfg.exif}
     train_set = open_detection(cfg.data, cfg.data_root, "train", synthetic_images=cfg.synthetic_images, **shared)
     test_set = open_detection(cfg.data, cfg.data_root, "test", categories=train_set.categories,
-                              synthetic_images=cfg.synthetic_test_images, **shared)
+                              rotated=train_set.frames[0], synthetic_images=cfg.synthetic_test_images, **shared)
     if cfg.labels_percent < 100:
         train_set = train_set.subset(cfg.labels_percent, cfg.seed)  # F2
     if is_rcnn(cfg.detector):
         train_set = train_set.with_objects()
-    for note in dict.fromkeys([*train_set.notes, *test_set.notes]):
+    notes = [*train_set.notes, *test_set.notes]
+    most = max(int((~r.crowd).sum()) for r in [*train_set.records, *test_set.records])
+    if not is_rcnn(cfg.detector) and most > cfg.num_queries:
+        notes.append(f"images have up to {most} objects, the detector has {cfg.num_queries} queries: more objects than "
+                     "that are never found in an image (--num_queries)")
+    for note in dict.fromkeys(notes):
         run.print_rank0(f"note: {note}")
     return train_set, test_set
+
+
+def seen_in_training(cfg: Config, init: convert.Checkpoint | None, train_set: DetectionSet, test_set: DetectionSet
+                     ) -> dict[str, str]:
+    """{"warning": a sentence} for metrics.json where test images are training images, else {}. Of an evaluation: where
+    the checkpoint was trained on this training set, by its name or its fingerprint."""
+    images = {record.image for record in train_set.records if isinstance(record.image, Path)}
+    seen = sum(record.image in images for record in test_set.records)
+    if cfg.eval_only and seen:
+        same_name = init.config.get("data") and Path(init.config["data"]).resolve() == Path(cfg.data).resolve()
+        same_set = str(init.content.get("data", "")).endswith(train_set.fingerprint()[:16])
+        seen *= bool(same_name or same_set)
+    if not seen:
+        return {}
+    warning = (f"WARNING: {seen} of the {len(test_set)} test images are TRAINING images: the numbers say what was "
+               "remembered, not what is found in new images")
+    run.print_rank0(warning)
+    return {"warning": warning}
 
 
 class LabelledDataset(torch.utils.data.Dataset):
@@ -327,11 +352,9 @@ def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tupl
         return init, {k: init.config[k] for k in RCNN_ARCHITECTURE}
     if is_rcnn(detector):
         return init, rcnn_architecture(init, detector)
-    architecture = convert.architecture(init.state, path)
-    if "nheads" in init.config:
-        architecture["nheads"] = init.config["nheads"]
+    architecture = init.architecture()
     three = architecture["num_queries"] == 3 and init.method == "updetr"
-    single_query = init.config.get("num_patches", 1 if three else None) == 1
+    single_query = init.said.get("num_patches", 1 if three else None) == 1
     if "patch2query.weight" in init.state and single_query and not keep_queries:
         del architecture["num_queries"]
     return init, architecture
@@ -366,23 +389,49 @@ def adopt_architecture(cfg: Config, architecture: dict[str, Any], given: frozens
     return dataclasses.replace(cfg, **architecture)
 
 
-def categories_of_rows(content: dict[str, Any], rows: int, categories: list[dict]) -> list[int] | None:
+def adopt_image_sizes(cfg: Config, init: convert.Checkpoint | None, given: frozenset[str]) -> Config:
+    """For an evaluation: the configuration with the image sizes of the checkpoint, where no flag says otherwise."""
+    sizes = image_sizes(init) if cfg.eval_only and init else {}
+    return dataclasses.replace(cfg, **{name: size for name, size in sizes.items() if name not in given})
+
+
+def image_sizes(init: convert.Checkpoint) -> dict[str, int]:
+    """The sizes of the images that one of our checkpoints is evaluated on (a pretraining's: of its probe)."""
+    said = init.config
+    sizes = {"eval_size": said.get("eval_size") or max(said.get("scales") or (0,)), "max_size": said.get("max_size")}
+    return sizes if all(sizes.values()) else {}
+
+
+def categories_of_rows(content: dict[str, Any], rows: int, categories: list[dict], partly: bool = False
+                       ) -> list[int] | None:
     """Which category (position in `categories`) each row of a checkpoint's class head stands for, -1 = none; None when
     the head is of other classes. DETR's last row, "no object", is not counted.
 
     Our checkpoints carry their categories. Released heads carry none: 91 rows are COCO ids, 21 rows the sorted VOC
-    names (F1).
+    names (F1). partly: some of the categories are enough.
     """
-    if content.get("categories"):
-        position = {c["name"]: i for i, c in enumerate(categories)}
-        label_map = [position.get(c["name"], -1) for c in content["categories"]]
-        return label_map if sorted(label_map) == list(range(len(categories))) else None
-    if rows == 91 and len(categories) == 80 and max(c["id"] for c in categories) == 90:
+    theirs = content.get("categories")
+    if not theirs and rows == 91 and len(categories) == 80 and max(c["id"] for c in categories) == 90:
         position = {c["id"]: i for i, c in enumerate(categories)}
         return [position.get(row, -1) for row in range(rows)]
-    if rows == 21 and len(categories) == 20:
+    if not theirs and rows == 21 and len(categories) == 20:
         return [*range(20), -1]
-    return None
+    if not theirs:
+        names = {91: convert.COCO_NAMES, 21: convert.VOC_NAMES}.get(rows, {})
+        theirs = [{"id": i, "name": names.get(i)} for i in range(rows)]
+    label_map = same_categories(theirs, categories)
+    complete = sorted(label_map) == list(range(len(categories)))
+    return label_map if complete or partly and max(label_map, default=-1) >= 0 else None
+
+
+def same_categories(theirs: list[dict], categories: list[dict]) -> list[int]:
+    """Of each of their categories the position in `categories`, -1 = none: by id and name; else by a name that no other
+    category has, on either side."""
+    names, their_names = ([c["name"] for c in some] for some in (categories, theirs))
+    position = {c["name"]: i for i, c in enumerate(categories)
+                if names.count(c["name"]) == 1 == their_names.count(c["name"])}
+    position |= {(c["id"], c["name"]): i for i, c in enumerate(categories)}
+    return [position.get((c["id"], c["name"]), position.get(c["name"], -1)) for c in theirs]
 
 
 class ClassHead(typing.NamedTuple):
@@ -413,16 +462,34 @@ def build_model(cfg: Config, init: convert.Checkpoint | None, categories: list[d
     if cfg.class_agnostic:
         return class_agnostic_detector(cfg, init)
     head = class_head(init, cfg.detector)
-    label_map = None if head.pretext else categories_of_rows(init.content, head.rows, categories)
-    if label_map is None and cfg.eval_only:
-        raise UserError(f"{cfg.init_from}: its classifier has {head.rows} rows, and nothing says which of the "
-                        f"{len(categories)} categories of {cfg.data} they are; fine-tune it first, or evaluate its "
-                        "boxes with --class_agnostic")
+    label_map = None if head.pretext else categories_of_rows(init.content, head.rows, categories, cfg.eval_only)
+    if cfg.eval_only:
+        check_label_map(cfg, init, label_map, head.rows, categories)
     if label_map is None:
         return detector_with_new_head(cfg, init, len(categories)), positions
     if cfg.eval_only or label_map == positions:
         return load_detector(cfg, init, init.state, head.rows, head.softmax), label_map
     return detector_with_reordered_head(cfg, init, label_map, len(categories)), positions
+
+
+def check_label_map(cfg: Config, init: convert.Checkpoint, label_map: list[int] | None, rows: int,
+                    categories: list[dict]) -> None:
+    """Of an evaluation: UserError where no row of the class head is a category of the data; says which have none."""
+    wanted = evaluation.distinct_names(categories)
+    if label_map is None:
+        theirs = init.content.get("categories")
+        what = (f"it was trained on {listed(evaluation.distinct_names(theirs))}, and {cfg.data} has "
+                f"{listed(wanted)}" if theirs else f"its classifier has {rows} rows, and nothing says which of the "
+                f"{len(categories)} categories of {cfg.data} they are ({listed(wanted)})")
+        boxes = "" if is_rcnn(cfg.detector) else ", or evaluate its boxes with --class_agnostic"
+        raise UserError(f"{cfg.init_from}: {what}; fine-tune it first{boxes}")
+    if lacking := [name for i, name in enumerate(wanted) if i not in label_map]:
+        run.print_rank0(f"WARNING: {cfg.init_from} knows nothing of {len(lacking)} of the {len(wanted)} categories, "
+                        f"whose AP is 0 and counts: {listed(lacking)}")
+
+
+def listed(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def load_detector(cfg: Config, init: convert.Checkpoint, state: dict[str, Tensor], rows: int, softmax: bool,
@@ -434,6 +501,8 @@ def load_detector(cfg: Config, init: convert.Checkpoint, state: dict[str, Tensor
         drop[r"^query_embed\."] = f"queries of a single-query checkpoint, made anew for {cfg.num_queries} queries"
     model = common.build_detector(cfg, rows + softmax, focal=not softmax, position_offset=position_offset)
     convert.print_unused(init.left)
+    if init.assumed:
+        run.print_rank0(f"note: {init.assumed}")
     convert.load_matching(model, state, drop=drop, source=f"{init.path} ({init.what})")
     return model
 
@@ -478,7 +547,8 @@ def build_rcnn_model(cfg: Config, init: convert.Checkpoint | None, categories: l
                      ) -> tuple[nn.Module, list[int]]:
     """build_model of the R-CNN family. A checkpoint is our fine-tuned one, which must load but for its class head, or
     any with a ResNet in it."""
-    model = rcnn.build_rcnn(cfg, len(categories))
+    theirs = init.content["categories"] if init and init.rcnn else []
+    model = rcnn.build_rcnn(cfg, len(theirs if cfg.eval_only else categories))
     positions = list(range(len(categories)))
     if init is None:
         convert.load_backbone_weights(rcnn.whole_resnet(model), cfg.backbone_weights, cfg.arch)
@@ -486,12 +556,10 @@ def build_rcnn_model(cfg: Config, init: convert.Checkpoint | None, categories: l
     if not init.rcnn:
         convert.load_rcnn(model, init, cfg.detector, cfg.box_head)
         return model, positions
-    theirs = init.content["categories"]
-    label_map = categories_of_rows(init.content, len(theirs), categories)
-    if label_map is None and cfg.eval_only:
-        raise UserError(f"{cfg.init_from}: it was trained on {', '.join(c['name'] for c in theirs)}, and {cfg.data} "
-                        f"has {', '.join(c['name'] for c in categories)}; fine-tune it first")
+    label_map = categories_of_rows(init.content, len(theirs), categories, cfg.eval_only)
     drop = {}
+    if cfg.eval_only:
+        check_label_map(cfg, init, label_map, len(theirs), categories)
     if label_map != positions and not cfg.eval_only:
         why = f"class head, made anew for {len(categories)} other categories or another order of them"
         label_map, drop = positions, {convert.CLASS_LAYERS: why}
@@ -641,7 +709,7 @@ def detr_detections(cfg: Config, model: nn.Module, label_map: list[int], test_se
 
 
 def category_detections(logits: Tensor, boxes_xyxy: Tensor, label_map: list[int], category_ids: list[int],
-                        image_id: int, softmax: bool) -> list[dict]:
+                        image_id: int | str, softmax: bool) -> list[dict]:
     """The detections of one image (common.top_detections); those of rows of a released head that stand for no category
     are dropped."""
     best = common.top_detections(logits, boxes_xyxy, focal=not softmax)
@@ -688,21 +756,28 @@ def evaluate_between(cfg: Config, model: nn.Module, label_map: list[int], train_
     return {k: v for k, v in metrics.items() if isinstance(v, float) and v == v}
 
 
-def evaluate_checkpoint(cfg: Config, init: convert.Checkpoint, categories: list[dict], test_set: DetectionSet,
+def evaluate_checkpoint(cfg: Config, init: convert.Checkpoint, train_set: DetectionSet, test_set: DetectionSet,
                         device: torch.device) -> dict[str, Any]:
-    """--eval_only and --class_agnostic. `categories`: those of the training set."""
-    model, label_map = build_model(cfg, init, categories)
+    """--eval_only and --class_agnostic."""
+    model, label_map = build_model(cfg, init, train_set.categories)
+    own = image_sizes(init)
+    theirs = ("the file names none" if not own else "those of the checkpoint"
+              if all(getattr(cfg, name) == size for name, size in own.items())
+              else f"the checkpoint's are {own['eval_size']} and {own['max_size']}")
+    run.print_rank0(f"image sizes: --eval_size {cfg.eval_size} --max_size {cfg.max_size} ({theirs})")
+    warning = seen_in_training(cfg, init, train_set, test_set)
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    metrics = evaluate(cfg, model.to(device), label_map, test_set, device, write=True)
+    run.open_folder(out)
+    metrics = evaluate(cfg, model.to(device), label_map, test_set, device, write=True) | warning
     run.finish(out, metrics, summary(metrics))
     return metrics
 
 
 def summary(metrics: dict[str, Any]) -> str:
     """The table of metrics.json, and AP of every class."""
-    columns = [k for k in metrics if k not in ("per_class", "steps")]
-    text = evaluation.metrics_table({"detection" if "per_class" in metrics else "class-agnostic": metrics}, columns)
+    columns = [k for k in metrics if k not in ("per_class", "steps", "warning")]
+    text = evaluation.metrics_table({"detection" if "per_class" in metrics else "class-agnostic": metrics}, columns,
+                                    title=metrics.get("warning", ""))
     if metrics.get("per_class"):
         shown = {name: "-" if ap is None or ap != ap else f"{ap:.3f}" for name, ap in metrics["per_class"].items()}
         text += "\nAP per class: " + ", ".join(f"{name} {ap}" for name, ap in shown.items())
@@ -723,7 +798,7 @@ def parse(argv: list[str] | None) -> tuple[Config, frozenset[str], convert.Check
     recipe = functools.partial(recipe_of, architecture=architecture, method=init and init.method, given=given)
     cfg = adopt_architecture(parse_config(recipe=recipe), architecture, given)
     cfg.eval_only |= cfg.class_agnostic
-    return cfg, given, init
+    return adopt_image_sizes(cfg, init, given), given, init
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -733,7 +808,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     train_set, test_set = open_sets(cfg)
     categories = train_set.categories
     if cfg.eval_only:
-        return evaluate_checkpoint(cfg, init, categories, test_set, device)
+        return evaluate_checkpoint(cfg, init, train_set, test_set, device)
+    warning = seen_in_training(cfg, init, train_set, test_set)
     job = run.Run(cfg, "finetune", train_set, len(train_set), device, summary, categories=categories)
     if job.metrics:
         return job.metrics
@@ -755,13 +831,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         job.save(step)
         epoch, rest = divmod(step + 1, job.steps_per_epoch)
         if cfg.eval_every and not rest and epoch % cfg.eval_every == 0 and step < job.total_steps - 1:
+            job.save(step, again=True)  # before what may take long: a signal ends it at once
             metrics = evaluate_between(cfg, model, label_map, train_set, test_set, device)
             job.log_file.append({"step": step, "epoch": epoch, **metrics})
             run.print_rank0(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
     common.broadcast_buffers(model)
     if precise_bn(cfg, model, train_set, device):  # what was evaluated is what is saved (released)
         job.save(job.total_steps - 1, again=True)
-    return job.end(evaluate(cfg, model, label_map, test_set, device, write=True))
+    return job.end(evaluate(cfg, model, label_map, test_set, device, write=True) | warning)
 
 
 if __name__ == "__main__":

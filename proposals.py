@@ -25,7 +25,6 @@ Deviations:
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -56,7 +55,7 @@ import common
 import run
 from common import UserError
 from data import UnreadableImage, open_images
-from run import Natural, SkipCount
+from run import SkipCount
 
 FORMAT_VERSION = 1
 RANDOM_BOXES = 300  # per image with method "random": as many as edge boxes gives at most
@@ -428,7 +427,8 @@ def _start_worker(source: Any, generator: Generator, dtype: str, own_process: bo
     cv2.setNumThreads(0)
     _WORKER.update(source=source, generator=generator, dtype=np.dtype(dtype))
     if own_process:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the pool
+        for number in run.STOP_SIGNALS:  # the main process, which hears them too, stops the pool: by SIGTERM
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the main process is killed
 
@@ -463,7 +463,12 @@ def _compute_rects(source: Any, generator: Generator, dtype: str, todo: range, w
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
         with ProcessPoolExecutor(workers, context, _start_worker, (source, generator, dtype, True)) as pool:
-            yield from pool.map(_rects_of, chunks)
+            try:
+                yield from pool.map(_rects_of, chunks)
+            except BaseException:  # a signal, say: nobody waits for what is being computed
+                for process in list((pool._processes or {}).values()):
+                    process.kill()
+                raise
     except BrokenProcessPool as error:
         raise UserError(f"a worker process was killed (memory?): {error}. Run the same command with fewer "
                         "--workers: it continues.") from error
@@ -484,30 +489,6 @@ def _recover(path: Path, itemsize: int) -> np.ndarray:
     os.truncate(path / "counts.partial", 4 * done)
     os.truncate(path / "boxes.partial", int(ends[done - 1]) if done else 0)
     return counts[:done]
-
-
-@contextlib.contextmanager
-def _writer_lock(path: Path) -> Iterator[None]:
-    """UserError while another process fills the folder. The system drops the lock of a process that died: none is left
-    over to block."""
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock
-        yield
-        return
-    with open(path / "writer.lock", "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to this process; its workers do not inherit it
-        except (BlockingIOError, PermissionError) as error:
-            raise UserError(f"{path} is being filled by another process. Wait until it is done, "
-                            "or give another --out.") from error
-        except OSError:  # a file system without locks
-            run.print_rank0(f"{path} is on a file system without locks: "
-                            "see to it that no other process fills it meanwhile")
-        yield
-        if (path / "meta.json").exists():
-            (path / "writer.lock").unlink(missing_ok=True)
 
 
 def _is_complete(path: Path, head: dict[str, Any]) -> bool:
@@ -537,14 +518,14 @@ def build_store(path: str | Path, source: Any, generator: Generator, *, workers:
             "source": source.name, "source_images": len(source), "fingerprint": source.fingerprint()}
     if not _is_complete(path, head):
         try:
-            with _writer_lock(path):
+            with run.writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+                run.lock_folder(path)
                 if not _is_complete(path, head):  # as another process may have made it meanwhile
                     _fill(path, head, source, generator, workers, progress)
                     return ProposalStore.open(path)
-        except OSError as error:
-            raise UserError(f"{path} could not be filled further: {error.strerror or error}. What is there is kept; "
-                            "once this is mended (room on the disk, permissions), the same command continues."
-                            ) from error
+        finally:
+            run.unlock_folder(path)
     for name in ("counts.partial", "header.partial", "writer.lock"):  # of a build killed after its last file
         with contextlib.suppress(OSError):
             (path / name).unlink()
@@ -567,9 +548,10 @@ def _fill(path: Path, head: dict[str, Any], source: Any, generator: Generator, w
     threads = cv2.getNumThreads()
     try:
         with (open(path / "boxes.partial", "ab") as boxes_file, open(path / "counts.partial", "ab") as counts_file,
+              contextlib.closing(_compute_rects(source, generator, dtype, range(start, total), workers)) as computed,
               tqdm(total=total, initial=start, unit="image", disable=not progress,
                    mininterval=0.5 if sys.stderr.isatty() else 30) as bar):
-            for results in _compute_rects(source, generator, dtype, range(start, total), workers):
+            for results in computed:
                 skips.add([reason for rects, reason in results if rects is None])
                 boxes_file.write(b"".join(rects.tobytes() for rects, _ in results if rects is not None))
                 boxes_file.flush()  # before the count: a count stands for boxes that are there
@@ -603,7 +585,7 @@ class ProposalConfig:
     """The knobs of the proposals that a method trains on."""
     proposal_method: Literal["selective_search", "edge_boxes", "random"] = "selective_search"  # where boxes come from
     proposal_mode: Literal["fast", "quality", "quick"] = "fast"  # selective search mode
-    proposal_grid: Natural = 128  # side the image is squeezed to before selective search, 0 = original size
+    proposal_grid: run.Grid = 128  # side the image is squeezed to before selective search, 0 = original size
     proposal_rank: Literal["opencv", "nms"] = "opencv"  # order: OpenCV's, or size filter + seeded shuffle + NMS 0.7
     proposal_store: str | None = None  # folder filled by proposals.py; without one boxes are computed in the loader
     cache_proposals: bool = False  # fill a store in the output folder before training
@@ -650,7 +632,8 @@ def open_proposals(cfg: ProposalConfig, source: Any) -> Proposals:
 
 
 def main(argv: list[str] | None = None) -> ProposalStore:
-    parser = argparse.ArgumentParser(
+    parser = run.Parser(
+        prog="proposals.py",
         description="Fill a proposal store; the same command again continues an interrupted build.")
     parser.add_argument("--data", required=True,
                         help="folder of images, .txt list, imagenet100, imagenet, coco, voc or synthetic")
@@ -658,11 +641,11 @@ def main(argv: list[str] | None = None) -> ProposalStore:
     parser.add_argument("--method", default="selective_search", type=lambda s: s.replace("-", "_"),
                         choices=["selective_search", "edge_boxes", "random"],
                         help="what makes the boxes (random: 300 per image)")
-    parser.add_argument("--workers", type=int, default=0,
+    parser.add_argument("--workers", type=run.Workers, default=0,
                         help="processes; one per CPU core is fastest, 0 works in this one")
     parser.add_argument("--mode", default="fast", choices=["fast", "quality", "quick"],
                         help="selective search: quality takes 3 to 7 times as long, quick (not released) a third")
-    parser.add_argument("--grid", type=int,
+    parser.add_argument("--grid", type=run.Grid,
                         help="search on a GRID x GRID copy (edge_boxes: short side GRID), 0 = original size; "
                         "default 128 for selective_search, else 0. With OpenCV's order and few boxes, "
                         "128 is not only faster but better")
@@ -670,17 +653,13 @@ def main(argv: list[str] | None = None) -> ProposalStore:
                         help="nms: size filter, seeded shuffle, NMS 0.7; covers more per box")
     parser.add_argument("--edge_model", "--edge-model",
                         help="OpenCV's structured forest model.yml.gz; without it edges are found without a model")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--synthetic_images", type=int, default=800,
+    parser.add_argument("--seed", type=run.Seed, default=42, help="everything random follows from it")
+    parser.add_argument("--synthetic_images", type=run.Images, default=800,
                         help="with --data synthetic: size of the pool, which --seed draws")
-    parser.add_argument("--limit", type=int,
+    parser.add_argument("--limit", type=run.Images,
                         help="only the first LIMIT images, to measure the speed; such a store fits no whole data set")
     parser.add_argument("--out", help="folder (default proposals/<data>-<method>-<grid>)")
     args = parser.parse_args(argv)
-    for name, low, high in (("workers", 0, 1024), ("grid", 0, 65535),
-                            ("synthetic_images", 1, math.inf), ("limit", 1, math.inf)):
-        if (value := getattr(args, name)) is not None and not low <= value <= high:
-            raise UserError(f"--{name} {value}: must lie in {low}..{high}.")
     source = open_images(args.data, args.data_root, synthetic_images=args.synthetic_images, seed=args.seed)
     grid = (128 if args.method == "selective_search" else 0) if args.grid is None else args.grid
     generator = Generator(args.method, args.mode, grid or None, args.rank, args.edge_model, args.seed)

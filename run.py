@@ -11,14 +11,19 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import errno
+import functools
 import inspect
+import io
 import json
 import math
 import os
 import pickle
 import random
 import re
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -37,6 +42,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: no lock on --out
+    fcntl = None
+
 # ==== 1. Printing ====
 
 
@@ -54,8 +64,9 @@ def progress(iterable: Iterable, **kwargs: Any) -> tqdm:
 def print_rank0(text: str) -> None:
     """A line on rank 0, above the progress bar."""
     if rank() == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
+        with writing("standard output"):
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 # ==== 2. Flags ====
@@ -68,19 +79,29 @@ class Range:
     high: float = math.inf
     open: bool = False
 
-    def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and self.low <= value <= self.high and not (self.open and value == self.low)
+    def __contains__(self, value: float) -> bool:  # nan compares with nothing
+        return abs(value) < math.inf and self.low <= value <= self.high and not (self.open and value == self.low)
 
     def __str__(self) -> str:
         least = f"{'above' if self.open else 'at least'} {self.low:g}"
         return least if self.high == math.inf else f"{least} and at most {self.high:g}"
 
 
-# Types of knobs: a number and its range.
-Count = Annotated[int, Range(1)]
-Natural = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, open=True)]
-NonNegative = Annotated[float, Range(0)]
+# Types of knobs: a number and its range. Every one ends: an upper limit lies far above what any run can mean, and below
+# what overflows an int64 or a float32, or asks for memory that no machine has. A number beyond it is a slip.
+Count = Annotated[int, Range(1, 10**9)]  # epochs, steps
+Natural = Annotated[int, Range(0, 10**9)]
+Images = Annotated[int, Range(1, 10**7)]  # of a set or a batch
+Pixels = Annotated[int, Range(1, 2**14)]  # side of an image
+Grid = Annotated[int, Range(0, 2**14)]  # side that an image is squeezed to, pixels; 0 = as it is
+Cells = Annotated[int, Range(1, 2**10)]  # side of what RoIAlign makes of a region
+Width = Annotated[int, Range(1, 2**16)]  # channels of a layer; queries, boxes, regions, classes
+Depth = Annotated[int, Range(1, 100)]  # layers, levels, heads
+Workers = Annotated[int, Range(0, 1024)]  # processes beside this one
+Processes = Annotated[int, Range(1, 1024)]  # or threads
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Positive = Annotated[float, Range(0, 1e6, open=True)]
+NonNegative = Annotated[float, Range(0, 1e6)]
 Share = Annotated[float, Range(0, 1)]
 
 
@@ -89,16 +110,16 @@ class RunConfig:
     """The knobs of a run, the same in all scripts."""
     data: str = "imagenet"  # imagenet100, imagenet, coco, voc, synthetic, a folder of images, or a .txt of paths
     data_root: str | None = None  # where a named data set lies; else $DATA_ROOT, else data/<name>
-    synthetic_images: Count = 800  # size of the synthetic pool
-    synthetic_size: Count = 160  # side of a synthetic scene, pixels
+    synthetic_images: Images = 800  # size of the synthetic pool
+    synthetic_size: Pixels = 160  # side of a synthetic scene, pixels
     out: str | None = None  # output folder; else out/<script>-<preset or data>
     preset: str | None = None  # a set of values that differ from the defaults
-    accumulate: Count = 1  # micro-batches per step: one GPU reaches the global batch
+    accumulate: Images = 1  # micro-batches per step: one GPU reaches the global batch
     amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling, RoIAlign and losses stay fp32
     compile: bool = False  # torch.compile the layers (slow to start; meant for GPUs)
-    seed: Natural = 42  # everything random follows from it
+    seed: Seed = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    num_workers: Natural = 8  # loader processes per training process
+    num_workers: Workers = 8  # loader processes per training process
     max_steps: Count | None = None  # stop after this many steps
     save_every: Count = 1000  # steps between checkpoints
     log_every: Count = 50  # steps between lines of log.jsonl
@@ -109,14 +130,17 @@ class RunConfig:
 class ProbeConfig:
     """The knobs of a pretraining's before/after table."""
     probe_data: str | None = None  # other images to probe on, as --data (DETReg: a labelled set); else held-out ones
-    probe_images: Natural = 0  # images of the probe, held out from training; 0 = no probe
+    probe_images: Annotated[int, Range(0, 10**7)] = 0  # images of the probe, held out from training; 0 = no probe
 
 
 # What may differ between a run and its continuation: it changes neither the data nor the arithmetic.
 RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change",
             "data_root", "eval_every"}
+# What only matters where a run starts: a continuation has the weights of its checkpoint, those of a frozen target too.
+START_ONLY = {"backbone_weights", "init_from", "aligned_start", "zero_init_residual"}
 
 
+@functools.cache
 def _knob_help(config_class: type) -> dict[str, str]:
     """The comment behind each field of a configuration class: what the reader reads is what --help prints."""
     pattern = re.compile(r"^\s+(\w+)\s*:[^#]*=[^#]*#\s*(.+?)\s*$", re.M)
@@ -138,9 +162,10 @@ def _split_hint(hint: Any) -> tuple[Any, Range | None, bool]:
 
 
 def _add_knob(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, text: str) -> None:
-    hint, _, optional = _split_hint(hint)
+    hint, bounds, optional = _split_hint(hint)
     args, flag = typing.get_args(hint), f"--{name}"
-    shared = {"default": argparse.SUPPRESS, "help": f"{text} (default: {default})".replace("%", "%%")}
+    limits = f"{bounds}; " if bounds else ""
+    shared = {"default": argparse.SUPPRESS, "help": f"{text} ({limits}default: {default})".replace("%", "%%")}
     if hint is bool:
         parser.add_argument(flag, nargs="?", const=True, type=_boolean, metavar="BOOL", **shared)
         parser.add_argument(f"--no_{name}", dest=name, action="store_false", **shared | {"help": argparse.SUPPRESS})
@@ -149,8 +174,47 @@ def _add_knob(parser: argparse.ArgumentParser, name: str, hint: Any, default: An
     elif typing.get_origin(hint) is tuple:
         parser.add_argument(flag, nargs="+", type=args[0], metavar=args[0].__name__.upper(), **shared)
     else:
-        convert = (lambda s, t=hint: None if s.lower() == "none" else t(s)) if optional else hint
+        def optional_value(text: str) -> Any:
+            return None if text.lower() == "none" else hint(text)
+
+        optional_value.__name__ = hint.__name__  # in argparse's "invalid int value"
+        convert = optional_value if optional else hint
         parser.add_argument(flag, type=convert, metavar=hint.__name__.upper(), **shared)
+
+
+class Parser(argparse.ArgumentParser):
+    """Of every script and benchmark: a wrong command line ends in one line, as all bad input; no abbreviated flags. The
+    `type` of a flag may be one of the types of knobs above, whose range --help shows: UserError beyond it."""
+
+    def __init__(self, **options: Any):
+        self.hints: dict[str, Any] = {}
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+
+    def add_argument(self, *flags: str, **options: Any) -> argparse.Action:
+        hint = options.get("type")
+        plain, bounds, _ = _split_hint(hint)
+        if bounds:
+            options |= {"type": plain, "help": f"{options.get('help', '')} ({bounds})"}
+        action = super().add_argument(*flags, **options)
+        self.hints[action.dest] = hint
+        return action
+
+    def parse_known_args(self, *args: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
+        found, rest = super().parse_known_args(*args, **options)
+        check_ranges(vars(found), self.hints)
+        return found, rest
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {printable(message)}; {self.prog} --help lists the flags\n")
+
+
+def check_ranges(values: dict[str, Any], hints: dict[str, Any]) -> None:
+    """UserError for a number outside the range of its type; of a list every one counts."""
+    for name, hint in hints.items():
+        value, bounds = values.get(name), _split_hint(hint)[1]
+        numbers = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+        if bounds and any(number not in bounds for number in numbers):
+            raise UserError(f"--{name} {' '.join(map(str, numbers))}: must be {bounds}")
 
 
 def _boolean(text: str) -> bool:
@@ -174,8 +238,7 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] |
     """
     hints = typing.get_type_hints(config_class, include_extras=True)
     defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
-    parser = argparse.ArgumentParser(prog=f"{script}.py", description=description.split("\n\n")[0],
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=f"{script}.py", description=description.split("\n\n")[0])
     texts = _knob_help(config_class)
     parser.add_argument("--preset", choices=sorted(presets), default=None, help=texts["preset"])
     for name, default in defaults.items():
@@ -185,11 +248,7 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] |
     preset = presets.get(flags["preset"], {})
     values = defaults | (recipe(defaults | preset | flags) if recipe else {}) | preset | flags
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for name, value in values.items():
-        bounds = _split_hint(hints[name])[1]
-        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        if bounds and any(number not in bounds for number in numbers):
-            raise UserError(f"--{name} {' '.join(map(str, numbers))}: must be {bounds}")
+    check_ranges(values, hints)
     if values["out"] is None:
         values["out"] = f"out/{script}-{values['preset'] or Path(values['data']).stem}"
     return config_class(**values)
@@ -221,46 +280,103 @@ def check_batch_size(images: int, batch_size: int, world: int, accumulate: int) 
 
 EXIT_NOT_FINITE = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again later"
-_failure_file: list[Path] = []  # where a process says why it ended: in the output folder (open_run)
+EXIT_CLOSED = 141  # 128 + SIGPIPE, as a shell says it
+_failure_file: list[Path] = []  # where a process says why it ended: in the output folder (open_folder)
+
+
+class Stopped(SystemExit):
+    """A signal has asked for the end; the text says what is saved."""
+
+    def __init__(self, text: str):
+        super().__init__(EXIT_STOPPED)
+        self.text = text
 
 
 def cli(main: Callable[[], Any]) -> None:
-    """Run a script's main() and turn how it ended into an exit code: 2 and one line on stderr, bad input; 3 and one
-    line, a number is not finite; 75, stopped by SIGTERM or SIGUSR1 with everything saved; 1 and a traceback, our fault.
+    """Run a script's main() and turn how it ended into an exit code: see how_it_ended.
 
     One of several processes records why it ended; the others, whose collectives then fail, repeat it and end alike.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # no name that a file can have may end a run when it is printed
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started it
+            setattr(sys, name, open(os.devnull, "w"))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot; no name that a file can have may end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main()
+        with hearing(end_at_once):
+            main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        return
-    except UserError as error:
-        code, text = 2, str(error)
-    except FloatingPointError as error:
-        code, text = EXIT_NOT_FINITE, str(error)
-    except KeyboardInterrupt:
-        code, text = 130, ""
-    except SystemExit as error:
-        code, text = error.code, "it was asked to stop" if error.code == EXIT_STOPPED else ""
-    except Exception as error:
-        if world_size() == 1:
+        code, text = 0, ""
+    except BaseException as error:
+        code, text = how_it_ended(error)
+        if code is None:
             raise
-        failure = read_failure() if isinstance(error, RuntimeError) else None  # RuntimeError: a failed collective
-        if failure is None:
-            traceback.print_exc()
-        first_line = str(error).splitlines()[0] if str(error) else ""
-        code, text = failure or (1, f"{type(error).__name__}: {first_line}")
-        if failure is None and ("gloo" in text or isinstance(error, dist.DistError)):
-            text = f"another process died, or kept this one waiting for more than PROCESS_TIMEOUT seconds ({text})"
-    if text and code != EXIT_STOPPED:
-        print(f"error{f' (process {rank()})' if rank() else ''}: {printable(text)}", file=sys.stderr, flush=True)
-    if world_size() > 1:
+    finally:
+        unlock_folders()
+    if code not in (0, EXIT_CLOSED) and text:
+        prefix = "" if code == EXIT_STOPPED else f"error{f' (process {rank()})' if rank() else ''}: "
+        with contextlib.suppress(OSError):
+            print(prefix + printable(text), file=sys.stdout if code == EXIT_STOPPED else sys.stderr, flush=True)
+    if _is_closed(sys.stdout):  # what is left in its buffer would end the interpreter with another message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code and world_size() > 1:
         record_failure(code, text)
-        sys.stdout.flush()
         os._exit(code)  # leaving properly would wait for the others, who wait for this one
-    sys.exit(code)
+    if code:
+        sys.exit(code)
+
+
+def how_it_ended(error: BaseException) -> tuple[int | None, str]:
+    """(exit code, line to print) of a main() that ended with `error`: 2, bad input; 3, a number is not finite; 75,
+    stopped by a signal with everything saved; 130, Ctrl-C; 141, nobody reads what it prints; 1, our fault, with a
+    traceback (None: the interpreter prints it)."""
+    if isinstance(error, Stopped):
+        return EXIT_STOPPED, error.text
+    if isinstance(error, SystemExit):  # argparse
+        return error.code or 0, ""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; what was saved before is untouched"
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, FloatingPointError):
+        return EXIT_NOT_FINITE, str(error)
+    if isinstance(error, BrokenPipeError) and (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
+        return EXIT_CLOSED, ""
+    if isinstance(error, RuntimeError):
+        if text := loader_failure(str(error)):
+            if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler says it once more at every end of one
+            return 2, text
+        if world_size() > 1 and (failure := read_failure()):  # what failed is a collective
+            return failure
+    if world_size() == 1:
+        return None, ""
+    traceback.print_exception(error)
+    text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if "gloo" in text or isinstance(error, dist.DistError):
+        text = f"another process died, or kept this one waiting for more than PROCESS_TIMEOUT seconds ({text})"
+    return 1, text
+
+
+def loader_failure(text: str) -> str | None:
+    """The sentence for what DataLoader raises, at any moment, when a loader process has died or cannot reach it."""
+    if "Too many open files" in text:
+        return f"too many open files for the loader processes; raise the limit (ulimit -n {2**16}), or --num_workers 0"
+    if not (found := re.match(r"DataLoader worker \(pid\S* ([\d, ]+)\) (?:is )?(.+?)(?:\.|$)", text)):
+        return None
+    return (f"a loader process has died (pid {found[1]}: {found[2]}); give a lower --num_workers or the machine more "
+            "memory, shared memory included (docker run --shm-size=8g): the same command continues from the last "
+            "checkpoint")
+
+
+def _is_closed(stream: Any) -> bool:
+    """Has whoever read this stream, a pipe, gone?"""
+    with contextlib.suppress(ValueError, AttributeError):  # a notebook's stream; no poll on Windows
+        pipe = select.poll()
+        pipe.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in pipe.poll(0))
+    return False
 
 
 def record_failure(code: int, text: str) -> None:
@@ -278,38 +394,70 @@ def read_failure() -> tuple[int, str] | None:
     return int(code), f"ended because of {text}"
 
 
-# Cluster preemption; SIGUSR1 is not there on Windows.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-_stop_signals_received: list[int] = []
+# Ctrl-C; cluster preemption; SIGUSR1 is not there on Windows.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# The signals that this training has heard; the step after which all is saved, None once the next has begun.
+_training = types.SimpleNamespace(signals=[], saved=None)
+
+
+@contextlib.contextmanager
+def hearing(on_signal: Callable[[int, Any], None]) -> Iterator[None]:
+    """What STOP_SIGNALS do in this block; in another thread than the main one Python cannot hear them. A Ctrl-C that
+    was ignored, as that of a job in the background, still is."""
+    heard = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+    heard = [n for n in heard if n != signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) == on_signal:  # a loop that failed may be left later than its program
+                signal.signal(number, handler or signal.SIG_DFL)
+
+
+def end_at_once(number: int, _: Any) -> None:
+    """Outside training: a proposal build and an evaluation lose nothing that the same command does not make again."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Stopped(f"stopped by {signal.Signals(number).name}; what was saved before is untouched")
 
 
 def until_signalled(steps: Iterable[int]) -> Iterator[int]:
-    """The steps of a run. Meanwhile SIGTERM and SIGUSR1 do not end the process: they make a checkpoint due at the end
-    of the step (`save_due`), and rank 0 leaves when it is written (`save_checkpoint`). The other processes go on until
-    they miss it: had they left first, its step would fail."""
-    _stop_signals_received.clear()
-    heard = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+    """The steps of a run. Meanwhile STOP_SIGNALS do not end the process: they make a checkpoint due at the end of the
+    step (`save_due`), and rank 0 leaves when it is written (`save_checkpoint`), however long that takes; after it, at
+    once. The other processes go on until they miss it: had they left first, its step would fail. A second Ctrl-C ends
+    at once, too."""
+    _training.signals.clear()
 
     def on_signal(number: int, _: Any) -> None:
-        _stop_signals_received.append(number)
-        if rank() == 0 and hasattr(signal, "alarm"):
-            signal.alarm(300)  # ends a process that no longer gets to the end of its step
+        if number == signal.SIGINT and number in _training.signals:
+            raise KeyboardInterrupt
+        _training.signals.append(number)
+        if rank() == 0:
+            _stop_if_saved()
+            name, again = signal.Signals(number).name, "; again: at once" if number == signal.SIGINT else ""
+            with contextlib.suppress(OSError):  # print() must not be called while it runs
+                os.write(2, f"\n{name}: ends when the running step is finished and saved{again}\n".encode())
 
-    before = {number: signal.signal(number, on_signal) for number in heard}
-    try:
-        yield from steps
-    finally:
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-    if _stop_signals_received and rank() == 0:  # after the last step was saved
-        sys.exit(EXIT_STOPPED)
+    with hearing(on_signal):
+        for step in steps:
+            _training.saved = None
+            yield step
+        _training.saved = None
+    if _training.signals and rank() == 0:
+        raise Stopped(f"stopped by {signal.Signals(_training.signals[0]).name} after the last step, which is saved; "
+                      "the same command continues")
+
+
+def _stop_if_saved() -> None:
+    if _training.saved is not None and _training.signals:
+        raise Stopped(f"stopped by {signal.Signals(_training.signals[0]).name} after step {_training.saved}, which is "
+                      "saved; the same command continues")
 
 
 def save_due(done: int, total_steps: int, every: int) -> bool:
     """Is a checkpoint due after `done` steps?"""
-    return done % every == 0 or done == total_steps or bool(_stop_signals_received)
+    return done % every == 0 or done == total_steps or bool(_training.signals)
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -362,7 +510,7 @@ class Log:
     def append(self, line: dict[str, float]) -> None:
         """One line with its "step", on rank 0."""
         if rank() == 0:
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a") as file:
                 rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
                 file.write(json.dumps(rounded) + "\n")
                 file.flush()
@@ -408,31 +556,67 @@ class SkipCount:
 
 
 @contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """A block that does nothing but write `path`: what the system refuses there is a UserError, whose sentence holds
+    for every file of ours."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads what is printed: see cli
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); what was saved before is untouched. "
+                        "Make room or mend the permissions, and start the same command again") from error
+
+
+class _File(io.FileIO):
+    """Remembers what the system refused, which torch.save reports as a fault of its own."""
+    refused: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.refused = error
+            raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path, previous: Path | None = None) -> Iterator[Any]:
     """A file to write, which takes the place of `path` when it is whole and on the disk; what was there before is kept
-    as `previous`."""
+    as `previous`. Missing folders are made. UserError: see writing."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # the disk may be full
-        raise
-    if previous and path.exists():
-        os.replace(path, previous)
-    os.replace(temporary, path)
-    if os.name == "posix":  # the names too, not the contents alone
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = _File(temporary, "w")
+        try:
+            with io.BufferedWriter(raw) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)  # the disk may be full
+            if raw.refused and isinstance(error, Exception):
+                raise raw.refused from error
+            raise
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        if os.name == "posix":  # the names too, not the contents alone
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new, never half of one."""
     with replacing(path) as file:
         file.write(content)
+
+
+def save_picture(picture: Any, path: str | Path) -> None:
+    """A PIL image as PNG, all or nothing."""
+    with replacing(Path(path)) as file:
+        picture.save(file, format="PNG")
 
 
 def plain(obj: Any) -> Any:
@@ -448,8 +632,77 @@ def plain(obj: Any) -> Any:
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` at `path`, all or nothing. nan becomes null; missing folders are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(path), (json.dumps(plain(obj), indent=1, default=str, allow_nan=False) + "\n").encode())
+
+
+_locks: dict[Path, int] = {}  # the lock files that this process holds, and their descriptors
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other processes from writing into this folder until unlock_folder or the end of this process; UserError,
+    naming host and process, where one does. A restart by torchrun waits a minute for the attempt before to be gone.
+
+    Assumes POSIX locks, which the system drops when a process dies (on NFS they hold between machines); on a file
+    system without them (it is said) only processes of this machine are noticed. On Windows there is no lock.
+    """
+    path = folder.resolve() / "writer.lock"
+    if fcntl is None or path in _locks:  # by a run before in this process
+        return
+    patience = time.monotonic() + (60 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else 0)
+    with writing(path):
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            holder = _try_lock(file, folder)
+            if not holder and os.fstat(file).st_nlink:  # else unlock_folder has removed it meanwhile
+                break
+            os.close(file)
+            if holder and time.monotonic() > patience:
+                raise UserError(f"{folder} is being filled by another process ({printable(holder)}); wait until it has "
+                                "ended, or give another --out")
+            time.sleep(0.1)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    _locks[path] = file
+
+
+def _try_lock(file: int, folder: Path) -> str:
+    """Who holds it; "" = this process now does."""
+    holder = os.read(file, 999).decode(errors="replace")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to this process; what it forks does not inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return holder or "just begun"
+        found = re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", holder)
+        if found and _is_alive(int(found[1])):
+            return holder
+        print_rank0(f"{folder} is on a file system without locks ({error.strerror}): see to it that no other machine "
+                    "writes there meanwhile")
+    return ""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return pid != os.getpid()
+
+
+def unlock_folder(folder: Path) -> None:
+    """The files of this process are written."""
+    path = folder.resolve() / "writer.lock"
+    if path in _locks:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)  # while it is held: nobody can have taken it
+        os.close(_locks.pop(path))
+
+
+def unlock_folders() -> None:
+    for path in list(_locks):
+        unlock_folder(path.parent)
 
 
 # ==== 5. Checkpoints ====
@@ -482,8 +735,31 @@ ALLOWED = [argparse.Namespace, np.dtype, *{type(np.dtype(t)) for t in "?bBhHiIlL
            *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
+# How files begin that are easily taken for a checkpoint, and what they are.
+OTHER_FILES = {
+    b"version https://git-lfs": "a Git LFS pointer, which stands for the file: fetch it with `git lfs pull`",
+    **dict.fromkeys((b"<!doctype", b"<html"), "a web page: fetch the file itself, not the page about it"),
+    b"<?xml": "an XML file (an error of the server?): fetch it again",
+    b"{": "a JSON file, which has no tensors", b"\x89hdf": "an HDF5 file (Keras): save its weights from PyTorch",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+}
+
+
+def _read_safetensors(path: Path, start: bytes) -> dict[str, Any] | None:
+    """The tensors of a file in the safetensors format; None: it is none (eight bytes of length, then JSON)."""
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] != b"{" or not 2 <= length <= path.stat().st_size - 8:
+        return None
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"{path}: is in the safetensors format: pip install safetensors (transformers brings it), or "
+                        "save its tensors with torch.save") from error
+    return load_file(path)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a PyTorch file or of a detectron2 pickle, read without running code from it.
+    """The content of a PyTorch file, a safetensors file or a detectron2 pickle, read without running code from it.
 
     UserError: no such file; empty, cut or something else; a pickle that would run code; no dict.
     """
@@ -494,16 +770,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: the file is empty")
     try:
         with open(path, "rb") as file:
-            pickled = file.read(1) == b"\x80" and not file.seek(0)
-            content = ArrayUnpickler(file, encoding="latin1").load() if pickled else None
+            start = file.read(64)
+            file.seek(0)
+            content = _read_safetensors(path, start)
+            if content is None and start.startswith(b"\x80"):
+                content = ArrayUnpickler(file, encoding="latin1").load()
         if not isinstance(content, dict):  # old PyTorch files start with a pickled number
             with torch.serialization.safe_globals(ALLOWED):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can make a reader raise anything
         reason = str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__
         reason = reason.splitlines()[0]
+        if isinstance(error, UserError):
+            raise
         if isinstance(error, OSError):
             raise UserError(f"{path}: cannot be read ({error.strerror or reason})") from error
+        if what := next((what for mark, what in OTHER_FILES.items() if start.lstrip().lower().startswith(mark)), None):
+            raise UserError(f"{path}: not a readable PyTorch checkpoint but {what}") from error
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{path}: refused, because loading it would run code ({code[1]}); a file of tensors "
                             "(state_dict) needs none") from error
@@ -527,16 +810,10 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     state = {"model": getattr(model, "module", model).state_dict(),
              "optimizer": optimizer.state_dict() if optimizer else None,
              "step": step, "config": dataclasses.asdict(config), **extra}
-    try:
-        with replacing(path, path.with_name("previous.pt")) as file:
-            torch.save(state, file)
-    except OSError as error:
-        raise UserError(f"{path}: step {step} cannot be saved ({error.strerror or error}); the checkpoint before is "
-                        "untouched. Make room and start the same command again") from error
-    if _stop_signals_received:
-        name = signal.Signals(_stop_signals_received[0]).name
-        print_rank0(f"stopped by {name} after step {step}, which is saved; the same command continues")
-        sys.exit(EXIT_STOPPED)
+    with replacing(path, path.with_name("previous.pt")) as file:
+        torch.save(state, file)
+    _training.saved = step
+    _stop_if_saved()
 
 
 def read_run(out: Path) -> tuple[Path, dict] | None:
@@ -558,7 +835,8 @@ def read_run(out: Path) -> tuple[Path, dict] | None:
                             "--out, or remove the file to start anew")
         return None
     if damaged:
-        os.replace(out / "last.pt", out / "damaged.pt")  # it must not become the next previous.pt
+        with writing(out / "damaged.pt"):
+            os.replace(out / "last.pt", out / "damaged.pt")  # it must not become the next previous.pt
         print_rank0(f"warning: {damaged[0]}; it is now damaged.pt, and {path.name} is used")
     return path, state
 
@@ -571,23 +849,23 @@ def open_run(config: Any, script: str, data: str | None = None, world: int | Non
     the difference. script, data, world: what a checkpoint says of its run beside the configuration (Run.identity).
     """
     out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot make this folder ({error.strerror}); give another one") from error
+    open_folder(out)
     state = _read_run_on_all_processes(out)
     if state is None:
         return None
     if state.get("script") != script:
         raise UserError(f"{out} holds a run of {state.get('script')}.py; give {script}.py another --out")
-    now, before = dataclasses.asdict(config), state["config"]
-    changed = [f"{k}: {before.get(k)} -> {now.get(k)}" for k in sorted(now.keys() | before.keys())
-               if k not in RUN_ONLY and now.get(k) != before.get(k)]
+    now = dataclasses.asdict(config)
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}  # of knobs newer than the run
+    before = defaults | state["config"]
+    changed = [f"{k}: {before.get(k)} -> {now.get(k)}{' (no effect: it says how a run starts)' * (k in START_ONLY)}"
+               for k in sorted(now.keys() | before.keys()) if k not in RUN_ONLY and now.get(k) != before.get(k)]
     if data and state.get("data", data) != data:
         changed.append(f"data set: {state['data']} -> {data}")
     if changed and not config.allow_config_change:
         raise UserError(f"{out} holds a run with another configuration ({'; '.join(changed)}); "
                         "give another --out for a new run, or --allow_config_change to go on with the new values")
+    state["changed"] = list(changed)
     if world and state.get("world", world) != world:
         changed.append(f"{world} processes rather than {state['world']}: the same batches in the same order, but other "
                        "dropout")
@@ -596,13 +874,29 @@ def open_run(config: Any, script: str, data: str | None = None, world: int | Non
     return state
 
 
+def open_folder(out: Path) -> None:
+    """Make --out and lock it (see lock_folder), rank 0 for all processes, which call this. UserError: it cannot."""
+    problem = [None]
+    if rank() == 0:
+        try:
+            with writing(f"--out {out}"):
+                out.mkdir(parents=True, exist_ok=True)
+                lock_folder(out)
+                (out / "ended.txt").unlink(missing_ok=True)
+        except UserError as error:
+            problem = [str(error)]
+    if world_size() > 1:
+        dist.broadcast_object_list(problem, 0)
+    if problem[0]:
+        raise UserError(problem[0])
+    _failure_file[:] = [out / "ended.txt"]
+
+
 def _read_run_on_all_processes(out: Path) -> dict | None:
     """read_run() on rank 0; the others read the file that it has chosen."""
     choice: list = [None, None, None]  # file, step, error
     state = None
-    _failure_file[:] = [out / "ended.txt"]
     if rank() == 0:
-        _failure_file[0].unlink(missing_ok=True)
         try:
             if found := read_run(out):
                 path, state = found
@@ -638,11 +932,30 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, con
         raise UserError(f"{config.out} holds a run of {before} process(es), this one has {world_size()}: BatchNorm's "
                         "statistics are those of a process's share of the batch, so it would train differently. Start "
                         f"{before}, or give --allow_config_change to go on")
-    getattr(model, "module", model).load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if target is not None and "target" in state:
-        target.load_state_dict(state["target"])
+    try:
+        getattr(model, "module", model).load_state_dict(state["model"])
+        _restore_optimizer(state["optimizer"], optimizer)
+        if target is not None and "target" in state:
+            target.load_state_dict(state["target"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        if not state.get("changed"):  # the fault of no flag
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{config.out}: its checkpoint does not fit the model that these changes make "
+                        f"({'; '.join(state['changed'])}); take back those of the model, or give another --out for a "
+                        f"new run ({reason})") from error
     return state["step"]
+
+
+def _restore_optimizer(saved: dict, optimizer: torch.optim.Optimizer) -> None:
+    """The moments of each parameter. Rates, decay and the like are those of this run's flags, not of the file's.
+    ValueError where the groups hold other parameters."""
+    own = optimizer.state_dict()["param_groups"]
+    before, now = ([group.get("names", len(group["params"])) for group in groups]
+                   for groups in (saved["param_groups"], own))
+    if before != now:
+        raise ValueError("the optimizer has groups of other parameters")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
 # ==== 6. Numbers that are not finite ====
@@ -684,11 +997,15 @@ class FiniteWatch:
     def fail(self, step: int, reason: str, batches: list[dict]) -> None:
         files = [self.name_of(int(i)) for batch in batches for i in batch["index"]]
         path = self.out / f"nonfinite-step{step}-rank{rank()}.pt"
-        with replacing(path) as file:
-            torch.save({"step": step, "error": reason, "files": files, "batches": batches}, file)
+        kept = f"its batch is kept in {path}"
+        try:
+            with replacing(path) as file:
+                torch.save({"step": step, "error": reason, "files": files, "batches": batches}, file)
+        except UserError as error:
+            kept = f"its batch is not kept ({error})"
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         raise FloatingPointError(f"step {step}: {reason}; images of this process: {shown}; "
-                                 f"its batch is kept in {path}, and the last checkpoint is untouched")
+                                 f"{kept}, and the last checkpoint is untouched")
 
 
 # ==== 7. Run ====
@@ -728,7 +1045,9 @@ class Run:
         metrics = json.loads(path.read_text()) if self.state and path.exists() else {}
         if not self.state or self.start < self.total_steps or metrics.get("steps") != self.start:
             return None
-        print_rank0(f"this run is finished ({self.start} steps)\n{self.summary(metrics)}")
+        changes = "; nothing that was changed has an effect on it" if self.state["changed"] else ""
+        print_rank0(f"this run is finished ({self.start} steps{changes})\n{self.summary(metrics)}")
+        unlock_folder(self.out)
         return metrics
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, target: nn.Module | None = None,
@@ -786,8 +1105,10 @@ class Run:
         self.seen = 0
 
     def save(self, step: int, again: bool = False) -> None:
-        """last.pt after this step where one is due; `again`: in any case."""
-        if again or save_due(step + 1, self.total_steps, self.cfg.save_every):
+        """last.pt after this step where one is due; `again`: in any case, as before an evaluation between two steps, in
+        which a signal then ends the run at once."""
+        due = again or save_due(step + 1, self.total_steps, self.cfg.save_every)
+        if due and _training.saved != step + 1:
             self.watch.settle()
             counts = {"fallbacks": int(self.fallbacks)} if self.counts_fallbacks else {}
             save_checkpoint(self.out / "last.pt", self.model, self.optimizer, step + 1, self.cfg, **self.identity,
@@ -805,6 +1126,7 @@ def finish(out: Path, metrics: dict[str, Any], text: str) -> None:
     """metrics.json, the text, and the names of what lies in the output folder."""
     if rank() == 0:
         write_json(out / "metrics.json", metrics)
+        unlock_folder(out)
         names = ("last.pt", "log.jsonl", "metrics.json", "detections.json", "predictions.png")
         print_rank0(f"{text}\nwrote {out}/" + ", ".join(name for name in names if (out / name).exists()))
     barrier()

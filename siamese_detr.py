@@ -72,7 +72,7 @@ import evaluation
 import proposals
 import run
 from common import UserError
-from run import Count, NonNegative, Positive, Share
+from run import Count, Depth, Images, NonNegative, Pixels, Positive, Share, Width
 
 # ==== 1. Hyperparameters ====
 
@@ -82,12 +82,12 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     # proposals (more in proposals.ProposalConfig)
     proposal_method: Literal["edge_boxes", "selective_search", "random"] = "edge_boxes"  # Sec. 4.1; Table 4
     # images
-    scales: tuple[Count, ...] = (320, 336, 352, 368, 400, 416, 432, 448, 464, 480)  # short side, px (released: no 384)
-    max_size: Count = 600  # longest side, pixels (released)
-    patch_size: Count = 128  # side of a region crop (released)
+    scales: tuple[Pixels, ...] = (320, 336, 352, 368, 400, 416, 432, 448, 464, 480)  # short side, px (released: no 384)
+    max_size: Pixels = 600  # longest side, pixels (released)
+    patch_size: Pixels = 128  # side of a region crop (released)
     # pretext
-    view_iou: Annotated[float, run.Range(0, 1, open=True)] = 0.5  # least IoU of the two views (Sec. 3.2)
-    num_regions: Count = 10  # n, regions per image (Sec. 4.1)
+    view_iou: Annotated[float, run.Range(0.05, 1)] = 0.5  # least IoU of the two views (Sec. 3.2)
+    num_regions: Width = 10  # n, regions per image (Sec. 4.1)
     region_choice: Literal["top", "random"] = "top"  # the overlap and the best n - 1, or n random ones (D1)
     min_area: Share = 0.05  # least area of a region, of the overlap's (released)
     box_jitter: Share = 0.1  # largest shift of an RoI's side, of the RoI's size (D12)
@@ -102,16 +102,16 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 4.1)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant (released) or learned
     stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see
-    num_feature_levels: Count = 4  # of deformable_detr
+    num_feature_levels: Depth = 4  # of deformable_detr
     pre_norm: bool = False  # LayerNorm before each block, of detr (released: off)
-    position_offset: float = 0.0  # of the sine code (D9)
-    hidden_dim: Count = 256  # transformer width (released)
-    nheads: Count = 8  # attention heads (released)
-    enc_layers: Count = 6  # encoder layers (released)
-    dec_layers: Count = 6  # decoder layers (released)
-    dim_feedforward: Count = 2048  # width of the feed-forward layers (deformable: 1024)
+    position_offset: Annotated[float, run.Range(-1, 1)] = 0.0  # of the sine code (D9)
+    hidden_dim: Width = 256  # transformer width (released)
+    nheads: Width = 8  # attention heads (released)
+    enc_layers: Depth = 6  # encoder layers (released)
+    dec_layers: Depth = 6  # decoder layers (released)
+    dim_feedforward: Width = 2048  # width of the feed-forward layers (deformable: 1024)
     dropout: Share = 0.1  # in the transformer
-    num_queries: Count = 100  # Q (Sec. 4.1; deformable: 300)
+    num_queries: Width = 100  # Q (Sec. 4.1; deformable: 300)
     with_box_refine: bool = False  # iterative box refinement of deformable_detr (released: off)
     # loss
     lambda_cls: NonNegative = 1.0  # cross-entropy and its matching cost, Eq. (18)
@@ -121,7 +121,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     lambda_global: NonNegative = 10.0  # L_g, Eq. (13) (COCO: 0.3; D4)
     eos_coef: NonNegative = 0.1  # class weight of "no object" (released)
     # optimisation
-    batch_size: Count = 256  # images per step over all processes (Sec. 4.1; COCO: 64)
+    batch_size: Images = 256  # images per step over all processes (Sec. 4.1; COCO: 64)
     epochs: Count = 60  # Sec. 4.1 (COCO: 65)
     lr_drop: NonNegative = 40  # epoch after which the rate is x 0.1 (Sec. 4.1; COCO: 43.3)
     lr: Positive = 1e-4  # Sec. 4.1
@@ -162,7 +162,7 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 
 def check(cfg: Config) -> None:
     """What a configuration alone can be wrong in."""
-    common.check_detector(cfg)
+    common.check_detector(cfg, views=2)
     if cfg.num_queries % cfg.num_regions:
         fitting = max(cfg.num_queries // cfg.num_regions, 1) * cfg.num_regions
         raise UserError(f"--num_queries {cfg.num_queries} --num_regions {cfg.num_regions}: every region needs the same "

@@ -71,21 +71,21 @@ import evaluation
 import proposals
 import run
 from common import UserError
-from run import Count, Natural, NonNegative, Positive, Share
+from run import Count, Images, NonNegative, Pixels, Positive, Share, Width
 
 # ==== 1. Hyperparameters ====
 
-ViewSide = Annotated[int, run.Range(32)]  # pixels; 32 is the stride of C5
+ViewSide = Annotated[int, run.Range(32, 2**14)]  # pixels; 32 is the stride of C5
 
 
 @dataclass
 class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     # proposals (more in proposals.ProposalConfig)
     proposal_method: Literal["selective_search", "edge_boxes", "random", "whole"] = "selective_search"  # Tables 4, 5 c
-    proposal_grid: Natural = 0  # side the image is squeezed to before selective search, 0 = original size (released)
-    max_aspect: float = 3.0  # of a proposal, either way (Sec. 3.2)
+    proposal_grid: run.Grid = 0  # side the image is squeezed to before selective search, 0 = original size (released)
+    max_aspect: Annotated[float, run.Range(1, 1e6)] = 3.0  # of a proposal, either way (Sec. 3.2)
     size_range: tuple[NonNegative, ...] = (0.3, 0.8)  # sqrt(area) of a proposal, of the image's (Sec. 3.2)
-    min_side: Natural = 32  # least width and height of a proposal, pixels (released; D2)
+    min_side: Annotated[int, run.Range(0, 2**14)] = 32  # least width and height of a proposal, pixels (released; D2)
     # images
     image_size: ViewSide = 224  # side of V1 and V2, pixels (Sec. 3.2)
     small_size: ViewSide = 112  # side of V3, with --star of V4, pixels (Sec. 3.2; Table 5 a)
@@ -95,9 +95,9 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     star: bool = False  # SoCo*: V3 at star_size, V4 = V2 at small_size (Table 1)
     multi_view: bool = True  # off: V1 and V2 only (Table 4; c4: off)
     # pretext
-    num_boxes: Count = 4  # K, boxes per image and pair of views (Sec. 3.2; Table 5 c)
+    num_boxes: Width = 4  # K, boxes per image and pair of views (Sec. 3.2; Table 5 c)
     scale_aware: bool = True  # a box is read from the level of its size (Sec. 3.3; Table 4; c4: off)
-    level_sizes: tuple[Count, ...] = (48, 96, 192, 224)  # largest sqrt(area) of P2..P5, pixels of the view (Sec. 3.3)
+    level_sizes: tuple[Pixels, ...] = (48, 96, 192, 224)  # largest sqrt(area) of P2..P5, pixels of the view (Sec. 3.3)
     jitter_prob: Share = 0.5  # of moving a box of V1 (Sec. 3.2; Table 4; c4: 0)
     jitter_ratio: NonNegative = 0.1  # by at most this share of its sides (Sec. 3.2)
     # model
@@ -107,17 +107,17 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     zero_init_residual: bool = True  # the last BatchNorm of every block starts at 0 (released; D14)
     fpn: bool = True  # off: boxes are read from C5 (Table 4)
     box_head: bool = True  # off: the mean of the RoI instead of the head (Table 4)
-    fpn_channels: Count = 256  # width of the pyramid and of the head's convolutions (Sec. 3.3)
-    head_dim: Count = 1024  # h, width behind the box head (released)
-    mlp_dim: Count = 4096  # hidden width of projector and predictor (Sec. 4.1)
-    embedding_dim: Count = 256  # of v and v' (Sec. 4.1)
-    roi_size: Count = 7  # of RoIAlign (c4: 14)
+    fpn_channels: Width = 256  # width of the pyramid and of the head's convolutions (Sec. 3.3)
+    head_dim: Width = 1024  # h, width behind the box head (released)
+    mlp_dim: Width = 4096  # hidden width of projector and predictor (Sec. 4.1)
+    embedding_dim: Width = 256  # of v and v' (Sec. 4.1)
+    roi_size: run.Cells = 7  # of RoIAlign (c4: 14)
     ema_momentum: Share = 0.99  # of the target network at the start; it rises to 1 (Sec. 4.1; Table 5 d)
     # optimisation
-    batch_size: Count = 2048  # images per step over all processes (Sec. 4.1; Table 5 b)
+    batch_size: Images = 2048  # images per step over all processes (Sec. 4.1; Table 5 b)
     epochs: Count = 100  # Sec. 4.1 (star: 400)
     warmup_epochs: NonNegative = 10  # linear, from lr / 100 (Sec. 4.1; released)
-    lr: Positive = 1.0  # for 256 images; it grows with the batch (Sec. 4.1)
+    lr: Annotated[float, run.Range(1e-9, 1e6)] = 1.0  # for 256 images; it grows with the batch (Sec. 4.1)
     lr_min: NonNegative = 1e-6  # where the cosine ends (released)
     sgd_momentum: Share = 0.9  # of LARS (released)
     trust: Positive = 0.001  # of LARS: length of a step, of the parameter's (released)

@@ -67,7 +67,7 @@ import data
 import evaluation
 import run
 from common import UserError
-from run import Count, NonNegative, Positive, Share
+from run import Count, Depth, Images, NonNegative, Pixels, Positive, Share, Width
 
 # ==== 1. Hyperparameters ====
 
@@ -75,11 +75,11 @@ from run import Count, NonNegative, Positive, Share
 @dataclass
 class Config(run.ProbeConfig, run.RunConfig):
     # images
-    scales: tuple[Count, ...] = (320, 336, 352, 368, 400, 416, 432, 448, 464, 480)  # short side, pixels (D12)
-    max_size: Count = 600  # longest side, pixels (released)
-    patch_size: Count = 128  # side of a query patch (Sec. 4)
+    scales: tuple[Pixels, ...] = (320, 336, 352, 368, 400, 416, 432, 448, 464, 480)  # short side, pixels (D12)
+    max_size: Pixels = 600  # longest side, pixels (released)
+    patch_size: Pixels = 128  # side of a query patch (Sec. 4)
     # pretext
-    num_patches: Count = 10  # M, query patches per image (Sec. 4; Table 3)
+    num_patches: Width = 10  # M, query patches per image (Sec. 4; Table 3)
     mask_ratio: Share = 0.1  # share of patch features set to zero (Sec. 3.2)
     query_shuffle: bool = False  # permute the object queries at every step (Sec. 3.2; D3)
     attention_mask: bool = True  # keep the groups apart in the decoder, Eq. (3), Fig. 6
@@ -93,15 +93,15 @@ class Config(run.ProbeConfig, run.RunConfig):
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 4)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant (released) or learned
     stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see
-    num_feature_levels: Count = 4  # of deformable_detr
+    num_feature_levels: Depth = 4  # of deformable_detr
     pre_norm: bool = True  # LayerNorm before each block, of detr (released)
-    hidden_dim: Count = 256  # transformer width (Sec. 4)
-    nheads: Count = 8  # attention heads (Sec. 4)
-    enc_layers: Count = 6  # encoder layers (Sec. 4)
-    dec_layers: Count = 6  # decoder layers (Sec. 4)
-    dim_feedforward: Count = 2048  # width of the feed-forward layers (deformable: 1024)
+    hidden_dim: Width = 256  # transformer width (Sec. 4)
+    nheads: Width = 8  # attention heads (Sec. 4)
+    enc_layers: Depth = 6  # encoder layers (Sec. 4)
+    dec_layers: Depth = 6  # decoder layers (Sec. 4)
+    dim_feedforward: Width = 2048  # width of the feed-forward layers (deformable: 1024)
     dropout: Share = 0.1  # in the transformer
-    num_queries: Count = 100  # N (Sec. 4; deformable: 300)
+    num_queries: Width = 100  # N (Sec. 4; deformable: 300)
     with_box_refine: bool = False  # iterative box refinement of deformable_detr
     # loss
     lambda_cls: NonNegative = 1.0  # cross-entropy and its matching cost (released)
@@ -110,7 +110,7 @@ class Config(run.ProbeConfig, run.RunConfig):
     lambda_rec: NonNegative = 1.0  # L_rec, Eq. (1)
     eos_coef: NonNegative | None = None  # class weight of "no object"; none: M/N (D5)
     # optimisation
-    batch_size: Count = 256  # images per step over all processes (Sec. 4)
+    batch_size: Images = 256  # images per step over all processes (Sec. 4)
     epochs: Count = 60  # Sec. 4
     lr_drop: NonNegative = 40  # epoch after which the rate is x 0.1 (Sec. 4)
     lr: Positive = 1e-4  # Sec. 4
@@ -147,6 +147,9 @@ def check(cfg: Config) -> None:
         fitting = max(cfg.num_queries // cfg.num_patches, 1) * cfg.num_patches
         raise UserError(f"--num_queries {cfg.num_queries} --num_patches {cfg.num_patches}: every patch needs the same "
                         f"number of queries; for example --num_queries {fitting}")
+    if not common.norms_see_enough(cfg, cfg.batch_size * cfg.num_patches, cfg.patch_size):
+        raise UserError(f"--batch_size {cfg.batch_size} --num_patches 1: one patch per process and micro-batch, of "
+                        f"which --patch_size {cfg.patch_size} leaves BatchNorm one value; give more, or larger ones")
 
 
 # ==== 2. Data ====

@@ -10,7 +10,6 @@ side, one weighted sum. On CPU the clock is this process's CPU time at one threa
 """
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from typing import Any, Callable
@@ -89,13 +88,12 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = run.Parser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[2])
+    parser.add_argument("--rounds", type=run.Count, default=5)
+    parser.add_argument("--batch_sizes", type=run.Images, nargs="+", default=[2])
     parser.add_argument("--sizes", nargs="+", default=["480x600", "800x1333"], help="of the images, HxW")
-    parser.add_argument("--threads", type=int, default=1, help="1: CPU time; more: wall time")
+    parser.add_argument("--threads", type=run.Processes, default=1, help="1: CPU time; more: wall time")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the reference too")
     args = parser.parse_args()
     device = torch.device(args.device)

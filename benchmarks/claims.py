@@ -49,7 +49,7 @@ import common
 import evaluation
 from common import UserError
 from data import SyntheticScenes, open_images
-from run import cli, print_rank0, progress, write_json
+from run import Count, Parser, Processes, Seed, cli, print_rank0, progress, write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -669,13 +669,12 @@ def draw_curves(path: Path, comparisons: list[Comparison], results: dict[str, di
 
 
 def main(argv: list[str] | None = None) -> list[Comparison]:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="claims whose name begins with one of these (--list)")
-    parser.add_argument("--seeds", type=int, help="0..N-1 of each; default 5 for what is judged, 3 for the rest")
-    parser.add_argument("--first_seed", type=int, default=0, help="another first seed: what is tuned is tuned on 100")
+    parser.add_argument("--seeds", type=Count, help="0..N-1 of each; default 5 for what is judged, 3 for the rest")
+    parser.add_argument("--first_seed", type=Seed, default=0, help="another first seed: what is tuned is tuned on 100")
     parser.add_argument("--device", default="auto", help="as in the scripts")
-    parser.add_argument("--jobs", type=int, help="runs at the same time; default: one per core, or one on a GPU")
+    parser.add_argument("--jobs", type=Processes, help="runs at the same time; default: one per core, or one on a GPU")
     parser.add_argument("--data", nargs="+", choices=[SYNTHETIC, BCCD], default=[SYNTHETIC, BCCD])
     parser.add_argument("--bccd", type=Path, default=ROOT.parent / "shared" / "data" / "bccd",
                         help="BCCD data set, a folder in VOC layout; left out if absent")

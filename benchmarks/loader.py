@@ -292,13 +292,13 @@ def start_up(files: int, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = run.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--methods", nargs="*", default=list(SCRIPTS), choices=list(SCRIPTS))
     parser.add_argument("--images",
                         help="folder of pictures (default: ../shared/data/imagenet_sample, else drawn scenes)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--per_round", type=int, default=24, help="images in a round, spread over the folder")
-    parser.add_argument("--list", type=int, default=1_281_167, help="files of the long list; 0: no such part")
+    parser.add_argument("--rounds", type=run.Count, default=5)
+    parser.add_argument("--per_round", type=run.Images, default=24, help="images in a round, spread over the folder")
+    parser.add_argument("--list", type=run.Natural, default=1_281_167, help="files of the long list; 0: no such part")
     parser.add_argument("--open", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.open:

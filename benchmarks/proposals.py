@@ -29,6 +29,7 @@ import torch
 from torchvision.ops import box_iou
 
 import proposals
+import run
 from annotations import open_detection
 from data import SyntheticScenes, open_images
 
@@ -175,14 +176,14 @@ def scaling_table(args: argparse.Namespace, pictures: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=72, help="per labelled set, for recall")
-    parser.add_argument("--seeds", type=int, default=3, help="draws of the order, for recall")
+    parser = run.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=run.Count, default=5)
+    parser.add_argument("--images", type=run.Images, default=72, help="per labelled set, for recall")
+    parser.add_argument("--seeds", type=run.Count, default=3, help="draws of the order, for recall")
     parser.add_argument("--data", default=str(SHARED / "bccd"), help="labelled set whose test images are searched")
     parser.add_argument("--time_data", default=str(SHARED / "imagenet_sample"), help="images that are timed")
-    parser.add_argument("--time_images", type=int, default=8)
-    parser.add_argument("--store_images", type=int, default=96)
+    parser.add_argument("--time_images", type=run.Images, default=8)
+    parser.add_argument("--store_images", type=run.Images, default=96)
     parser.add_argument("--store_mode", default="fast", choices=["fast", "quality", "quick"])
     parser.add_argument("--only", default="", help="settings whose name has this in it, beside the released one")
     parser.add_argument("--part", default="both", choices=["both", "settings", "scaling"])

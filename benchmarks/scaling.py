@@ -9,7 +9,6 @@ the most that any N could reach. Accumulation: two micro-batches per step agains
 """
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -48,12 +47,11 @@ def images_per_s(process: subprocess.Popen, out: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = run.Parser(description=__doc__)
     parser.add_argument("--method", default="detreg", choices=METHODS)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--processes", type=run.Processes, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=run.Count, default=3)
+    parser.add_argument("--steps", type=run.Count, default=40)
     args, flags = parser.parse_known_args()
     flags += ["--max_steps", str(args.steps), "--epochs", "100000", "--num_workers", "1", "--synthetic_images", "128"]
     batch = importlib.import_module(args.method).PRESETS["demo"]["batch_size"]

@@ -293,9 +293,9 @@ def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: tor
 
 def library_step(args: argparse.Namespace, argv: list[str]) -> None:
     device = torch.device(args.device)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--size", type=int, nargs=2, default=(480, 600), metavar=("H", "W"))
+    parser = run.Parser()
+    parser.add_argument("--batch_size", type=run.Images, default=2)
+    parser.add_argument("--size", type=run.Pixels, nargs=2, default=(480, 600), metavar=("H", "W"))
     parser.add_argument("--amp", choices=["off", "bf16"], default="off")
     sizes = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -319,12 +319,11 @@ def library_step(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = run.Parser(description=__doc__)
     parser.add_argument("--method", required=True, choices=[*LOSS, *TRANSFORMERS, *TORCHVISION])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pixels", type=int, nargs=2, metavar=("H", "W"),
+    parser.add_argument("--rounds", type=run.Count, default=5)
+    parser.add_argument("--pixels", type=run.Pixels, nargs=2, metavar=("H", "W"),
                         help="of the DETR family's images; default: as the data set draws them")
     parser.add_argument("--ways", nargs="+", default=["ours", "plain", "bf16"],
                         choices=["ours", "plain", "bf16", "compile"])

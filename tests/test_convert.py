@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -150,8 +151,59 @@ def test_hugging_face(values, tmp_path, capsys):
             "conditional": "ConditionalDetr"}[values["detector"].split("_")[0]]
     assert type(theirs).__name__ == ("TableTransformer" if values.get("pre_norm") else name) + "ForObjectDetection"
     assert f"{type(theirs).__name__}.from_pretrained('{tmp_path / 'hf'}')" in capsys.readouterr().out
-    if values.get("with_box_refine"):  # the decoder's boxes are the heads' boxes there too
-        assert theirs.model.decoder.bbox_embed[1].layers[0].weight is theirs.bbox_embed[1].layers[0].weight
+    if type(theirs).__name__.startswith("Deformable"):
+        check_tied_heads(theirs, values.get("with_box_refine"), tmp_path)
+
+
+def check_tied_heads(theirs, refined, folder):
+    """Without refinement all layers have one class head and one box head; with it each has its own, and the decoder's
+    boxes are the heads' boxes: by the line that the export prints, and then in what transformers saves."""
+    transformers = pytest.importorskip("transformers")
+    first, second = (theirs.class_embed[i].weight for i in (0, 1))
+    boxes = [theirs.bbox_embed[i].layers[0].weight for i in (0, 1)]
+    if not refined:
+        assert first is second and boxes[0] is boxes[1]
+        return
+    assert not torch.equal(first, second) and not torch.equal(*boxes)
+    assert all(torch.equal(a, b) for a, b in zip(theirs.model.decoder.bbox_embed.parameters(),
+                                                 theirs.bbox_embed.parameters()))
+    theirs.model.decoder.bbox_embed = theirs.bbox_embed
+    theirs.config.tie_word_embeddings = True
+    theirs.save_pretrained(folder / "saved")
+    again = transformers.DeformableDetrForObjectDetection.from_pretrained(folder / "saved")
+    assert again.model.decoder.bbox_embed[1].layers[0].weight is again.bbox_embed[1].layers[0].weight
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("values", (VARIANTS[0], VARIANTS[1], VARIANTS[4], VARIANTS[5], VARIANTS[7]),
+                         ids=lambda v: "-".join(map(str, v.values())))
+def test_hugging_face_with_other_labels(values, tmp_path):
+    """from_pretrained with another number of labels makes the class head anew and keeps all else, without a word about
+    tied weights."""
+    transformers = pytest.importorskip("transformers")
+    finetuned(tmp_path / "last.pt", **values)
+    convert.main([str(tmp_path / "last.pt"), "--to", "hf", "--out", str(tmp_path / "hf")])
+    heard = []
+    logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        before = hugging_face(tmp_path / "hf")
+        model, report = type(before).from_pretrained(tmp_path / "hf", num_labels=7, ignore_mismatched_sizes=True,
+                                                     output_loading_info=True)
+    finally:
+        logger.removeHandler(handler)
+    assert not any("tie" in line for line in heard) and not report["missing_keys"]
+    new, old = model.state_dict(), before.state_dict()
+    heads = {k for k in new if k.startswith("class_")}
+    assert {new[k].shape[0] for k in heads} == {8 if values["detector"] == "detr" else 7}
+    assert all(torch.equal(new[k], old[k]) for k in new.keys() - heads)
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=padded_batch()[0]).logits
+    assert logits.shape[2] == (8 if values["detector"] == "detr" else 7) and logits.isfinite().all()
+    if values["detector"] == "deformable_detr":  # heads made anew are one, or each its own
+        assert (model.class_embed[0].weight is model.class_embed[1].weight) == (not values.get("with_box_refine"))
 
 
 def test_hugging_face_sees_what_we_see(tmp_path):
@@ -441,6 +493,180 @@ def test_every_table_renames_back():
             assert convert.rename(filled[1], table, back=True) == filled[0], (name, theirs)
 
 
+# ==== What a file is and what it says of itself ====================================================================
+
+def resnet18(prefix="", seed=0):
+    torch.manual_seed(seed)
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    return {prefix + k: v for k, v in state.items() if not k.startswith("fc.")}
+
+
+def ones(*names):
+    return {name: torch.ones(2) for name in names}
+
+
+NECK = ones("neck.lateral_convs.0.conv.weight", "neck.lateral_convs.0.bn.weight", "neck.fpn_convs.0.conv.weight")
+MMDET_4CONV = ones("roi_head.bbox_head.shared_convs.3.bn.weight", "roi_head.bbox_head.shared_fcs.0.weight",
+                   "roi_head.bbox_head.fc_cls.weight", "rpn_head.rpn_conv.weight")
+# name: (tensors, family): methods that share names with those that we know
+OTHER_METHODS = {
+    "SimSiam": (resnet18("module.encoder.") | ones("module.encoder.fc.0.weight", "module.predictor.0.weight"),
+                "backbone"),
+    "SimCLR": (resnet18("encoder.") | ones("projector.0.weight"), "backbone"),
+    "PixPro": (resnet18("module.encoder.") | resnet18("module.encoder_k.", 1)
+               | ones("module.projector.linear1.weight", "module.projector_k.linear1.weight",
+                      "module.value_transform.weight"), "backbone"),
+    "BYOL": (resnet18("online_encoder.net.") | resnet18("target_encoder.net.", 1)
+             | ones("online_encoder.projector.net.0.weight", "online_predictor.net.0.weight"), "backbone"),
+    "BYOL, encoder_q": (resnet18("encoder_q.") | resnet18("encoder_k.", 1)
+                        | ones("encoder_q.fc.0.weight", "predictor.0.weight"), "backbone"),
+    "MoCo v3": (resnet18("module.base_encoder.") | resnet18("module.momentum_encoder.", 1)
+                | ones("module.base_encoder.fc.0.weight", "module.predictor.0.weight"), "backbone"),
+    "DenseCL": (resnet18("encoder_q.0.") | resnet18("encoder_k.0.", 1) | resnet18("backbone.")
+                | ones("encoder_q.1.mlp.0.weight", "queue", "queue2"), "backbone"),
+    "Barlow Twins": (resnet18("module.backbone.") | ones("module.projector.0.weight", "module.bn.running_mean"),
+                     "backbone"),
+    "Barlow Twins, ResNet": (resnet18(), "torchvision"),
+    "DINO": (resnet18("student.backbone.") | resnet18("teacher.backbone.", 1), "backbone"),
+    "MMDetection": (resnet18("backbone.") | NECK | MMDET_4CONV
+                    | ones("roi_head.bbox_head.shared_fcs.1.weight"), "MMDetection"),
+    "MMDetection, 4conv1fc": (resnet18("backbone.") | NECK | MMDET_4CONV, "MMDetection"),
+    "SoCo without its target": (resnet18("encoder.") | ones("projector.linear1.weight", "projector_k.linear1.weight",
+                                                            "predictor.linear1.weight"), "SoCo"),
+    "MoCo v2's query encoder": (resnet18("encoder_q.") | ones("encoder_q.fc.0.weight", "encoder_q.fc.2.weight"),
+                                "MoCo v2"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_other_methods_are_backbones(name, tmp_path, capsys):
+    """A family is told by all that it has and by what it cannot have; in doubt a file is its online ResNet, and the
+    fine-tuning protocol stays the common one."""
+    state, family = OTHER_METHODS[name]
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "f.pth")
+    found = convert.open_checkpoint(tmp_path / "f.pth")
+    assert found.family == family and found.method == ("soco" if family == "SoCo" else None)
+    backbone = common.Backbone("resnet18")
+    convert.load_backbone(backbone.body, tmp_path / "f.pth")
+    online = resnet18()
+    assert all(torch.equal(v, online[k]) for k, v in backbone.body.state_dict().items())
+    init, arch = finetune.read_init(str(tmp_path / "f.pth"), detector="faster_rcnn_fpn")
+    values = vars(finetune.Config(detector="faster_rcnn_fpn", data="coco"))
+    assert (finetune.recipe_of(values, arch, init.method)["box_head"] == "4conv1fc") == (family == "SoCo")
+
+
+def test_two_resnets_are_not_guessed(tmp_path):
+    torch.save(resnet18("first.") | resnet18("second.", 1), tmp_path / "f.pth")
+    with pytest.raises(UserError, match=r"f.pth: holds 2 ResNets, called first\.\*, second\.\*, and nothing says"):
+        convert.open_checkpoint(tmp_path / "f.pth")
+
+
+def foreign(path, options=None, key="args", **values):
+    """A detector as another code base saves it, with the options that it says."""
+    cfg = detr_config(**values)
+    softmax = cfg.detector == "detr"
+    model = stirred(common.build_detector(cfg, 4 + softmax, focal=not softmax))
+    torch.save({"model": model.state_dict(), **({key: options} if options else {})}, path)
+    return model
+
+
+@pytest.mark.parametrize("detector", ("detr", "conditional_detr", "deformable_detr"))
+@pytest.mark.parametrize("kind", (argparse.Namespace, dict))
+def test_what_a_foreign_detector_says(detector, kind, tmp_path, capsys):
+    """Heads and dropout by its args, in our models and in the export; costs and weights of the loss too."""
+    options = kind(nheads=2, dropout=0.25, dilation=False, set_cost_class=3.0, bbox_loss_coef=7, eos_coef=0.3)
+    model = foreign(tmp_path / "f.pth", options, detector=detector, nheads=2)
+    init, arch = finetune.read_init(str(tmp_path / "f.pth"))
+    assert arch["nheads"] == 2 and init.assumed is None
+    cfg = finetune.adopt_architecture(finetune.Config(init_from="f"), arch, frozenset())
+    again = common.build_detector(cfg, 4 + (detector == "detr"), focal=detector != "detr").eval()
+    again.load_state_dict(init.state)
+    images, mask = padded_batch()
+    with torch.no_grad():
+        assert torch.equal(again(images, mask)["pred_boxes"], model(images, mask)["pred_boxes"])
+    convert.main([str(tmp_path / "f.pth"), "--to", "hf", "--out", str(tmp_path / "hf")])
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["encoder_attention_heads"] == config["decoder_attention_heads"] == 2
+    assert (config["dropout"], config["class_cost"], config["bbox_loss_coefficient"], config["eos_coefficient"],
+            config["bbox_cost"]) == (0.25, 3, 7, 0.3, 5)
+    assert "does not say" not in capsys.readouterr().out
+
+
+NOT_BUILT = (
+    ({"dilation": True}, {}, r"a dilated last stage \(DC5\)"), ({"two_stage": True}, {}, "two stages"),
+    ({"position_embedding": "learned"}, {}, "learned position embeddings"),
+    ({"position_embedding": "v3"}, {}, "learned position embeddings"),
+    ({"transformer_activation": "gelu"}, {}, "the activation gelu"),
+    ({"enc_n_points": 8}, {"detector": "deformable_detr"}, "enc_n_points 8 rather than 4"),
+    ({"nheads": 2}, {"detector": "deformable_detr"}, "enc_n_points 8 rather than 4"),  # by its tensors, of 4 heads
+    ({"dec_n_points": 2}, {"detector": "deformable_detr"}, "dec_n_points 2 rather than 4"),
+    ({"pre_norm": True}, {}, "pre_norm True by its options and False by its tensors"),
+    ({"pre_norm": False}, {"pre_norm": True}, "pre_norm False by its options and True by its tensors"),
+    ({"pre_norm": True}, {"detector": "conditional_detr"}, "pre-norm layers"),
+)
+
+
+@pytest.mark.parametrize(("options", "values", "reason"), NOT_BUILT)
+def test_what_is_not_built_is_refused_by_name(options, values, reason, tmp_path, capsys):
+    foreign(tmp_path / "f.pth", options, **{"detector": "detr", **values})
+    sentence = f"f.pth: its detector has {reason}, which is not built here.*--backbone_weights"
+    with pytest.raises(UserError, match=sentence):
+        finetune.read_init(str(tmp_path / "f.pth"))
+    with pytest.raises(UserError, match=sentence):
+        convert.main([str(tmp_path / "f.pth"), "--to", "hf", "--out", str(tmp_path / "hf")])
+    what = convert.main([str(tmp_path / "f.pth")])
+    assert re.search(f"detector with {reason}, which is not built here, ResNet-18", what)
+    convert.load_backbone(common.Backbone("resnet18").body, tmp_path / "f.pth")  # its ResNet is one as any other
+
+
+def test_parts_that_tell_themselves(tmp_path):
+    """Two stages, learned positions: by their tensors; DC5 by the released files' names; a mask head goes."""
+    model = foreign(tmp_path / "f.pth", detector="detr").state_dict()
+    table = ones("backbone.1.row_embed.weight", "backbone.1.col_embed.weight")
+    torch.save({"model": model | table}, tmp_path / "learned.pth")
+    torch.save({"model": model}, tmp_path / "detr-r50-dc5-e632da11.pth")
+    stages = {k: v for k, v in model.items() if k != "query_embed.weight"} | ones("transformer.enc_output.weight")
+    torch.save({"model": stages}, tmp_path / "two.pth")
+    for name, reason in (("learned.pth", "learned position"), ("detr-r50-dc5-e632da11.pth", "DC5"),
+                         ("two.pth", "two stages")):
+        with pytest.raises(UserError, match=f"{name}: its detector has .*{reason}"):
+            finetune.read_init(str(tmp_path / name))
+    torch.save({"model": {f"detr.{k}": v for k, v in model.items()} | ones("mask_head.lay1.weight")},
+               tmp_path / "masks.pth")
+    found = convert.open_checkpoint(tmp_path / "masks.pth")
+    assert found.state.keys() == model.keys() and found.left == {"other modules, not needed": ["mask_head.lay1.weight"]}
+    assert found.what == "DETR, 9 queries, ResNet-18"
+
+
+def test_what_was_assumed_is_said(tmp_path, capsys):
+    foreign(tmp_path / "f.pth", detector="detr")
+    convert.main([str(tmp_path / "f.pth")])
+    assert ("note: " + str(tmp_path / "f.pth") + " does not say how many attention heads it has (8 are taken, or "
+            "--nheads) and whether its last stage is dilated (taken not to be)") in capsys.readouterr().out
+    init, arch = finetune.read_init(str(tmp_path / "f.pth"))
+    assert "nheads" not in arch  # --nheads is free
+    foreign(tmp_path / "d.pth", detector="deformable_detr")  # its tensors tell them
+    init, arch = finetune.read_init(str(tmp_path / "d.pth"))
+    assert arch["nheads"] == 4
+    assert init.assumed == f"{init.path} does not say whether its last stage is dilated (taken not to be)"
+    foreign(tmp_path / "n.pth", {"nheads": 7}, detector="detr")
+    with pytest.raises(UserError, match="n.pth: says nheads = 7, which does not divide its width of 64"):
+        finetune.read_init(str(tmp_path / "n.pth"))
+    finetuned(tmp_path / "ours.pt", detector="detr")
+    assert convert.open_checkpoint(tmp_path / "ours.pt").assumed is None
+
+
+def test_categories_of_one_name_stay_apart(tmp_path):
+    cfg = detr_config(detector="detr")
+    categories = [{"id": 0, "name": "ball"}, {"id": 1, "name": "ball"}, {"id": 2, "name": "bat"}]
+    model = stirred(common.build_detector(cfg, 4, focal=False))
+    run.save_checkpoint(tmp_path / "last.pt", model, None, 1, cfg, script="finetune", categories=categories)
+    convert.main([str(tmp_path / "last.pt"), "--to", "hf", "--out", str(tmp_path / "hf")])
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["id2label"] == {"0": "ball (id 0)", "1": "ball (id 1)", "2": "bat"}
+    assert config["label2id"] == {"ball (id 0)": 0, "ball (id 1)": 1, "bat": 2}
+
+
 # ==== Files that are not what they should be =======================================================================
 
 class Runs:
@@ -491,6 +717,35 @@ def bad_files(folder):
         for share in (0.02, 0.3, 0.7, 0.97, 0.999):
             files[f"cut_{share}_{name}"] = (content[:int(len(content) * share)], (f"cut_{share}_{name}",))
     return files
+
+
+def test_files_of_other_formats(tmp_path, fails):
+    """safetensors is read where its package is; what is no checkpoint at all is named."""
+    model = foreign(tmp_path / "f.pth", {"dilation": False}, detector="deformable_detr")
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    safetensors.save_file(state, tmp_path / "f.safetensors")
+    found = convert.open_checkpoint(tmp_path / "f.safetensors")
+    assert found.what == convert.open_checkpoint(tmp_path / "f.pth").what
+    assert found.state.keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in found.state.items())
+    whole = (tmp_path / "f.safetensors").read_bytes()
+    for name, content, words in (
+            ("pointer.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "a Git LFS pointer"),
+            ("page.pth", b"\n<!DOCTYPE html><html></html>", "a web page"), ("e.pth", b"<HTML>404", "a web page"),
+            ("error.pth", b"<?xml version='1.0'?><Error/>", "an XML file"), ("c.json", b'{"a": 1}', "a JSON file"),
+            ("a.tar.gz", b"\x1f\x8b\x08\x00", "a gzip archive"), ("cut.safetensors", whole[:-40], "not a readable"),
+            ("head.safetensors", whole[:30], "not a readable")):
+        (tmp_path / name).write_bytes(content)
+        line = fails(convert.main, [tmp_path / name])
+        assert line.startswith(f"error: {tmp_path / name}: not a readable PyTorch checkpoint") and words in line
+        assert "operand" not in line.lower()
+
+
+def test_safetensors_without_its_package(tmp_path, fails, monkeypatch):
+    (tmp_path / "f.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert ("f.safetensors: is in the safetensors format: pip install safetensors"
+            in fails(convert.main, [tmp_path / "f.safetensors"]))
 
 
 def test_bad_files(tmp_path, fails):

@@ -46,7 +46,7 @@ def make_voc(year, annotations, splits):
         (year / "Annotations" / f"{stem}.xml").write_text(
             f"<annotation><filename>{tag}</filename>{size}{inner}</annotation>")
     for name, stems in splits.items():
-        (year / "ImageSets/Main" / f"{name}.txt").write_text("".join(f"{s}\n" for s in stems))
+        (year / "ImageSets/Main" / f"{name}.txt").write_text("".join(f"{s}\n" for s in stems), encoding="utf-8")
 
 
 # ==== Decoding ====
@@ -161,6 +161,72 @@ def test_list(tmp_path):
     (tmp_path / "l" / "list.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="list.txt"):
         D.open_images(str(tmp_path / "l" / "list.txt"), None)
+
+
+def test_names_in_lists_that_are_spelled_otherwise(tmp_path, capsys):
+    composed, apart = "caf\u00e9/\u00fc.jpg", "cafe\u0301/u\u0308.jpg"
+    for name in (apart, "a/b.jpg", "a/c\\d.jpg"):
+        picture(tmp_path / name)
+    (tmp_path / "list.txt").write_text(f"{composed}\na\\b.jpg\na/c\\d.jpg\n", encoding="utf-8")
+    images = D.open_images(str(tmp_path / "list.txt"), None)
+    assert images.keys == ["a/b.jpg", "a/c\\d.jpg", apart] and images.load(0).size == images.load(2).size == (20, 10)
+    assert capsys.readouterr().out == (
+        f"note: {tmp_path}/list.txt: 2 of 3 names of files are spelled otherwise there (another Unicode form, or back "
+        f"slashes for separators), the first: {composed!a} is {apart!a}\n")
+    year = tmp_path / "VOC2007"
+    make_voc(year, {"cafe\u0301": [], "b": []}, {"trainval": ["caf\u00e9", "sub\\b"]})
+    (year / "JPEGImages/sub").mkdir()
+    (year / "JPEGImages/b.jpg").rename(year / "JPEGImages/sub/b.jpg")
+    assert D.open_images("voc", str(tmp_path)).keys == [
+        "VOC2007/JPEGImages/cafe\u0301.jpg", "VOC2007/JPEGImages/sub/b.jpg"]
+    assert "trainval.txt: 2 of 2 names of files are spelled otherwise" in capsys.readouterr().out
+    (year / "ImageSets/Main/trainval.txt").write_text("caf\u00e9\ncafe\u0301\n", encoding="utf-8")
+    with pytest.raises(UserError, match="cafe\u0301 is listed twice"):
+        D.open_images("voc", str(tmp_path))
+
+
+OUTPUTS = (["last.pt"], ["previous.pt"], ["damaged.pt"], ["log.jsonl"], ["metrics.json", "predictions.png"],
+           ["meta.json", "boxes.bin", "offsets.npy"], ["header.partial", "boxes.partial"])
+
+
+def test_our_own_output_is_no_input(tmp_path, capsys):
+    root = tmp_path / "photos"
+    picture(root / "a.jpg")
+    picture(root / "out/sheet.png")  # not that of a run: the user's own
+    before = D.open_images(str(root), None)
+    assert before.keys == ["a.jpg", "out/sheet.png"] and capsys.readouterr().out == ""
+    for k, marks in enumerate(OUTPUTS):
+        run_folder = root / f"out/run{k}"
+        picture(run_folder / "predictions.png")
+        picture(run_folder / "below/x.png")
+        for name in marks:
+            if not name.endswith(".png"):
+                (run_folder / name).write_text("")
+        after = D.open_images(str(root), None)
+        assert after.keys == before.keys and after.fingerprint() == before.fingerprint()
+        said = capsys.readouterr().out
+        assert f"note: {root}: {k + 1} folder" in said and str(root / "out/run0") in said
+    # what a user names is used, but for the pictures that we write
+    picture(root / "out/run0/mine.png")
+    assert D.open_images(str(root / "out/run0"), None).keys == ["below/x.png", "mine.png"]
+    for k, name in enumerate(("predictions.png", "metrics.json", "meta.json")):  # of which one alone says nothing
+        picture(tmp_path / f"own{k}/sub/x.png")
+        (tmp_path / f"own{k}/sub/{name}").touch()
+        assert "sub/x.png" in D.open_images(str(tmp_path / f"own{k}"), None).keys
+
+
+def test_image_header(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.png", "a.jpg", "a.webp"):
+        picture(tmp_path / name, (20, 10), exif=exif)
+        assert D.image_header(tmp_path / name) == (20, 10, 6)
+    assert D.image_header(picture(tmp_path / "b.png")) == (20, 10, 1)
+    exif[0x0112] = 77
+    assert D.image_header(picture(tmp_path / "b.jpg", exif=exif)) == (20, 10, 1)
+    (tmp_path / "text.png").write_bytes(b"hello")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert [D.image_header(tmp_path / name) for name in ("text.png", "pipe.png", "absent.png", "")] == [None] * 4
 
 
 def test_imagenet(tmp_path, monkeypatch):

@@ -131,6 +131,47 @@ def test_bad_detections(metric):
         metric(truth((0, 1, A)), found((0, 1, [0, 0, math.nan, 1])))
 
 
+def renamed(gt, dt, image_ids, category_ids):
+    """The same with other ids."""
+    gt, dt = copy.deepcopy((gt, dt))
+    for image in gt["images"]:
+        image["id"] = image_ids[image["id"]]
+    for category in gt["categories"]:
+        category["id"] = category_ids[category["id"]]
+    for item in (*gt["annotations"], *dt):
+        item |= {"image_id": image_ids[item["image_id"]], "category_id": category_ids[item["category_id"]]}
+    return gt, dt
+
+
+@pytest.mark.parametrize("image_ids", (("b/2", "7", "a"), (7, "7", "x"), ("z", 3, 0), (9, 5, 1)))
+def test_ids_of_any_kind(image_ids):
+    """Numbers, strings, and both: the same numbers, and inputs that stay as they are."""
+    gt = truth((0, 1, A), (1, 2, B), (2, 1, A), (2, 2, B, {"difficult": 1}), images=3)
+    dt = found((0, 1, A), (1, 1, FAR), (1, 2, [100, 100, 50, 35]), (2, 1, FAR), (2, 1, A), (2, 2, B))
+    other = renamed(gt, dt, image_ids, {1: 40, 2: 3})
+    before = copy.deepcopy(other)
+    for agnostic in (False, True):
+        wanted, mine = (ev.detection_metrics(*pair, class_agnostic=agnostic, per_class=True)
+                        for pair in ((gt, dt), other))
+        assert mine.pop("per_class") == pytest.approx(wanted.pop("per_class"), nan_ok=True)
+        assert mine == pytest.approx(wanted, nan_ok=True)
+    assert str(ev.voc07_metrics(*other)) == str(ev.voc07_metrics(gt, dt)) and other == before
+    sizes = {i: (10, 10) for i in image_ids}
+    moved = ev.shuffled(other[1], list(image_ids), sizes)
+    assert [d["image_id"] for d in moved][:2] == [image_ids[1], image_ids[2]]
+
+
+def test_two_categories_of_one_name_have_an_ap_each():
+    gt, dt = truth((0, 0, A), (0, 1, B), categories=(0, 1, 5)), found((0, 1, B), (0, 0, FAR))
+    for category in gt["categories"][:2]:
+        category["name"] = "ball"
+    per_class = ev.detection_metrics(gt, dt, per_class=True)["per_class"]
+    assert list(per_class) == ["ball (id 0)", "ball (id 1)", "class5"]
+    assert per_class["ball (id 0)"] == 0 and per_class["ball (id 1)"] == pytest.approx(1)
+    odd = [{"id": 0, "name": "ball"}, {"id": 1, "name": "ball"}, {"id": 2, "name": "ball (id 0)"}]
+    assert len(set(ev.distinct_names(odd))) == 3
+
+
 def test_prints_nothing(capsys):
     ev.detection_metrics(truth((0, 1, A)), found((0, 1, A)))
     assert capsys.readouterr().out == ""
@@ -276,6 +317,29 @@ def test_every_image_exactly_once(monkeypatch, n, world):
         monkeypatch.setattr(ev, "world_size", lambda: world)
         slices.append(list(ev.rank_slice(n)))
     assert sum(slices, []) == list(range(n)) and max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+@pytest.mark.parametrize(("n", "world"), ((2, 2), (3, 2), (9, 2), (10, 3), (17, 2), (33, 4), (5, 8)))
+def test_batches_of_a_probe_are_those_of_one_process(monkeypatch, n, world):
+    """No process gets a single image, which the shuffled control would compare with itself."""
+    class Probe(torch.utils.data.Dataset):
+        def __len__(self):
+            return n
+
+        def __getitem__(self, key):
+            return key[1]
+
+    def batches(count):
+        seen = []
+        for r in range(count):
+            monkeypatch.setattr(ev, "rank", lambda r=r: r)
+            monkeypatch.setattr(ev, "world_size", lambda: count)
+            seen += [b["index"] for b in ev.probe_batches(Probe(), 0, collate=lambda s: {"index": s, "skipped": []})]
+        return seen
+
+    alone = batches(1)
+    assert sum(alone, []) == list(range(n)) and min(map(len, alone)) >= 2 and max(map(len, alone)) <= 9
+    assert batches(world) == alone
 
 
 # ==== Probe ====

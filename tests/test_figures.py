@@ -488,7 +488,7 @@ def test_analyses_of_bad_input_end_in_one_line(fails, ramps, tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     assert "other.pt: no known kind of checkpoint" in fail(checkpoint=tmp_path / "other.pt")
     for size in (0, 40, -32):
-        assert f"--size {size}: must be a multiple of 32" in fail(size=size)
+        assert f"--size {size}: must be {'a multiple of 32' if size > 32 else 'at least 32'}" in fail(size=size)
     assert ("--out" in fail(out=tmp_path / "out.json") and "--images 0" in fail(images=0)
             and "--seed -1" in fail(seed=-1))
     assert ("1 images, at least 2 are needed" in fail(images=1)

@@ -11,6 +11,7 @@ import torch
 from conftest import SMALL, flags, small_config
 from fill import fill
 from PIL import Image
+from pycocotools.coco import COCO
 from test_detreg import pieces, same_step
 
 import common
@@ -67,6 +68,24 @@ def test_categories_of_rows():
     assert finetune.categories_of_rows({}, 21, voc) == [*range(20), -1]
     for n, categories in ((91, voc), (21, coco), (20, voc), (3, ours), (91, coco[:79])):
         assert finetune.categories_of_rows({}, n, categories) is None
+
+
+def test_categories_of_one_name():
+    """Ids are the keys; names count where no other category has them, on either side."""
+    balls = [{"id": 0, "name": "ball"}, {"id": 1, "name": "ball"}, {"id": 2, "name": "bat"}]
+    rows = functools.partial(finetune.categories_of_rows, {"categories": balls}, 3)
+    assert rows(balls) == [0, 1, 2] and rows(balls[::-1]) == [2, 1, 0]
+    assert rows([balls[0], balls[1], {"id": 9, "name": "bat"}]) == [0, 1, 2]
+    moved = [{"id": 5, "name": "ball"}, {"id": 6, "name": "ball"}, {"id": 9, "name": "bat"}]
+    assert rows(moved) is None and rows(moved, partly=True) == [-1, -1, 2]
+    assert rows([{"id": 5, "name": "ball"}], partly=True) is None  # which of the two?
+    swapped = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
+    assert finetune.categories_of_rows({"categories": swapped}, 2, [{"id": 2, "name": "a"}, {"id": 1, "name": "b"}]
+                                       ) == [0, 1]
+    some = [{"id": 1, "name": "car"}, {"id": 2, "name": "tractor"}, {"id": 3, "name": "person"}]
+    found = finetune.categories_of_rows({}, 91, some, partly=True)  # a released head, by COCO's names
+    assert {row: i for row, i in enumerate(found) if i >= 0} == {1: 2, 3: 0}
+    assert finetune.categories_of_rows({}, 91, some) is None and finetune.categories_of_rows({}, 5, some, True) is None
 
 
 def test_adopted_architecture(tmp_path):
@@ -527,6 +546,92 @@ def test_evaluation_of_the_run(tuned, tmp_path):
     assert plain(again) == {k: v for k, v in plain(metrics).items() if k != "steps"} and metrics["steps"] == 2
     assert json.loads((tmp_path / "detections.json").read_text()) == json.loads((out / "detections.json").read_text())
     assert not (tmp_path / "last.pt").exists() and not (tmp_path / "log.jsonl").exists()
+
+
+def test_evaluation_on_other_classes(tuned, tmp_path, capsys, fails):
+    """By the names that both have; what the detector knows nothing of is said; with none in common both lists are."""
+    out, labelled, _ = tuned
+    content = json.loads((labelled / "test.json").read_text())
+    content["categories"] = [{"id": 300, "name": "lamp"}, {"id": 9, "name": NAMES[0]}]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = {7: 9}.get(annotation["category_id"], annotation["category_id"])
+    (labelled / "other.json").write_text(json.dumps(content))
+    metrics = run_script(tmp_path / "a", data=labelled / "other.json", init_from=out / "last.pt", eval_only="true")
+    assert metrics["per_class"].keys() == {NAMES[0], "lamp"} and metrics["per_class"]["lamp"] == 0
+    assert {d["category_id"] for d in json.loads((tmp_path / "a" / "detections.json").read_text())} == {9}
+    assert ("last.pt knows nothing of 1 of the 2 categories, whose AP is 0 and counts: lamp"
+            in capsys.readouterr().out)
+    content["categories"][1]["name"] = "car"
+    (labelled / "other.json").write_text(json.dumps(content))
+    line = fails(finetune.main, ["--data", labelled / "other.json", "--init_from", out / "last.pt", "--eval_only",
+                                 "--out", tmp_path / "b"])
+    assert f"it was trained on {NAMES[0]}, {NAMES[1]}, and {labelled / 'other.json'} has car, lamp" in line
+
+
+def test_image_sizes_of_an_evaluation(tuned, pretrained, tmp_path, capsys):
+    """Those of the checkpoint, which is said, unless a flag says otherwise."""
+    def parse(path, *argv):
+        cfg = finetune.parse(list(map(str, ["--data", tuned[1], "--init_from", path, *argv])))[0]
+        return cfg.eval_size, cfg.max_size
+
+    last = tuned[0] / "last.pt"
+    assert parse(last, "--eval_only") == parse(last, "--class_agnostic") == (48, 80)
+    assert parse(last, "--eval_only", "--eval_size", 64) == (64, 80)
+    assert parse(last, "--eval_only", "--preset", "demo") == (48, 80) and parse(last) == (800, 1333)
+    assert parse(pretrained, "--class_agnostic") == (480, 600)  # a pretraining's are those of its probe
+    argv = ["--data", tuned[1], "--init_from", last, "--eval_only", "--num_workers", 0]
+    metrics = finetune.main(list(map(str, [*argv, "--out", tmp_path / "a"])))
+    assert "image sizes: --eval_size 48 --max_size 80 (those of the checkpoint)" in capsys.readouterr().out
+    assert plain(metrics)["AR100"] == plain(tuned[2])["AR100"]
+    finetune.main(list(map(str, [*argv, "--out", tmp_path / "b", "--eval_size", 56])))
+    assert "--eval_size 56 --max_size 80 (the checkpoint's are 48 and 80)" in capsys.readouterr().out
+
+
+def test_training_images_as_test_images_are_said(tuned, pretrained, tmp_path, capsys):
+    """One json for both: loudly, above the table and in metrics.json; where the checkpoint is of other images, not."""
+    single = tuned[1] / "train.json"
+    said = "WARNING: 4 of the 4 test images are TRAINING images: the numbers say what was remembered"
+    metrics = run_script(tmp_path / "run", data=single, init_from=pretrained)
+    assert metrics["warning"].startswith(said)
+    table = capsys.readouterr().out.splitlines()
+    assert table.count(metrics["warning"]) == 2  # at the start, and as the table's title
+    assert "AP" in table[len(table) - table[::-1].index(metrics["warning"])]
+    again = run_script(tmp_path / "again", data=single, init_from=tmp_path / "run" / "last.pt", eval_only="true")
+    assert again["warning"] == metrics["warning"]
+    moved = tmp_path / "moved"
+    moved.symlink_to(tuned[1])  # another name for the same set
+    assert "warning" in run_script(tmp_path / "m", data=moved / "train.json", init_from=tmp_path / "run" / "last.pt",
+                                   eval_only="true")
+    capsys.readouterr()
+    other = run_script(tmp_path / "other", data=tuned[1] / "test.json", init_from=tmp_path / "run" / "last.pt",
+                       eval_only="true")
+    assert "warning" not in other and "warning" not in tuned[2] and "TRAINING" not in capsys.readouterr().out
+
+
+def test_more_objects_than_queries_are_said(tuned, pretrained, tmp_path, capsys):
+    content = json.loads((tuned[1] / "train.json").read_text())
+    content["annotations"] += [{"id": 100 + i, "image_id": 1000, "category_id": 7, "bbox": [i, i, 20, 20], "area": 400,
+                                "iscrowd": int(i > 8)} for i in range(12)]
+    (tuned[1] / "many.json").write_text(json.dumps(content))
+    run_script(tmp_path, data=tuned[1] / "many.json", init_from=pretrained, max_steps=1)
+    said = "note: images have up to 11 objects, the detector has 8 queries: "
+    assert capsys.readouterr().out.count(said) == 1  # a crowd is no object
+
+
+def test_image_ids_that_are_strings(tuned, tmp_path):
+    """They come back as they are, and pycocotools takes the detections for the user's own json."""
+    content = json.loads((tuned[1] / "test.json").read_text())
+    names = {640: "a/640", 550: "550"}
+    for image in content["images"]:
+        image["id"] = names[image["id"]]
+    for annotation in content["annotations"]:
+        annotation["image_id"] = names[annotation["image_id"]]
+    (tuned[1] / "strings.json").write_text(json.dumps(content))
+    metrics = run_script(tmp_path, data=tuned[1] / "strings.json", init_from=tuned[0] / "last.pt", eval_only="true")
+    assert plain(metrics)["AR100"] == plain(tuned[2])["AR100"]
+    found = json.loads((tmp_path / "detections.json").read_text())
+    assert {d["image_id"] for d in found} == {"a/640", "550"} and {d["category_id"] for d in found} == {7, 300}
+    assert len(COCO(tuned[1] / "strings.json").loadRes(str(tmp_path / "detections.json")).anns) == len(found)
 
 
 def test_class_agnostic_evaluation_of_a_tuned_detector(tuned, tmp_path):

@@ -310,10 +310,14 @@ def embedding_target(case, arrays, _):
 
 # ==== Matching and losses ==========================================================================================
 
+FOCAL = {"alpha": 0.25, "gamma": 2}  # the project knows no others
+
+
 @kind("detreg/criterion")
 def criterion(case, arrays, _):
     c, seed = case["config"], case["seed"]
-    weights, layers = c["weights"], c["aux_layers"] + 1
+    weights, layers = weights_of(c["weights"]), c["aux_layers"] + 1
+    assert c.get("focal", FOCAL) == FOCAL
     matcher = common.HungarianMatcher(c["costs"]["cls"], c["costs"]["bbox"], c["costs"]["giou"])
     criterion = common.SetCriterion(matcher, weights["loss_ce"], weights["loss_bbox"], weights["loss_giou"])
     targets = [{"labels": arrays.tensor(f"target_labels{b}"), "boxes": arrays.tensor(f"target_boxes{b}")}
@@ -325,13 +329,13 @@ def criterion(case, arrays, _):
     for i, layer in enumerate(outputs):
         costs, pairs = matcher.costs(layer, targets), matcher([layer], targets)[0]
         for b in range(c["B"]):
-            if len(targets[b]["labels"]):
+            if len(targets[b]["labels"]) or f"cost_layer{i}_image{b}" in arrays:
                 close(costs[b], arrays[f"cost_layer{i}_image{b}"], 1e-5, 1e-5)
             close(pairs[b][0], arrays[f"src_layer{i}_image{b}"], 0)
             close(pairs[b][1], arrays[f"tgt_layer{i}_image{b}"], 0)
     outputs = {**outputs[-1], "aux_outputs": outputs[:-1]}
     num_boxes = common.normalizer(sum(len(t["labels"]) for t in targets), torch.device("cpu"))
-    assert num_boxes == case["num_boxes"]
+    assert num_boxes == max(case["num_boxes"], 1)                       # a case may count none
     if c["embed_dim"]:
         features = tensor("features", (c["B"], c["queries"], c["embed_dim"]), seed).requires_grad_()
         outputs["pred_features"] = features
@@ -361,12 +365,73 @@ def criterion(case, arrays, _):
 
 # ==== Whole models =================================================================================================
 
+# Of a released DETReg: `config` or `command_line` of a case -> fields of ours.
+SAME_NAMES = ("num_queries", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward",
+              "num_feature_levels", "with_box_refine", "lr", "lr_backbone", "weight_decay", "clip_max_norm")
+FIELDS = {**dict(zip(SAME_NAMES, SAME_NAMES)), "lr_linear_proj_mult": "lr_linear_proj_mult",
+          "cls_loss_coef": "lambda_f", "bbox_loss_coef": "lambda_l1", "giou_loss_coef": "lambda_giou",
+          "object_embedding_coef": "lambda_e"}
+# What is looked at in another place (the class count is in `config`, dropout is off), or changes nothing in a case.
+ELSEWHERE = {"dataset_file", "dropout", "object_embedding_loss", "obj_embedding_head", "num_classes", "two_stage",
+             "batch_size", "epochs", "lr_drop", "num_workers", "output_dir", "device", "seed"}
+
+
+def fields_of(values):
+    """Fields of our configuration that a case's `config` gives. Nothing is overlooked: an unknown name fails."""
+    assert not values.get("two_stage")                                  # not built
+    return {FIELDS[name]: value for name, value in values.items() if name not in ELSEWHERE}
+
+
+def command_line_of(case):
+    """{"num_queries": 20, "with_box_refine": True, ...} of a case's `command_line`."""
+    words, values = case.get("command_line", []), {}
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            given = words[i + 1:i + 2] if not words[i + 1:i + 2] or not words[i + 1].startswith("--") else []
+            values[word[2:]] = (json.loads(given[0]) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", given[0]) else given[0]
+                                ) if given else True
+    return values
+
+
+def embedding_width(values):
+    """Width of z in a pretraining case, else None."""
+    if not values.get("object_embedding_loss"):
+        return None
+    return {"intermediate": 512, "head": 128}[values.get("obj_embedding_head", "intermediate")]
+
+
+def entries_of(model):
+    """A released name list of our model: every name with its shape and its canonical alias, the shortest of those
+    that share the tensor, then the alphabetically first."""
+    state, shared = model.state_dict(), {}
+    for name, value in state.items():
+        shared[value.data_ptr()] = min(shared.get(value.data_ptr(), name), name, key=lambda n: (len(n), n))
+    return [(name, list(value.shape), shared[value.data_ptr()]) for name, value in state.items()]
+
+
+def deformable_entries(case, listed):
+    """The name list of a `full_model` case: of the size that its config says, with the names that `listed`, the
+    manifest of the released model, has."""
+    c = case["config"]
+    cfg = finetune.Config(**fields_of(c), dropout=0.0)
+    model, width = common.build_detector(cfg, c["num_classes"], focal=True), embedding_width(c)
+    entries = entries_of(detreg.DETReg(model, embedding_dim=width) if width else model)
+    kinds, theirs = ({re.sub(r"\d+", "#", name) for name, *_ in names} for names in (entries, listed))
+    assert kinds == theirs
+    shapes = {name: shape for name, shape, *_ in entries}
+    assert all(shapes[name] == shape for name, shape, *_ in listed if name.startswith("backbone."))
+    if len(entries) == len(listed):                                     # the manifest's own layers
+        canonical = {name: alias[0] if alias else name for name, _, *alias in listed}
+        assert {name: alias for name, _, alias in entries} == canonical
+    return entries
+
+
 @kind("detreg/full_model")
 def full_model(case, arrays, seen):
-    entries = manifest(case["manifest"], seen.path)["entries"]
     c = case["config"]
-    resize = {"query_embed.weight": [c["num_queries"], 2 * c["hidden_dim"]]}
-    entries = [(name, resize.get(name, shape), *alias) for name, shape, *alias in entries]
+    given = fields_of(command_line_of(case))
+    assert all(given[name] == value for name, value in fields_of(c).items() if name in given)
+    entries = deformable_entries(case, manifest(case["manifest"], seen.path)["entries"])
     path = released_file(seen.tmp, released_state(entries, case))
     model, _ = load_released(path, nheads=c["nheads"])
     expected = {"num_queries", "hidden_dim", "num_feature_levels", "enc_layers", "dec_layers",
@@ -397,27 +462,28 @@ def train_steps(case, arrays, seen):
     by the case's descriptors."""
     c, seed = case["config"], case["seed"]
     pretrain = "loss_object_embedding" in case["losses_per_step"][0]
-    cfg = (detreg.Config if pretrain else finetune.Config)(
-        num_queries=c["queries"], enc_layers=c["enc"], dec_layers=c["dec"], dim_feedforward=c["ffn"],
-        hidden_dim=c["hidden"], dropout=0.0, lr=c["lr"], lr_backbone=c["lr_backbone"],
-        lr_linear_proj_mult=c["linear_mult"], weight_decay=c["weight_decay"], clip_max_norm=c["clip"])
+    given = command_line_of(case)
+    width = embedding_width(given | ({"object_embedding_loss": True} if pretrain else {}))
+    values = fields_of(given) | {
+        "num_queries": c["queries"], "enc_layers": c["enc"], "dec_layers": c["dec"], "dim_feedforward": c["ffn"],
+        "hidden_dim": c["hidden"], "lr": c["lr"], "lr_backbone": c["lr_backbone"],
+        "lr_linear_proj_mult": c["linear_mult"], "weight_decay": c["weight_decay"], "clip_max_norm": c["clip"]}
+    cfg = (detreg.Config if pretrain else finetune.Config)(**values, dropout=0.0)
     model = common.build_detector(cfg, c["num_classes"], focal=True)
-    model = detreg.DETReg(model, embedding_dim=512) if pretrain else model
-    shared = {}
-    for name, value in model.state_dict().items():  # the canonical alias: shortest, then alphabetically first
-        shared[value.data_ptr()] = min(shared.get(value.data_ptr(), name), name, key=lambda n: (len(n), n))
-    entries = [(name, value.shape, shared[value.data_ptr()]) for name, value in model.state_dict().items()]
-    model, _ = load_released(released_file(seen.tmp, released_state(entries, case)), lr_backbone=c["lr_backbone"])
+    model = detreg.DETReg(model, embedding_dim=width) if pretrain else model
+    model, _ = load_released(released_file(seen.tmp, released_state(entries_of(model), case)),
+                             lr_backbone=c["lr_backbone"], nheads=cfg.nheads)
     model.train()
     targets = [{"boxes": arrays.tensor(f"target_boxes{b}"), "labels": arrays.tensor(f"target_labels{b}")}
                for b in range(len(case["images_hw"]))]
     if pretrain:
         for b, t in enumerate(targets):
-            t["patches"] = tensor(f"target_features{b}", (len(t["labels"]), 512), seed).abs()
+            t["patches"] = tensor(f"target_features{b}", (len(t["labels"]), width), seed).abs()
     batch = {**to_batch([tensor(f"img{i}", (3, *hw), seed) for i, hw in enumerate(case["images_hw"])]),
              "targets": targets}
     optimizer = common.build_optimizer(cfg, model)
     identity = torch.nn.Identity()
+    assert len(case["losses_per_step"]) == c["steps"]
     for step, expected in enumerate(case["losses_per_step"]):
         args = (cfg, model, identity,
                 detreg.build_criterion(dataclasses.replace(cfg, num_classes=c["num_classes"]))) if pretrain \
@@ -2031,3 +2097,75 @@ def moco_statedict(case, seen):
     convert.load_backbone_weights(backbone.body, str(seen.tmp / "checkpoint_0199.pth.tar"), arch)
     for name, value in backbone.body.state_dict().items():
         assert torch.equal(value, own[f"encoder_q.{name}"]), name
+
+
+# ==== The runners themselves =======================================================================================
+
+@pytest.mark.parametrize("file", ("deformable_detr_full", "detreg_full", "detreg_full_refine"))
+def test_a_full_model_is_as_large_as_its_case_says(file):
+    """Of the size of its config, not of the manifest, whose names it keeps."""
+    path = FOLDER / "detreg" / f"{file}.json"
+    if not path.exists():                                               # another $PARITY_DIR
+        path = Path(__file__).parent / "parity" / "detreg" / path.name
+    case = json.loads(path.read_text())
+    listed = manifest(case["manifest"], path)["entries"]
+    refine = case["config"]["with_box_refine"]
+    case["config"] |= {"enc_layers": 1, "dec_layers": 2, "dim_feedforward": 24, "hidden_dim": 64, "num_queries": 7,
+                       "num_feature_levels": 2, "nheads": 4, "num_classes": 5}
+    entries = deformable_entries(case, listed)
+    shapes = {name: shape for name, shape, _ in entries}
+    for side, layers in (("encoder", 1), ("decoder", 2)):
+        assert {n.split(".")[3] for n in shapes if n.startswith(f"transformer.{side}.layers.")} == {
+            str(i) for i in range(layers)}
+    assert {n.split(".")[1] for n in shapes if n.startswith("class_embed.")} == {"0", "1"}
+    assert shapes["class_embed.1.weight"] == [5, 64] and shapes["query_embed.weight"] == [7, 128]
+    assert shapes["transformer.encoder.layers.0.linear1.weight"] == [24, 64]
+    assert shapes["transformer.decoder.layers.1.cross_attn.sampling_offsets.weight"] == [4 * 2 * 4 * 2, 64]
+    canonical = {name: alias for name, _, alias in entries}
+    assert canonical["bbox_embed.1.layers.0.bias"] == f"bbox_embed.{int(refine)}.layers.0.bias"
+    if refine:
+        assert canonical["transformer.decoder.bbox_embed.1.layers.0.bias"] == "bbox_embed.1.layers.0.bias"
+    with pytest.raises(AssertionError):                                 # names of another model
+        deformable_entries(case, [e for e in listed if "level_embed" not in e[0]])
+
+
+def test_command_lines_of_cases():
+    case = {"command_line": ["--num_queries", "20", "--with_box_refine", "--lr_backbone", "2e-5", "--dataset_file",
+                             "voc", "--dropout", "0"]}
+    values = command_line_of(case)
+    assert values == {"num_queries": 20, "with_box_refine": True, "lr_backbone": 2e-5, "dataset_file": "voc",
+                      "dropout": 0}
+    assert fields_of(values) == {"num_queries": 20, "with_box_refine": True, "lr_backbone": 2e-5}
+    with pytest.raises(KeyError, match="mixed"):
+        fields_of({"mixed": 1})
+
+
+@pytest.mark.parametrize("width", (None, 6))
+def test_a_criterion_case_without_any_box(width):
+    """Its numbers follow from the focal loss of nothing, in numpy: the sums are divided by 1, not by 0 boxes."""
+    B, Q, C, seed = 2, 5, 4, 3
+    weights = {f"loss_{name}{layer}": w for name, w in (("ce", 2.0), ("bbox", 5.0), ("giou", 2.0))
+               for layer in ("", "_0")}
+    case = {"kind": "detreg/criterion", "seed": seed, "num_boxes": 0, "config": {
+        "num_classes": C, "B": B, "queries": Q, "aux_layers": 1, "targets_per_image": [0, 0],
+        "costs": {"cls": 2, "bbox": 5, "giou": 2}, "focal": {"alpha": 0.25, "gamma": 2}, "embed_dim": width,
+        "weights": weights | ({"loss_object_embedding": 1.0} if width else {})}}
+    arrays = {f"target_boxes{b}": np.zeros((0, 4), np.float32) for b in range(B)}
+    arrays |= {f"target_labels{b}": np.zeros(0, np.int64) for b in range(B)}
+    losses = {"class_error": 100.0} | ({"loss_object_embedding": 0.0} if width else {})
+    for layer, suffix in enumerate(("_0", "")):
+        x = 1.5 * fill(f"input:logits{layer}", (B, Q, C), seed).astype(np.float64) - 2.0
+        p, softplus = 1 / (1 + np.exp(-x)), np.log1p(np.exp(x))
+        gradient = 2.0 * 0.75 * (2 * p * p * (1 - p) * softplus + p ** 3)
+        found = (x.argmax(-1) != C - 1).sum(1)                          # cardinality as released, for softmax
+        losses |= {f"loss_ce{suffix}": (0.75 * p ** 2 * softplus).sum(), f"loss_bbox{suffix}": 0.0,
+                   f"loss_giou{suffix}": 0.0, f"cardinality_error{suffix}": found.mean()}
+        arrays |= {f"boxes{layer}": np.full((B, Q, 4), 0.3, np.float32), f"grad_boxes{layer}": np.zeros((B, Q, 4)),
+                   f"grad_logits{layer}_index": np.arange(B * Q * C), f"grad_logits{layer}_values": gradient.flatten()}
+        arrays |= {f"{name}_layer{layer}_image{b}": np.zeros(0, np.int64) for name in ("src", "tgt") for b in range(B)}
+    if width:
+        arrays |= {"grad_features_index": np.arange(B * Q * width), "grad_features_values": np.zeros(B * Q * width)}
+    case |= {"losses": losses, "weighted_total": 2.0 * (losses["loss_ce"] + losses["loss_ce_0"])}
+    criterion(case, Reader(arrays, set()), None)
+    with pytest.raises(AssertionError):
+        criterion(case | {"num_boxes": 2}, Reader(arrays, set()), None)

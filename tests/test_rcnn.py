@@ -682,6 +682,9 @@ def test_own_checkpoint(detector, tmp_path):
     assert len(mapped) == 4 and changed and all(k.startswith(class_head) for k in changed)
     only = dataclasses.replace(here, eval_only=True)
     assert finetune.build_model(only, checkpoint, CATEGORIES[::-1])[1] == [2, 1, 0]
+    # of other categories those are evaluated that have a name in common
+    model, mapped = finetune.build_model(only, checkpoint, [{"id": 5, "name": "x"}, {"id": 8, "name": "b"}])
+    assert mapped == [-1, 1, -1] and all(torch.equal(v, checkpoint.state[k]) for k, v in model.state_dict().items())
     with pytest.raises(UserError, match="trained on a, b, c, and coco has x; fine-tune it first"):
         finetune.build_model(only, checkpoint, [{"id": 1, "name": "x"}])
     with pytest.raises(UserError, match=r"--box_head 2fc \(it has 4conv1fc\)"):

@@ -1,19 +1,30 @@
 """run.py: flags and their ranges, exit codes, log, checkpoints, the watch for numbers that are not finite, Run."""
+import contextlib
 import dataclasses
+import errno
+import io
 import itertools
 import json
 import math
 import os
 import pickle
 import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from torch import nn
 
+import common
 import convert
 import detreg
 import dupr
@@ -109,14 +120,14 @@ def parse_ranges(*argv, preset=None, recipe=None):
 
 
 @pytest.mark.parametrize(("name", "values", "bounds"), (
-    ("count", (0, -3), "at least 1"),
-    ("natural", (-1,), "at least 0"),
-    ("positive", (0.0, -1.0, math.nan, math.inf, -math.inf), "above 0"),
-    ("non_negative", (-1e-09, math.nan, math.inf, -math.inf), "at least 0"),
+    ("count", (0, -3, 10**9 + 1, 10**400), "at least 1 and at most 1e+09"),
+    ("natural", (-1,), "at least 0 and at most 1e+09"),
+    ("positive", (0.0, -1.0, math.nan, math.inf, -math.inf, 1e7), "above 0 and at most 1e+06"),
+    ("non_negative", (-1e-09, math.nan, math.inf, -math.inf), "at least 0 and at most 1e+06"),
     ("share", (1.01, -0.1, math.nan, math.inf), "at least 0 and at most 1"),
     ("scale", (0.49, 2.1, math.nan, math.inf, -math.inf), "at least 0.5 and at most 2"),
-    ("limit", (0,), "at least 1"),
-    ("sides", (0, -2), "at least 1")))
+    ("limit", (0,), "at least 1 and at most 1e+09"),
+    ("sides", (0, -2), "at least 1 and at most 1e+09")))
 def test_numbers_out_of_range(name, values, bounds):
     for value in values:
         with pytest.raises(UserError, match=f"^{re.escape(f'--{name} {value}: must be {bounds}')}$"):
@@ -127,12 +138,12 @@ def test_numbers_at_the_ends_of_their_range():
     cfg = parse_ranges("--positive", "1e-9", "--share", "1", "--scale", "2", "--limit", "1", "--sides", "1", "9")
     assert cfg == Ranges(out="out/s-x", positive=1e-9, share=1.0, scale=2.0, limit=1, sides=(1, 9))
     assert parse_ranges("--share", "0", "--scale", "0.5", "--limit", "none").limit is None
-    with pytest.raises(UserError, match=r"^--sides 4 0: must be at least 1$"):  # every element; shown with the others
+    with pytest.raises(UserError, match=r"^--sides 4 0: must be at least 1 and"):  # every element; all are shown
         parse_ranges("--sides", "4", "0")
 
 
 def test_presets_and_recipes_have_ranges_too():
-    with pytest.raises(UserError, match="^--count 0: must be at least 1$"):
+    with pytest.raises(UserError, match="^--count 0: must be at least 1 and"):
         parse_ranges("--preset", "a", preset={"count": 0})
     with pytest.raises(UserError, match="^--share 2: must be at least 0 and at most 1$"):
         parse_ranges(recipe=lambda values: {"share": 2})
@@ -183,6 +194,100 @@ def test_cli_exit_codes(fails, capsys):
     assert run.cli(lambda: 5) is None
 
 
+def test_signals_outside_training(fails, capsys):
+    def send(number):
+        with pytest.raises(SystemExit) as caught:
+            run.cli(lambda: (os.kill(os.getpid(), number), time.sleep(9)))
+        return caught.value.code, *capsys.readouterr()
+
+    before = [signal.getsignal(number) for number in run.STOP_SIGNALS]
+    assert send(signal.SIGINT) == (130, "", "error: interrupted; what was saved before is untouched\n")
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        assert send(number) == (75, f"stopped by {number.name}; what was saved before is untouched\n", "")
+    assert [signal.getsignal(number) for number in run.STOP_SIGNALS] == before
+
+
+def test_signals_in_training(tmp_path):
+    """Heard after the step, however long it takes; from its save to the next step at once."""
+    def steps(*signals):
+        for step in run.until_signalled(range(3)):
+            if step == 1:
+                for number in signals:
+                    os.kill(os.getpid(), number)
+                assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)  # no alarm, which would end a long step
+                assert run.save_due(step + 1, 3, 100)
+                run.save_checkpoint(tmp_path / "last.pt", nn.Linear(2, 3), None, step + 1, RunConfig("x"))
+        raise AssertionError("not stopped")
+
+    for number in run.STOP_SIGNALS:
+        with pytest.raises(run.Stopped) as caught:
+            steps(number)
+        assert caught.value.code == 75 and caught.value.text == (
+            f"stopped by {number.name} after step 2, which is saved; the same command continues")
+    with pytest.raises(KeyboardInterrupt):
+        steps(signal.SIGINT, signal.SIGINT)
+    with pytest.raises(run.Stopped):
+        for step in run.until_signalled(range(3)):
+            run.save_checkpoint(tmp_path / "last.pt", nn.Linear(2, 3), None, step + 1, RunConfig("x"))
+            os.kill(os.getpid(), signal.SIGTERM)  # in an evaluation, say
+            raise AssertionError("not stopped at once")
+    run._training.signals.clear()
+
+
+@pytest.mark.parametrize("stream", ("1>&-", "1>&- 2>&-", "| head -1", "2>&1 | head -1", "| true"))
+def test_nobody_reads_what_is_printed(stream):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run\n"
+            "run.cli(lambda: [run.print_rank0(f'line {i}') for i in range(20000)])")
+    done = subprocess.run(f'{sys.executable} -c "$CODE" {stream}', shell=True, capture_output=True, text=True,
+                          timeout=60, env={**os.environ, "CODE": code})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\n" if "head" in stream else "", "")
+
+
+def test_standard_output_of_a_notebook(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # has no reconfigure, no descriptor
+    run.cli(lambda: run.print_rank0("done"))
+    assert sys.stdout.getvalue() == "done\n"
+
+
+@pytest.mark.parametrize("device", ("gpu", "0", "mps", "xpu", "cuda", "cuda:3", "cpu:1", ""))
+def test_device_that_is_not_there(monkeypatch, device):
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"^--device {device}: this PyTorch sees no such device here, but cpu; give "):
+        common.setup_distributed(device)
+
+
+def test_device_that_is_found(monkeypatch):
+    counts = {"cuda": 0, "xpu": 0, "mps": False}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: counts["cuda"])
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: counts["xpu"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: counts["mps"])
+    assert common.find_device("auto").type == "cpu"
+    counts["mps"] = True
+    assert common.find_device("auto").type == "mps" and common.find_device("auto", True).type == "cpu"
+    counts["cuda"] = 2
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(common.find_device("auto", True)) == str(common.find_device("cuda:1")) == "cuda:1"
+    assert str(common.find_device("cuda")) == "cuda"  # a process alone: what LOCAL_RANK says is left over
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"^--device cuda .of this process: cuda:2.: .* but cuda .2., cpu; give"):
+        common.find_device("cuda", True)
+
+
+@pytest.mark.parametrize("values", (
+    {"RANK": "0"}, {"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    {"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}))
+def test_environment_that_torchrun_has_not_made(monkeypatch, values):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="^the environment says that this is one of several processes, but not of which "
+                       rf"\(RANK {values['RANK']}, WORLD_SIZE {values.get('WORLD_SIZE', 'not set')}, .*`unset RANK`"):
+        common.setup_distributed("cpu")
+
+
 def test_step_seed(monkeypatch):
     draws = []
     for seed, step, rank in ((1, 5, 0), (1, 5, 0), (1, 6, 0), (2, 5, 0), (1, 5, 1)):
@@ -229,6 +334,101 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
 
 
+@pytest.mark.parametrize("write", (
+    lambda path: run.write_json(path, {}),
+    lambda path: run.save_picture(Image.new("RGB", (2, 2)), path),
+    lambda path: run.Log(path.parent, 0, CPU),
+    lambda path: run.open_folder(path.parent)))
+def test_what_cannot_be_written(tmp_path, write):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file[\w/.]*: cannot be written \((Not a directory|File exists)\); what was "
+                       "saved before is untouched. Make room or mend the permissions, and start the same command "
+                       "again$"):
+        write(tmp_path / "file" / "log.jsonl")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_full_disk_of_what_is_not_replaced(tmp_path):
+    log = run.Log(tmp_path, 0, CPU)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="^.*/log.jsonl: cannot be written .No space left on device.; what was saved"):
+        log.append({"step": 1})
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        with pytest.raises(UserError, match="^standard output: cannot be written .No space left on device."):
+            run.print_rank0("x" * 100000)
+
+
+def test_other_faults_of_the_system_stay_faults(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        run.cli(lambda: open(tmp_path / "nothing"))
+
+
+# ==== One process writes into a folder ====
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """Another process that holds the lock of tmp_path: (its id, a function that kills it)."""
+    pytest.importorskip("fcntl")
+    ready, pid = tmp_path / "ready", os.fork()
+    if not pid:
+        run.lock_folder(tmp_path)
+        ready.touch()
+        time.sleep(60)
+        os._exit(0)
+
+    def kill():
+        if not killed:
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    killed = []
+    while not ready.exists():
+        time.sleep(0.01)
+    yield pid, kill
+    kill()
+
+
+def test_second_process_is_refused(tmp_path, other_process):
+    pid, kill = other_process
+    for _ in range(2):  # being refused takes nothing from the first
+        with pytest.raises(UserError) as caught:
+            open_job(tmp_path)
+        assert str(caught.value) == (f"{tmp_path} is being filled by another process (process {pid} on "
+                                     f"{socket.gethostname()}); wait until it has ended, or give another --out")
+    kill()
+    assert (tmp_path / "writer.lock").exists()  # of a dead process: taken over
+    train(open_job(tmp_path))
+    open_job(tmp_path)  # a process does not refuse itself
+    run.unlock_folders()
+    assert not (tmp_path / "writer.lock").exists()
+
+
+def test_restart_by_torchrun_waits_for_the_attempt_before(tmp_path, other_process, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    threading.Timer(0.5, other_process[1]).start()
+    open_job(tmp_path)
+    run.unlock_folders()
+
+
+def test_file_system_without_locks(tmp_path, other_process, monkeypatch, capsys):
+    def lockf(file, flags):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run.fcntl, "lockf", lockf)
+    with pytest.raises(UserError, match=f"another process .process {other_process[0]} on "):
+        open_job(tmp_path)
+    other_process[1]()
+    open_job(tmp_path)
+    assert "is on a file system without locks (No locks available): see to it that no other" in capsys.readouterr().out
+    run.unlock_folders()
+
+
+# ==== Log ====
+
+
 def test_log_is_cut_back(tmp_path):
     log = run.Log(tmp_path, 0, CPU)
     for step in range(6):
@@ -273,7 +473,7 @@ def test_open_run(tmp_path, capsys):
     restored = torch.optim.AdamW(other.parameters())
     assert run.restore(state, other, restored) == 7 and torch.equal(other.weight, model.weight)
     assert torch.equal(restored.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
-    assert restored.param_groups[0]["lr"] == 0.3
+    assert restored.param_groups[0]["lr"] == 0.001  # of this run, not of the file
     changed = dataclasses.replace(cfg, lr=2.0, scales=(1, 3))
     difference = r"lr: 1.0 -> 2.0; scales: \(1, 2\) -> \(1, 3\).*--allow_config_change"
     with pytest.raises(UserError, match=difference) as caught:
@@ -352,6 +552,14 @@ def test_watch_looks_one_step_late(tmp_path):
     assert torch.load(tmp_path / "nonfinite-step2-rank0.pt")["batches"] == [{"index": [99]}]
     with pytest.raises(FloatingPointError, match=r"^step 1: not finite: loss nan; images of this process: image10"):
         run_script(1.0, math.nan)  # seen at the end of step 2
+
+
+def test_watch_whose_batch_cannot_be_kept(tmp_path):
+    (tmp_path / "file").write_text("")
+    watch = run.FiniteWatch(tmp_path / "file", lambda i: f"image{i}")
+    watch.check(5, {"loss": torch.tensor(math.nan)}, [{"index": [0]}])
+    with pytest.raises(FloatingPointError, match="^step 5: not finite: loss nan; .*; its batch is not kept .*cannot"):
+        watch.settle()
 
 
 def test_watch_names_every_term_and_eight_images(tmp_path):

@@ -7,13 +7,18 @@ import json
 
 import pytest
 import torch
-from conftest import flags, plain
+from conftest import flags, plain, run_processes
 from PIL import Image
 
 METHODS = ("detreg", "updetr", "siamese_detr", "soco", "dupr")
 MEASURED = {"images_per_s", "memory_gib", "seconds"}
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.parametrize("method", METHODS)]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=METHODS)
+def method(request) -> str:
+    return request.param
 
 
 def run_values(method: str, **values) -> dict:
@@ -101,3 +106,19 @@ def test_what_all_refuse_before_anything_is_written(method, fails, tmp_path):
         assert f"--{name} " in (line := fail(**{name: value})) and "must be " in line
     assert "cuda" in fail(device="cuda") or torch.cuda.is_available()
     assert not (tmp_path / "out").exists()
+
+
+def test_fallbacks_of_all_processes_are_counted(tmp_path):
+    """D9: nothing is proposed on images of one colour; D2: no region is as large as the overlap. So every sample of
+    both processes falls back."""
+    for i in range(8):
+        Image.new("RGB", (40, 40), (20 * i, 90, 10)).save(tmp_path / f"{i}.png")
+    values = {"data": tmp_path, "probe_images": 0, "batch_size": 4, "max_steps": 2, "num_workers": 0, "log_every": 1,
+              "cache_proposals": "false"}
+    own = {"detreg": {"proposal_method": "selective_search"},
+           "siamese_detr": {"proposal_method": "random", "min_area": 1}}
+    argv = {name: flags(run_values(name, out=tmp_path / "out" / name, **values, **own[name])) for name in own}
+    run_processes(f"for name, argv in {argv!r}.items(): __import__(name).main(argv)", tmp_path)
+    for name in argv:
+        assert [line["fallbacks"] for line in log_of(tmp_path / "out" / name)] == [4, 8]
+        assert torch.load(tmp_path / "out" / name / "last.pt", weights_only=True)["fallbacks"] == 8

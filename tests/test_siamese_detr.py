@@ -877,7 +877,7 @@ def test_bad_input_ends_in_one_line(fails, tmp_path):
             "--num_queries 6" in line)
     assert "--num_regions 1: only the overlap would be left" in fail(num_regions=1)
     for iou in (0, 1.5):
-        assert f"--view_iou {float(iou)}: must be above 0 and at most 1" in fail(view_iou=iou)
+        assert f"--view_iou {float(iou)}: must be at least 0.05 and at most 1" in fail(view_iou=iou)
     assert "the BatchNorm of L_g needs two" in fail(accumulate=2)
     assert "batch_size 2 (global)" in fail(accumulate=3)
     assert not (tmp_path / "out").exists()  # nothing was written until here

@@ -5,7 +5,9 @@ import importlib
 import json
 import multiprocessing
 import os
+import queue
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -67,21 +69,27 @@ class Narrow(ResNet):
         return super()._make_layer(block, planes // 8, blocks, **kwargs)
 
 
+def redirect(output: Path) -> None:
+    """What this process prints, to a file."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+
+
 def child(method: str, argv: list[str], faults: list[tuple], output: Path | None = None,
           env: dict[str, str] = {}) -> None:
     """One process of a run, as its command. faults: (what happens, at which step or checkpoint,
     counted from 1, to which process)."""
     os.environ.update(env)
     if output:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(file, stream)
+        redirect(output)
     multiprocessing.set_start_method("fork", force=True)                  # of loader processes, as in a run of its own
     torch.set_num_threads(1)
     torchvision.models.resnet18 = lambda weights, **kwargs: Narrow(**kwargs)
     script = importlib.import_module("finetune" if method == "rcnn" else method)
-    calls = {"step": 0, "save": 0}
+    calls = {"step": 0, "save": 0, "evaluate": 0}
     step, save, replace = script.train_step, torch.save, os.replace
+    evaluate = getattr(script, "evaluate", None)
 
     def now(event: str) -> list:
         """What is to happen here."""
@@ -111,8 +119,24 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
     def fail(error):
         raise error
 
+    def faulty_evaluate(*args, **kwargs):
+        calls["evaluate"] += 1
+        if "stop evaluating" in now("evaluate"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    def lose_agent():
+        if common.rank() == 0:
+            os.kill(os.getppid(), signal.SIGUSR1)
+        time.sleep(0.5)
+
+    def interrupt_twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
     actions = {"kill": die, "fault": lambda: fail(ValueError("a fault of ours")),
-               "bad input": lambda: fail(common.UserError("x.png: broken")), "wait": lambda: time.sleep(5)}
+               "bad input": lambda: fail(common.UserError("x.png: broken")), "wait": lambda: time.sleep(5),
+               "lose agent": lose_agent, "interrupt twice": interrupt_twice}
 
     def faulty_save(state, file):
         calls["save"] += 1
@@ -128,6 +152,7 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
             die()
 
     script.train_step, torch.save, os.replace = faulty_step, faulty_save, faulty_replace
+    script.evaluate = faulty_evaluate
     run.cli(lambda: script.main(argv))
 
 
@@ -266,7 +291,22 @@ def test_torchrun_restarts_by_itself(unbroken, tmp_path):
     same_run(out, unbroken("updetr", 2))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_processes_end_saving_when_torchrun_is_gone(start, unbroken, tmp_path):
+    """SIGUSR1, which torchrun is not told to handle, ends it alone."""
+    out, worker = tmp_path / "run", tmp_path / "worker.py"
+    argv = flags({**RUNS["updetr"], "out": out, "num_workers": 1})
+    worker.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport test_survive\n"
+                      f"test_survive.child('updetr', {argv}, [('lose agent', 3, 0), ('lose agent', 3, 1)])\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,  # its end: all have closed the pipes
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGUSR1 and "stopped by SIGTERM after step 3, which is saved" in done.stdout
+    assert load(out)["step"] == 3 and "Traceback" not in done.stderr, done.stderr
+    assert start("updetr", out, world=2)[0] == [0, 0]
+    same_run(out, unbroken("updetr", 2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_stopped_by_a_signal(start, unbroken, tmp_path, number):
     out = tmp_path / "run"
     codes, (printed,) = start("detreg", out, (number, 3, 0), num_workers=1)
@@ -275,6 +315,26 @@ def test_stopped_by_a_signal(start, unbroken, tmp_path, number):
     assert load(out)["step"] == 3 and load(out, "previous.pt")["step"] == 2
     assert start("detreg", out)[0] == [0]
     same_run(out, unbroken("detreg"))
+
+
+def test_a_second_interrupt_ends_at_once(start, tmp_path):
+    codes, (printed,) = start("updetr", tmp_path / "run", ("interrupt twice", 4, 0), num_workers=1)
+    assert codes == [130] and "SIGINT: ends when the running step is finished and saved; again: at once\n" in printed
+    assert "error: interrupted; what was saved before is untouched\n" in printed and "Traceback" not in printed
+    assert load(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize(("when", "step"), [(1, 2), (3, 5)])  # two steps an epoch; the last is not one of training
+def test_stopped_while_it_is_evaluated(start, tmp_path, when, step):
+    """At once, and nothing that was trained is lost."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    values = {"eval_every": 1, "save_every": 100}
+    codes, (printed,) = start("rcnn", one, ("stop evaluating", when, 0), **values)
+    said = f"after step {step}, which is saved; the same command continues" if step < 5 else "; what was saved before"
+    assert codes == [75] and f"stopped by SIGTERM{' ' * (step < 5)}{said}" in printed and "Traceback" not in printed
+    assert load(one)["step"] == step
+    assert start("rcnn", one, **values)[0] == [0] and start("rcnn", two, **values)[0] == [0]
+    same(load(one)["model"], load(two)["model"])
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -313,18 +373,69 @@ def test_damaged_checkpoint(start, unbroken, tmp_path):
     assert "last.pt: damaged" in errors[0] and "previous.pt: damaged" in errors[0]
 
 
-def test_full_disk(tmp_path, monkeypatch):
-    class Full:
-        def write(self, content):
-            raise OSError(28, "No space left on device")
-
-    model = torch.nn.Linear(200, 300)
-    run.save_checkpoint(tmp_path / "last.pt", model, None, 1, dupr.Config())
-    save = torch.save
-    monkeypatch.setattr(torch, "save", lambda state, file: save(state, Full()))
-    with pytest.raises(common.UserError, match="last.pt: step 2 cannot be saved .*No space left.*Make room"):
-        run.save_checkpoint(tmp_path / "last.pt", model, None, 2, dupr.Config())
+def test_full_disk(tmp_path):
+    """A file may have 20 kB here: torch.save then reports a fault of its own."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run.save_checkpoint(tmp_path / "last.pt", torch.nn.Linear(2, 3), None, 1, dupr.Config())
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))
+        with pytest.raises(common.UserError, match="/last.pt: cannot be written .File too large.; what was saved "
+                           "before is untouched. Make room or mend the permissions, and start the same command again"):
+            run.save_checkpoint(tmp_path / "last.pt", torch.nn.Linear(200, 300), None, 2, dupr.Config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"] and load(tmp_path)["step"] == 1
+
+
+# ==== Changed flags ================================================================================================
+
+@pytest.mark.parametrize(("method", "values", "group"), [
+    ("detreg", {"lr": 3e-4, "lr_backbone": 1e-6, "weight_decay": 0.5},
+     [{"base_lr": 3e-4, "weight_decay": 0.5}, {"base_lr": 1e-6, "weight_decay": 0.5},
+      {"base_lr": 3e-5, "weight_decay": 0.5}]),
+    ("dupr", {"lr": 0.02, "weight_decay": 0.5, "sgd_momentum": 0.1},
+     [{"base_lr": 0.02, "weight_decay": 0.5, "momentum": 0.1}]),
+    ("soco", {"lr": 0.64, "weight_decay": 0.5, "sgd_momentum": 0.1, "trust": 0.2},
+     [{"base_lr": 0.01, "weight_decay": decay, "momentum": 0.1, "trust": 0.2} for decay in (0, 0.5)]),
+    ("rcnn", {"lr": 0.03, "weight_decay": 0.5, "sgd_momentum": 0.1},
+     [{"base_lr": 0.03, "weight_decay": decay, "momentum": 0.1} for decay in (0.5, 0)])])
+def test_changed_rates_are_used(start, tmp_path, method, values, group):
+    out = tmp_path / "run"
+    assert start(method, out, max_steps=2)[0] == [0]
+    before = load(out)["optimizer"]
+    codes, (printed,) = start(method, out, max_steps=3, allow_config_change="true", **values)
+    assert codes == [0] and all(f"{name}: " in printed and f" -> {value}" in printed for name, value in values.items())
+    after = load(out)["optimizer"]
+    for found, wanted in zip(after["param_groups"], group, strict=True):
+        assert {name: found[name] for name in wanted} == pytest.approx(wanted)
+    assert after["state"].keys() == before["state"].keys()
+    if method == "detreg":  # the moments are those of the file
+        assert {float(state["step"]) for state in after["state"].values()} == {3}
+
+
+def test_changed_flags_that_cannot_have_an_effect(start, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "resnet.pt"
+    torch.save(Narrow(norm_layer=torch.nn.BatchNorm2d).state_dict(), file)
+    assert start("updetr", out, max_steps=2)[0] == [0]
+    changed = {"max_steps": 3, "allow_config_change": "true", "backbone_weights": file, "aligned_start": "false"}
+    codes, (printed,) = start("updetr", out, **changed)
+    assert codes == [0] and "aligned_start: True -> False (no effect: it says how a run starts)" in printed
+    assert f"backbone_weights: random -> {file} (no effect: it says how a run starts)" in printed
+    codes, (printed,) = start("updetr", out, **{**changed, "lr": 5e-5})
+    assert codes == [0] and "this run is finished (3 steps; nothing that was changed has an effect on it)" in printed
+
+
+@pytest.mark.parametrize(("method", "values"), [
+    ("detreg", {"num_queries": 9}), ("finetune", {"lr_backbone": 0.0}), ("dupr", {"queue_size": 44})])
+def test_changed_architecture_is_refused(start, tmp_path, method, values):
+    """Other shapes, another number of parameters that learn, another queue."""
+    out = tmp_path / "run"
+    assert start(method, out, max_steps=2)[0] == [0]
+    codes, (printed,) = start(method, out, max_steps=3, allow_config_change="true", **values)
+    (name, value), = values.items()
+    assert codes == [2] and "Traceback" not in printed
+    assert "its checkpoint does not fit the model that these changes make" in printed and f" -> {value}" in printed
 
 
 @pytest.mark.parametrize("method", ["detreg", "updetr", "siamese_detr"])
@@ -496,3 +607,79 @@ def test_loader_may_open_many_files():
         assert hard == before[1] and soft == (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+class Unsendable:
+    """What no loader process can send."""
+
+    def __reduce__(self):
+        raise TypeError("this has no pickle")
+
+
+class Faulty:
+    """Forty samples, of which the tenth is `fault`."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def __getitem__(self, key):
+        if key[1] == 10 and self.fault == "unsendable":
+            return Unsendable()
+        if key[1] == 10 and self.fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(3, 500, 500) if self.fault == "large" else torch.ones(3)
+
+
+def iterate(fault: str) -> None:
+    batches = [[(0, 2 * i), (0, 2 * i + 1)] for i in range(20)]
+    for _ in data.make_loader(Faulty(fault), batches, num_workers=2, collate=list):
+        time.sleep(0.01)
+
+
+def iterate_alone(method: str, argv: list[str], faults: list[str], output: Path, env: dict[str, str]) -> None:
+    redirect(output)
+    multiprocessing.set_start_method("fork", force=True)
+    run.cli(lambda: iterate(*faults))
+
+
+def test_killed_loader_process(start, tmp_path):
+    began = time.monotonic()
+    codes, (printed,) = start("updetr", tmp_path / "run", "killed", target=iterate_alone)
+    assert codes == [2] and time.monotonic() - began < 20
+    assert re.fullmatch(r"error: a loader process has died \(pid \d+: killed by signal: Killed\); give a lower "
+                        r"--num_workers or .*: the same command continues from the last checkpoint\n", printed)
+
+
+def test_batch_that_cannot_be_sent():
+    with pytest.raises(TypeError, match="(?s)in a loader process, which could not send its batch.*this has no pickle"):
+        iterate("unsendable")
+
+
+@pytest.mark.parametrize(("error", "text"), [
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+     "a batch cannot be sent from its loader process .unable to allocate.*--shm-size=8g"),
+    (OSError(24, "Too many open files"), "too many open files for the loader processes; raise the limit .ulimit")])
+def test_what_a_loader_process_sends_in_place_of_a_batch(error, text):
+    sent = queue.SimpleQueue()
+    try:
+        raise error
+    except Exception as caught:
+        data._send_failure(sent, caught, (7, "batch"))
+    number, reason = sent.get()
+    assert number == 7 and isinstance(reason, common.UserError) and re.match(text, str(reason))
+
+
+@pytest.mark.parametrize(("megabytes", "text"), [
+    (8, r"the shared memory /dev/shm of 8 MiB \(8 free\) is too small for 2 loader processes with batches of 5.7 MiB"),
+    # room for one batch of each, not for two: seen before the second is sent, or, if both loaders look at once, after
+    (16, r"of 16 MiB \(|a batch cannot be sent from its loader process")])
+def test_little_shared_memory(tmp_path, megabytes, text):
+    mount = f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("needs a mount of its own")
+    (tmp_path / "job.py").write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                                     "import run, test_survive\nrun.cli(lambda: test_survive.iterate('large'))\n")
+    done = subprocess.run(["unshare", "-m", "sh", "-c", f"{mount} && exec {sys.executable} {tmp_path}/job.py"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and re.search(text, done.stderr) and "Traceback" not in done.stderr
+    assert "give more shared memory (docker run --shm-size=8g or --ipc=host), a lower --num_workers" in done.stderr
