@@ -710,3 +710,11 @@ def test_another_data_set_is_refused(tmp_path):
     other.fingerprint = lambda: "f" * 64
     with pytest.raises(UserError, match="data set: 10 images, sha256 0123456789abcdef -> 10 images, sha256 f{16}"):
         open_job(tmp_path, other)
+
+
+@pytest.mark.parametrize(("script", "flag"), [("detreg", "--lr_drop"), ("finetune", "--labels_percent"),
+                                              ("proposals", "--grid"), ("convert", "--to")])
+def test_help(script, flag):
+    command = [sys.executable, f"{script}.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ") and flag in done.stdout and not done.stderr
