@@ -512,8 +512,8 @@ def probe(cfg: Config, model: DUPR, probe_source, held_out: np.ndarray, device: 
     alone gets a table."""
     probe_set = TwoCropsDataset(cfg, probe_source, held_out)
     untrained = build_model(cfg).to(device)
-    ask = functools.partial(match_patches, probe_set=probe_set, num_workers=cfg.num_workers, device=device)
-    rows = evaluation.before_and_after(ask, untrained, model)
+    find = functools.partial(match_patches, probe_set=probe_set, num_workers=cfg.num_workers, device=device)
+    rows = evaluation.before_and_after(find, untrained, model)
     if common.rank() != 0:
         return {}
     if any(cfg.beta):

@@ -394,13 +394,13 @@ def localization_metrics(rows: list[dict]) -> dict[str, float]:
     return {"IoU": float(ious.mean()), "recall50": float((ious >= 0.5).float().mean())}
 
 
-def before_and_after(ask: Callable[..., list[dict]], untrained: torch.nn.Module, pretrained: torch.nn.Module
+def before_and_after(find: Callable[..., list[dict]], untrained: torch.nn.Module, pretrained: torch.nn.Module
                      ) -> dict[str, list[dict]]:
-    """What ask(model, other=..., text=...) finds, as rows of a probe's table: "untrained", "shuffled" (asked with the
+    """What find(model, other=..., text=...) finds, as rows of a probe's table: "untrained", "shuffled" (asked with the
     question of another image) and "pretrained"."""
-    return {"untrained": ask(untrained, text="untrained"),
-            "shuffled": ask(pretrained, other=True, text="shuffled"),
-            "pretrained": ask(pretrained, text="pretrained")}
+    return {"untrained": find(untrained, text="untrained"),
+            "shuffled": find(pretrained, other=True, text="shuffled"),
+            "pretrained": find(pretrained, text="pretrained")}
 
 
 def localization_table(rows: dict[str, list[dict]], random_boxes: Callable[[int, dict], Tensor]) -> dict[str, Any]:

@@ -626,8 +626,8 @@ def probe(cfg: Config, model: nn.Module, probe_source, held_out: np.ndarray, dev
     """
     probe_set = TwoViewDataset(cfg, probe_source, held_out, proposals.Proposals(cfg), augment=False)
     untrained = build_models(cfg)[0].to(device)
-    ask = functools.partial(find_regions, cfg, probe_set=probe_set, device=device)
-    rows = evaluation.before_and_after(ask, untrained, model)
+    find = functools.partial(find_regions, cfg, probe_set=probe_set, device=device)
+    rows = evaluation.before_and_after(find, untrained, model)
     if common.rank() != 0:
         return {}
     pool = np.concatenate([np.array(row["true"], np.float32)[:, 2:] for row in rows["pretrained"]])  # relative w, h

@@ -753,8 +753,8 @@ def probe(cfg: Config, model: SoCo, probe_source, held_out: np.ndarray, device: 
     rank 0 alone gets a table."""
     probe_set = ObjectViewsDataset(cfg, probe_source, held_out, proposals.Proposals(cfg), separate=True)
     untrained = build_model(cfg).to(device)
-    ask = functools.partial(find_objects, probe_set=probe_set, num_workers=cfg.num_workers, device=device)
-    rows = evaluation.before_and_after(ask, untrained, model)
+    find = functools.partial(find_objects, probe_set=probe_set, num_workers=cfg.num_workers, device=device)
+    rows = evaluation.before_and_after(find, untrained, model)
     if common.rank() != 0:
         return {}
     plot_objects(Path(cfg.out) / "predictions.png", probe_set, rows["pretrained"])

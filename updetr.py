@@ -374,8 +374,8 @@ def probe(cfg: Config, model: nn.Module, probe_source, held_out: np.ndarray, dev
     """
     probe_set = PatchDataset(cfg, probe_source, held_out, augment=False)
     untrained = build_models(cfg)[0].to(device)
-    ask = functools.partial(find_patches, cfg, probe_set=probe_set, device=device)
-    rows = evaluation.before_and_after(ask, untrained, model)
+    find = functools.partial(find_patches, cfg, probe_set=probe_set, device=device)
+    rows = evaluation.before_and_after(find, untrained, model)
     if common.rank() != 0:
         return {}
 

@@ -360,11 +360,11 @@ def test_localization_metrics_by_hand():
 def test_before_and_after():
     asked = []
 
-    def ask(model, other=False, text=""):
+    def find(model, other=False, text=""):
         asked.append((model, other, text))
         return [{"row": len(asked)}]
 
-    assert ev.before_and_after(ask, "before", "after") == {
+    assert ev.before_and_after(find, "before", "after") == {
         "untrained": [{"row": 1}], "shuffled": [{"row": 2}], "pretrained": [{"row": 3}]}
     assert asked == [("before", False, "untrained"), ("after", True, "shuffled"), ("after", False, "pretrained")]
 
