@@ -276,7 +276,7 @@ class Checkpoint:
         return self.content["config"] if ours else {}
 
     @property
-    def said(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What the file says of how it was made: `config`, or the options of another code base; {}: nothing."""
         if "script" in self.content:
             return self.config
@@ -287,17 +287,17 @@ class Checkpoint:
     @property
     def not_built(self) -> str | None:
         """What its detector has that none of ours has, by its tensors or by what the file says; None: nothing."""
-        said, state = self.said, self.state
+        settings, state = self.settings, self.state
         if "script" in self.content:
             return None
-        encoder_norm, pre_norm = ENCODER_NORM in state, said.get("pre_norm")
-        dilation = said.get("dilation", "dc5" in Path(self.path).name.lower())
-        activation = said.get("activation") or said.get("transformer_activation") or "relu"
-        points = {part: _sampling_points(state, said, part) for part in ("enc", "dec")}
+        encoder_norm, pre_norm = ENCODER_NORM in state, settings.get("pre_norm")
+        dilation = settings.get("dilation", "dc5" in Path(self.path).name.lower())
+        activation = settings.get("activation") or settings.get("transformer_activation") or "relu"
+        points = {part: _sampling_points(state, settings, part) for part in ("enc", "dec")}
         reasons = {
             "a dilated last stage (DC5)": dilation,
-            "two stages": said.get("two_stage") or "transformer.enc_output.weight" in state,
-            "learned position embeddings": said.get("position_embedding") in ("learned", "v3")
+            "two stages": settings.get("two_stage") or "transformer.enc_output.weight" in state,
+            "learned position embeddings": settings.get("position_embedding") in ("learned", "v3")
             or has(state, "backbone.1.row_embed.weight"),
             f"the activation {activation}": str(activation).lower() != "relu",
             **{f"{part}_n_points {n} rather than 4": n != 4 for part, n in points.items()},
@@ -314,7 +314,7 @@ class Checkpoint:
             raise UserError(f"{self.path}: its detector has {self.not_built}, which is not built here; give another "
                             "file, or its ResNet alone with --backbone_weights")
         found = architecture(self.state, self.path)
-        heads = self.said.get("nheads")
+        heads = self.settings.get("nheads")
         offsets = self.state.get(OFFSETS["enc"])
         if heads is None and offsets is not None:  # of 4 points each
             heads = len(offsets) // (8 * found["num_feature_levels"])
@@ -330,9 +330,9 @@ class Checkpoint:
         """What a detector's file does not tell, and is taken to be as in most released ones; None: nothing."""
         if DECODER not in self.state or "script" in self.content:
             return None
-        heads = "nheads" in self.said or OFFSETS["enc"] in self.state
+        heads = "nheads" in self.settings or OFFSETS["enc"] in self.state
         lacking = ["how many attention heads it has (8 are taken, or --nheads)"] * (not heads)
-        lacking += ["whether its last stage is dilated (taken not to be)"] * ("dilation" not in self.said)
+        lacking += ["whether its last stage is dilated (taken not to be)"] * ("dilation" not in self.settings)
         return f"{self.path} does not say {' and '.join(lacking)}" if lacking else None
 
     @property
@@ -474,10 +474,10 @@ def _count(state: dict[str, Tensor], prefix: str) -> int:
     return 1 + max(int(k[len(prefix):].split(".")[0]) for k in state if k.startswith(prefix))
 
 
-def _sampling_points(state: dict[str, Tensor], said: dict[str, Any], part: str) -> int:
+def _sampling_points(state: dict[str, Tensor], settings: dict[str, Any], part: str) -> int:
     """Points per head and level of Deformable DETR's encoder ("enc") or decoder ("dec"): what the file says, else by
     the heads that it says; 4, as all released files have, where neither is known."""
-    points, heads = said.get(f"{part}_n_points"), said.get("nheads")
+    points, heads = settings.get(f"{part}_n_points"), settings.get("nheads")
     if points is None and OFFSETS[part] in state and type(heads) is int and heads > 0:
         points = len(state[OFFSETS[part]]) // (2 * heads * len(state["transformer.level_embed"]))
     return 4 if points is None else points
@@ -805,8 +805,8 @@ def _hugging_face_config(found: Checkpoint, arch: dict[str, Any], family: str, n
     pre_norm = arch.get("pre_norm", False)
     heads = arch.get("nheads", 8)
 
-    def said(default: float, *names: str) -> float:
-        values = (v for v in map(found.said.get, names) if type(v) in (int, float))
+    def setting(default: float, *names: str) -> float:
+        values = (v for v in map(found.settings.get, names) if type(v) in (int, float))
         # transformers takes costs as whole numbers only
         return next((type(default)(v) for v in values if type(default)(v) == v), default)
 
@@ -816,15 +816,16 @@ def _hugging_face_config(found: Checkpoint, arch: dict[str, Any], family: str, n
         "d_model": arch["hidden_dim"], "num_queries": arch["num_queries"], "encoder_layers": arch["enc_layers"],
         "decoder_layers": arch["dec_layers"], "encoder_attention_heads": heads, "decoder_attention_heads": heads,
         "encoder_ffn_dim": arch["dim_feedforward"], "decoder_ffn_dim": arch["dim_feedforward"],
-        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), said(0.1, "dropout")),
+        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), setting(0.1, "dropout")),
         "activation_function": "relu", "position_embedding_type": "sine", "auxiliary_loss": False,
         "is_encoder_decoder": True, "id2label": {str(i): n for i, n in names.items()},
         "label2id": {n: i for i, n in names.items()},
-        "class_cost": said(1 if family == "detr" else 2, "lambda_f", "set_cost_class"),
-        "bbox_cost": said(5, "lambda_l1", "set_cost_bbox"), "giou_cost": said(2, "lambda_giou", "set_cost_giou"),
-        "bbox_loss_coefficient": said(5, "lambda_l1", "bbox_loss_coef"),
-        "giou_loss_coefficient": said(2, "lambda_giou", "giou_loss_coef"), "eos_coefficient": said(0.1, "eos_coef"),
-        "focal_alpha": said(0.25, "focal_alpha"), "torch_dtype": "float32",
+        "class_cost": setting(1 if family == "detr" else 2, "lambda_f", "set_cost_class"),
+        "bbox_cost": setting(5, "lambda_l1", "set_cost_bbox"), "giou_cost": setting(2, "lambda_giou", "set_cost_giou"),
+        "bbox_loss_coefficient": setting(5, "lambda_l1", "bbox_loss_coef"),
+        "giou_loss_coefficient": setting(2, "lambda_giou", "giou_loss_coef"),
+        "eos_coefficient": setting(0.1, "eos_coef"),
+        "focal_alpha": setting(0.25, "focal_alpha"), "torch_dtype": "float32",
     }
     if family == "deformable_detr":
         config |= {"num_feature_levels": levels, "with_box_refine": arch["with_box_refine"], "two_stage": False,

@@ -162,10 +162,6 @@ DETR_ONLY = {"freeze_detector", "class_agnostic", "stride", "num_feature_levels"
              "lambda_l1", "lambda_giou", "eos_coef", "lr_drop", "lr_backbone", "lr_linear_proj_mult"}
 
 
-def is_rcnn(detector: str) -> bool:
-    return detector in typing.get_args(rcnn.RCNN_DETECTORS)
-
-
 def recipe_of(values: dict[str, Any], architecture: dict[str, Any] | None = None, method: str | None = None,
               given: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What follows from the detector, the data set and the share of its labels (docs/methods/finetune.md).
@@ -175,10 +171,10 @@ def recipe_of(values: dict[str, Any], architecture: dict[str, Any] | None = None
     values = values | (architecture or {})
     if values["protocol"] == "released" and method == "soco":
         values["protocol"] = "soco"
-    recipe = rcnn_recipe(values) if is_rcnn(values["detector"]) else detr_recipe(values)
+    recipe = rcnn_recipe(values) if rcnn.is_rcnn(values["detector"]) else detr_recipe(values)
     if values["preset"] == "demo":
         c4 = values["detector"].endswith("_c4")
-        recipe |= DEMO["c4" if c4 else "rcnn" if is_rcnn(values["detector"]) else "detr"]
+        recipe |= DEMO["c4" if c4 else "rcnn" if rcnn.is_rcnn(values["detector"]) else "detr"]
     if values["eval_only"] or values["class_agnostic"]:
         recipe["out"] = f"out/finetune-{values['preset'] or Path(values['data']).stem}-eval"
     if "epochs" in given:  # they are the length, not the recipe's steps
@@ -231,7 +227,7 @@ def check(cfg: Config, given: frozenset[str], init: convert.Checkpoint | None) -
     """UserError for values and flags that contradict each other, or flags of the other family."""
     common.check_detector(cfg)
     run.check_pair(cfg, "crop_range")
-    of_rcnn = is_rcnn(cfg.detector)
+    of_rcnn = rcnn.is_rcnn(cfg.detector)
     if other := sorted(given & (DETR_ONLY if of_rcnn else RCNN_ONLY)):
         raise UserError(f"--{', --'.join(other)}: not of {convert.NAMES[cfg.detector]}, "
                         f"but of the {'DETR' if of_rcnn else 'R-CNN'} family; leave it out"
@@ -272,11 +268,11 @@ def open_sets(cfg: Config) -> tuple[DetectionSet, DetectionSet]:
                               rotated=train_set.frames[0], synthetic_images=cfg.synthetic_test_images, **shared)
     if cfg.labels_percent < 100:
         train_set = train_set.subset(cfg.labels_percent, cfg.seed)  # F2
-    if is_rcnn(cfg.detector):
+    if rcnn.is_rcnn(cfg.detector):
         train_set = train_set.with_objects()
     notes = [*train_set.notes, *test_set.notes]
-    most = max(int((~r.crowd).sum()) for r in [*train_set.records, *test_set.records])
-    if not is_rcnn(cfg.detector) and most > cfg.num_queries:
+    most = max(train_set.max_objects, test_set.max_objects)
+    if not rcnn.is_rcnn(cfg.detector) and most > cfg.num_queries:
         notes.append(f"images have up to {most} objects, the detector has {cfg.num_queries} queries: more objects than "
                      "that are never found in an image (--num_queries)")
     for note in dict.fromkeys(notes):
@@ -350,11 +346,11 @@ def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tupl
     init = convert.open_checkpoint(path)
     if init.rcnn:
         return init, {k: init.config[k] for k in RCNN_ARCHITECTURE}
-    if is_rcnn(detector):
+    if rcnn.is_rcnn(detector):
         return init, rcnn_architecture(init, detector)
     architecture = init.architecture()
     three = architecture["num_queries"] == 3 and init.method == "updetr"
-    single_query = init.said.get("num_patches", 1 if three else None) == 1
+    single_query = init.settings.get("num_patches", 1 if three else None) == 1
     if "patch2query.weight" in init.state and single_query and not keep_queries:
         del architecture["num_queries"]
     return init, architecture
@@ -377,7 +373,9 @@ def adopt_architecture(cfg: Config, architecture: dict[str, Any], given: frozens
     UserError."""
     theirs = architecture.get("detector", cfg.detector)
     if "detector" in given and cfg.detector != theirs:
-        backbone = f"; for its backbone alone give it as --backbone_weights {cfg.init_from}" if is_rcnn(theirs) else ""
+        backbone = ""
+        if rcnn.is_rcnn(theirs):
+            backbone = f"; for its backbone alone give it as --backbone_weights {cfg.init_from}"
         queries = f" with {architecture['num_queries']} queries" if "num_queries" in architecture else ""
         raise UserError(f"{cfg.init_from}: this is a {convert.NAMES[theirs]} checkpoint{queries}; --detector is "
                         f"{cfg.detector}. Give --detector {theirs} or leave it out{backbone}")
@@ -397,8 +395,8 @@ def adopt_image_sizes(cfg: Config, init: convert.Checkpoint | None, given: froze
 
 def image_sizes(init: convert.Checkpoint) -> dict[str, int]:
     """The sizes of the images that one of our checkpoints is evaluated on (a pretraining's: of its probe)."""
-    said = init.config
-    sizes = {"eval_size": said.get("eval_size") or max(said.get("scales") or (0,)), "max_size": said.get("max_size")}
+    eval_size = init.config.get("eval_size") or max(init.config.get("scales") or (0,))
+    sizes = {"eval_size": eval_size, "max_size": init.config.get("max_size")}
     return sizes if all(sizes.values()) else {}
 
 
@@ -411,7 +409,7 @@ def categories_of_rows(content: dict[str, Any], rows: int, categories: list[dict
     names (F1). partly: some of the categories are enough.
     """
     theirs = content.get("categories")
-    if not theirs and rows == 91 and len(categories) == 80 and max(c["id"] for c in categories) == 90:
+    if not theirs and rows == 91 and {c["id"] for c in categories} == convert.COCO_NAMES.keys():
         position = {c["id"]: i for i, c in enumerate(categories)}
         return [position.get(row, -1) for row in range(rows)]
     if not theirs and rows == 21 and len(categories) == 20:
@@ -454,7 +452,7 @@ def build_model(cfg: Config, init: convert.Checkpoint | None, categories: list[d
     """The detector, on CPU, and its label map: for each row of its class head the position of its category, -1 = none.
     A class head that does not fit the categories is made anew; all else of a checkpoint must load."""
     torch.manual_seed(cfg.seed)
-    if is_rcnn(cfg.detector):
+    if rcnn.is_rcnn(cfg.detector):
         return build_rcnn_model(cfg, init, categories)
     positions = list(range(len(categories)))
     if init is None:
@@ -481,7 +479,7 @@ def check_label_map(cfg: Config, init: convert.Checkpoint, label_map: list[int] 
         what = (f"it was trained on {listed(evaluation.distinct_names(theirs))}, and {cfg.data} has "
                 f"{listed(wanted)}" if theirs else f"its classifier has {rows} rows, and nothing says which of the "
                 f"{len(categories)} categories of {cfg.data} they are ({listed(wanted)})")
-        boxes = "" if is_rcnn(cfg.detector) else ", or evaluate its boxes with --class_agnostic"
+        boxes = "" if rcnn.is_rcnn(cfg.detector) else ", or evaluate its boxes with --class_agnostic"
         raise UserError(f"{cfg.init_from}: {what}; fine-tune it first{boxes}")
     if lacking := [name for i, name in enumerate(wanted) if i not in label_map]:
         run.print_rank0(f"WARNING: {cfg.init_from} knows nothing of {len(lacking)} of the {len(wanted)} categories, "
@@ -587,7 +585,7 @@ def train_mode(cfg: Config, model: nn.Module) -> None:
 
 def build_criterion(cfg: Config) -> common.SetCriterion | None:
     """The losses of the DETR family; the R-CNN family's detectors compute their own."""
-    if is_rcnn(cfg.detector):
+    if rcnn.is_rcnn(cfg.detector):
         return None
     matcher = common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, focal=cfg.detector != "detr")
     return common.SetCriterion(matcher, cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, eos_coef=cfg.eos_coef)
@@ -605,12 +603,12 @@ def rcnn_losses(cfg: Config, model: nn.Module, batch: dict[str, Any], device: to
 
 
 def build_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
-    return rcnn.build_sgd(cfg, model) if is_rcnn(cfg.detector) else common.build_optimizer(cfg, model)
+    return rcnn.build_sgd(cfg, model) if rcnn.is_rcnn(cfg.detector) else common.build_optimizer(cfg, model)
 
 
 def lr_factor(cfg: Config, step: int, steps_per_epoch: int, run_length: int) -> float:
     """By which the learning rates are multiplied in this step of a run of run_length steps."""
-    if is_rcnn(cfg.detector):
+    if rcnn.is_rcnn(cfg.detector):
         return rcnn.warmup_step_schedule(step, run_length, cfg.warmup_iters, cfg.lr_drops)
     return common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,))
 
@@ -652,7 +650,7 @@ def precise_bn(cfg: Config, model: nn.Module, train_set: DetectionSet, device: t
     stay. A function of the weights and the seed alone. Returns the buffers as they were; nothing happens in the DETR
     family and with --precise_bn 0."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not (is_rcnn(cfg.detector) and cfg.precise_bn and norms):
+    if not (rcnn.is_rcnn(cfg.detector) and cfg.precise_bn and norms):
         return {}
     before = {k: v.clone() for k, v in model.named_buffers()}
     momenta = [m.momentum for m in norms]
@@ -723,7 +721,7 @@ def evaluate(cfg: Config, model: nn.Module, label_map: list[int], test_set: Dete
              write: bool) -> dict[str, Any]:
     """All metrics of the test set; on rank 0 also detections.json (COCO results format) and predictions.png when
     `write`. All processes call it; rank 0 alone gets metrics."""
-    detect = rcnn_detections if is_rcnn(cfg.detector) else detr_detections
+    detect = rcnn_detections if rcnn.is_rcnn(cfg.detector) else detr_detections
     detections = evaluation.gather(detect(cfg, model, label_map, test_set, device))
     if common.rank() != 0:
         return {}

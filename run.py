@@ -303,7 +303,7 @@ def cli(main: Callable[[], Any]) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's cannot; no name that a file can have may end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with hearing(end_at_once):
+        with handling_signals(end_at_once):
             main()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -404,7 +404,7 @@ _training = types.SimpleNamespace(signals=[], saved=None)
 
 
 @contextlib.contextmanager
-def hearing(on_signal: Callable[[int, Any], None]) -> Iterator[None]:
+def handling_signals(on_signal: Callable[[int, Any], None]) -> Iterator[None]:
     """What STOP_SIGNALS do in this block; in another thread than the main one Python cannot hear them. A Ctrl-C that
     was ignored, as that of a job in the background, still is."""
     heard = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
@@ -442,7 +442,7 @@ def until_signalled(steps: Iterable[int]) -> Iterator[int]:
             with contextlib.suppress(OSError):  # print() must not be called while it runs
                 os.write(2, f"\n{name}: ends when the running step is finished and saved{again}\n".encode())
 
-    with hearing(on_signal):
+    with handling_signals(on_signal):
         for step in steps:
             _training.saved = None
             yield step
