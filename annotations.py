@@ -1,19 +1,16 @@
-"""Labelled detection sets: COCO json, VOC xml, drawn scenes. Classes are taken from the files; what could not be used
-stands in `.notes`.
+"""Labelled detection sets: COCO, VOC, YOLO (formats.py reads them), drawn scenes; their splits. Classes are taken from
+the files; what could not be used stands in `.notes`.
 
 Boxes are `boxes_xyxy` in pixels of the image they come with, x2/y2 exclusive (width = x2 - x1).
 """
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +19,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from common import UserError
-from data import (SYNTHETIC_OFFSET, FileFinder, ImageFiles, SyntheticScenes, UnreadableImage, decode_image,
-                  image_header, named_root, unicode_form, voc_images, voc_years)
+from data import SYNTHETIC_OFFSET, ImageFiles, SyntheticScenes, UnreadableImage, decode_image, image_header
+from formats import LOOKED_FOR, LabelledImage, Labels, Layout, find_layout, named_layout, what_is_there
 from run import print_rank0
 
 # ==== 1. A labelled set ====
@@ -151,6 +148,29 @@ class DetectionSet:
         notes = [*self.notes, f"{len(drawn)} of {len(self)} images"]
         return replace(self, records=[self.records[i] for i in drawn], notes=notes)
 
+    def split(self, percent: float, seed: int) -> tuple[DetectionSet, DetectionSet]:
+        """-> (the rest, `percent` of the images), in the order of the set; the same on all processes. Records of one
+        image file stay together."""
+        files: dict[Path | int, list[int]] = {}
+        for i, record in enumerate(self.records):
+            files.setdefault(record.image, []).append(i)
+        groups = list(files.values())
+        classes = [np.unique(np.concatenate([self.records[i].labels[~self.records[i].crowd] for i in group])).tolist()
+                   for group in groups]
+        chosen = stratified_part(classes, percent / 100, seed)
+        if not chosen:
+            raise UserError(f"{percent} % of the {len(self)} images of {self.name} cannot be set apart for validation: "
+                            "too few, or each holds the last object of a class. Give more labels or --val_data.")
+        apart = {i for k in chosen for i in groups[k]}
+        part = [r for i, r in enumerate(self.records) if i in apart]
+        lacking = {k for names in classes for k in names} - {k for g in chosen for k in classes[g]}
+        note = f"{len(part)} of the {len(self)} images of {self.name} are set apart for validation (seed {seed})"
+        if lacking:
+            names = [self.categories[k]["name"] for k in sorted(lacking)]
+            note += (f"; none of them has an object of {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+        rest = [r for i, r in enumerate(self.records) if i not in apart]
+        return replace(self, records=rest, notes=[*self.notes, note]), replace(self, records=part, notes=[])
+
 
 def label_subset(ids: Sequence[int], fraction: float, seed: int) -> list[int]:
     """DETReg's rule (datasets/coco.py): default_rng(seed).choice(ids, round(n * fraction), replace=False), order kept
@@ -159,6 +179,43 @@ def label_subset(ids: Sequence[int], fraction: float, seed: int) -> list[int]:
     if not 0 < count <= len(ids):
         return []
     return np.random.default_rng(seed).choice(np.asarray(ids), count, replace=False).tolist()
+
+
+def stratified_part(classes: list[list[int]], share: float, seed: int) -> list[int]:
+    """A share of the images, of each class about that share of its images, never the last one: sorted indices, some of
+    them always where that can be. classes: those of each image. The rarest class is shared out first (iterative
+    stratification, Sechidis et al. 2011), images without any last."""
+    order = np.random.default_rng(seed).permutation(len(classes)).tolist()
+    of_class: dict[int, list[int]] = {}
+    for i in order:
+        for k in classes[i]:
+            of_class.setdefault(k, []).append(i)
+    left = {k: len(images) - 1 for k, images in of_class.items()}  # so many of a class may still be taken
+    taken = Counter()
+    chosen: set[int] = set()
+    decided: set[int] = set()
+
+    def take(i: int) -> None:
+        chosen.add(i)
+        for k in classes[i]:
+            left[k] -= 1
+            taken[k] += 1
+
+    for k in sorted(of_class, key=lambda k: (len(of_class[k]), k)):
+        for i in of_class[k]:
+            if i not in decided and taken[k] < round(share * len(of_class[k])) and all(left[c] for c in classes[i]):
+                take(i)
+        decided.update(of_class[k])
+    wanted = min(max(1, round(share * len(classes))), len(classes) - 1)
+    empty = [i for i in order if not classes[i]]
+    chosen.update(empty[:round(share * len(empty))])
+    # rounding may leave some to take: those of whose classes none has more than its share
+    for i in order:
+        if len(chosen) >= wanted:
+            break
+        if i not in chosen and all(left[c] and taken[c] < np.ceil(share * len(of_class[c])) for c in classes[i]):
+            take(i)
+    return sorted(chosen)
 
 
 # ==== 2. Segmentations ====
@@ -222,10 +279,10 @@ def _check_segments(records: list[_Record], source: str | Path) -> None:
 
 class _RecordBuilder:
     """Builds the records of one set: clips boxes, drops and counts those that are empty. Refuses a set with more than
-    1 % of such, and one whose boxes as a whole cannot be what they claim (_check_plausible)."""
+    1 % of such, and one whose boxes as a whole cannot be what they claim (_check_plausible). form: Labels.form."""
 
-    def __init__(self):
-        self.total, self.bad = 0, []
+    def __init__(self, form: str = "corners"):
+        self.form, self.total, self.bad = form, 0, []
         # of each image: x1, y1, x2, y2 and the file's own area [n, 5], before clipping; its width and height
         self.unclipped: list[tuple[np.ndarray, tuple[int, int]]] = []
 
@@ -248,14 +305,13 @@ class _RecordBuilder:
             segments = [s for s, left_out in zip(segments, bad) if not left_out]
         return _Record(image, image_id, hw, boxes, labels.astype(np.int64), crowd > 0, difficult > 0, areas, segments)
 
-    def notes(self, source: Path, xywh: bool) -> list[str]:
-        """What was dropped and what is odd about the set, in sentences. UserError for a set to refuse. xywh: so the
-        file gives its boxes (COCO); else corners that count from 1 (VOC)."""
+    def notes(self, source: Path) -> list[str]:
+        """What was dropped and what is odd about the set, in sentences. UserError for a set to refuse."""
         odd = []
         if self.total:
             tables, sides = zip(*self.unclipped)
             sides = np.repeat(np.array(sides, np.float64), [len(t) for t in tables], axis=0)
-            odd = _check_plausible(np.concatenate(tables), sides, source, xywh)
+            odd = _check_plausible(np.concatenate(tables), sides, source, self.form)
         if len(self.bad) > (0.01 * self.total if self.total >= 100 else 0):
             raise UserError(f"{source}: {len(self.bad)} of {self.total} boxes are empty or outside their image, "
                             f"the first: {self.bad[0]}. More than 1 % (below 100 boxes: any) points to a wrong format; "
@@ -266,16 +322,23 @@ class _RecordBuilder:
         return odd
 
 
-def _check_plausible(table: np.ndarray, sides: np.ndarray, source: str | Path, xywh: bool) -> list[str]:
+# What a box is in a label file, by Labels.form.
+FORMS = {"xywh": "x y width height, in pixels", "corners": "xmin ymin xmax ymax, in pixels",
+         "centre": "centre x, centre y, width, height, as shares of the image's width and height"}
+
+
+def _check_plausible(table: np.ndarray, sides: np.ndarray, source: str | Path, form: str) -> list[str]:
     """Notes on boxes that as a whole cannot be what they claim; UserError where nearly all are wrong. table [n, 5]: x1,
     y1, x2, y2, px before clipping, and the file's own area or NaN; sides [n, 2]: width and height of the image."""
     usable = np.isfinite(table[:, :4]).all(1) & (table[:, 2:4] > table[:, :2]).all(1)
     corners, areas, sides = table[usable, :4], table[usable, 4], sides[usable]
     if not (n := len(corners)):
         return []
-    # as the file gives them
-    given = np.column_stack([corners[:, :2], corners[:, 2:] - corners[:, :2]]) if xywh else corners + [1, 1, 0, 0]
-    if (share := (abs(given) <= 1.1).all(1).mean()) >= 0.9:
+    # as the file gives them, but in px
+    lengths = corners[:, 2:] - corners[:, :2]
+    given = {"xywh": np.column_stack([corners[:, :2], lengths]), "corners": corners + [1, 1, 0, 0],
+             "centre": np.column_stack([corners[:, :2] + lengths / 2, lengths])}[form]
+    if (share := (abs(given) <= 1.1).all(1).mean()) >= 0.9 and form != "centre":
         raise UserError(f"{source}: all numbers of {round(share * n)} of {n} boxes lie in 0..1, as shares of the "
                         "image's width and height do. Give pixels.")
     over = np.maximum(-corners[:, :2], corners[:, 2:] - sides)  # px beyond the image, along x and y
@@ -284,12 +347,12 @@ def _check_plausible(table: np.ndarray, sides: np.ndarray, source: str | Path, x
     far = over[outside].max(1)
     by = f", by {np.median(far):.4g} px in the median and {far.max():.4g} px at most" if len(far) else ""
     leave = f"{source}: {len(far)} of {n} boxes leave their image{by}; {tiny.sum()} of {n} are below a pixel"
-    if reason := _other_meaning(corners, given, areas, sides, outside, xywh):
+    if reason := _other_meaning(corners, given, areas, sides, outside, form):
         raise UserError(f"{leave}. {reason}")
     for wrong in (outside, tiny):
         if wrong.sum() >= max(4, n / 2):
-            raise UserError(f"{leave}. These cannot be the boxes of these images in pixels, as "
-                            f"{'x y width height' if xywh else 'xmin ymin xmax ymax'}; correct the annotations.")
+            raise UserError(f"{leave}. These cannot be the boxes of these images, as {FORMS[form]}; correct the "
+                            "annotations.")
     notes = [f"{leave}. What lies outside is cut off."] if outside.any() or tiny.any() else []
     if n >= 4 and (corners[:, :2] <= 0.01 * sides).all() and (corners[:, 2:] >= 0.99 * sides).all():
         notes.append(f"{source}: each of the {n} boxes is its whole image.")
@@ -302,16 +365,20 @@ def _check_plausible(table: np.ndarray, sides: np.ndarray, source: str | Path, x
 
 
 def _other_meaning(corners: np.ndarray, given: np.ndarray, areas: np.ndarray, sides: np.ndarray, outside: np.ndarray,
-                   xywh: bool) -> str | None:
+                   form: str) -> str | None:
     """What nearly all boxes of a set must be, as a good part of them leaves its image by what they claim; or None.
-    given [n, 4]: the numbers as the file has them."""
+    given [n, 4]: the numbers as the file has them, in px."""
     n = len(corners)
     a, b, c, d = given.T
-    readings = {"y x height width" if xywh else "ymin xmin ymax xmax": corners[:, [1, 0, 3, 2]]}
-    if xywh:
+    from_corner = np.column_stack([a, b, a + c, b + d])
+    if form == "xywh":
         readings = {"x1 y1 x2 y2": given, "centre x, centre y, width, height":
-                    np.column_stack([a - c / 2, b - d / 2, a + c / 2, b + d / 2]), **readings, "y1 x1 y2 x2":
-                    given[:, [1, 0, 3, 2]]}
+                    np.column_stack([a - c / 2, b - d / 2, a + c / 2, b + d / 2]),
+                    "y x height width": corners[:, [1, 0, 3, 2]], "y1 x1 y2 x2": given[:, [1, 0, 3, 2]]}
+    elif form == "corners":
+        readings = {"ymin xmin ymax xmax": corners[:, [1, 0, 3, 2]], "x y width height": from_corner}
+    else:
+        readings = {"x1 y1 x2 y2": given, "x y width height": from_corner}
     slack = np.maximum(1, 0.01 * sides)
     of_corners = np.isclose(areas, (c - a) * (d - b), rtol=0.01) & ~np.isclose(areas, c * d, rtol=0.01)
     for name, box in readings.items():
@@ -319,8 +386,7 @@ def _other_meaning(corners: np.ndarray, given: np.ndarray, areas: np.ndarray, si
         told_by_area = name == "x1 y1 x2 y2" and n >= 3 and bool(of_corners.mean() >= 0.98)
         if fits.mean() >= 0.98 and (outside.sum() >= max(2, 0.05 * n) or told_by_area):
             area = ", and have the areas of the file" * told_by_area
-            return (f"Read as {name}, {fits.sum()} of {n} lie inside{area}. "
-                    f"Give {'x y width height' if xywh else 'xmin ymin xmax ymax'}, in pixels.")
+            return f"Read as {name}, {fits.sum()} of {n} lie inside{area}. Give {FORMS[form]}."
     before = (corners[:, :2] < -slack).any(1).mean()
     reach = np.quantile(corners[:, 2:] / sides, 0.99, axis=0)
     if outside.sum() >= max(3, 0.3 * n) and before <= 0.01 and (reach > 1.1).all():
@@ -341,25 +407,26 @@ def _unknown_category(source: Path, key: int | str, name: str | None, categories
 EXIF_SAMPLE = 1000
 
 
-def _choose_frames(records: list[_Record], source: str | Path, exif: str, rotated: bool
+def _choose_frames(sized: list[tuple[Path, tuple[int, int]]], source: str | Path, exif: str, rotated: bool
                    ) -> tuple[tuple[bool, ...], list[str]]:
-    """-> (DetectionSet.frames, notes). Whether boxes lie on the picture as stored or as its EXIF rotates it is one
-    decision for a set (`exif`: auto; else stored or rotated, for all). It is told by the images that an EXIF rotation
-    turns on their side: width and height of the annotation fit one of the two. Where they disagree, each of them is
-    read as its size says, the rest as most of them; where none tells, as `rotated` says. Of a set above EXIF_SAMPLE
-    files that many are asked, the same each time; only their headers are read."""
+    """sized: images and the (h, w) that their labels tell -> (DetectionSet.frames, notes). Whether boxes lie on the
+    picture as stored or as its EXIF rotates it is one decision for a set (`exif`: auto; else stored or rotated, for
+    all). It is told by the images that an EXIF rotation turns on their side: width and height of the annotation fit one
+    of the two. Where they disagree, each of them is read as its size says, the rest as most of them; where none tells,
+    as `rotated` says. Of a set above EXIF_SAMPLE files that many are asked, the same each time; only their headers are
+    read."""
     if exif != "auto":
         return (exif == "rotated",), []
-    chosen, of = records, ""
-    if len(records) > EXIF_SAMPLE:
-        drawn = np.random.default_rng(0).choice(len(records), EXIF_SAMPLE, replace=False)
-        chosen, of = [records[i] for i in np.sort(drawn)], f" of {EXIF_SAMPLE} that were asked"
+    chosen, of = sized, ""
+    if len(sized) > EXIF_SAMPLE:
+        drawn = np.random.default_rng(0).choice(len(sized), EXIF_SAMPLE, replace=False)
+        chosen, of = [sized[i] for i in np.sort(drawn)], f" of {EXIF_SAMPLE} that were asked"
     votes: Counter[str] = Counter()
-    for record in chosen:
-        width, height, orientation = image_header(record.image) or (0, 0, 1)
+    for file, hw in chosen:
+        width, height, orientation = image_header(file) or (0, 0, 1)
         if orientation > 1:
-            stored = (height, width) == record.hw
-            turned = ((width, height) if orientation > 4 else (height, width)) == record.hw
+            stored = (height, width) == hw
+            turned = ((width, height) if orientation > 4 else (height, width)) == hw
             votes["silent" if stored == turned else "stored" if stored else "rotated"] += 1
     if not votes:
         return (True, False), []
@@ -380,55 +447,7 @@ def _choose_frames(records: list[_Record], source: str | Path, exif: str, rotate
     return (rotated, not rotated), [f"{source}: {text} (--exif {other}: all the other way)."]
 
 
-# ==== 4. COCO json ====
-
-
-def _integer(value: Any) -> int:
-    """A size of a json: 7, "7" and 7.0 are 7; ValueError for all else, which int() would round or take."""
-    if isinstance(value, bool) or int(value) != float(value):
-        raise ValueError(f"{value!r} is no whole number")
-    return int(value)
-
-
-def _id(value: Any) -> int | str:
-    """An id of a json, as it is (7.0 is the number 7): "7" is another one. ValueError for what is no id."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if type(value) not in (int, str):
-        raise ValueError(f"the id {value!r} is neither a whole number nor a text")
-    return value
-
-
-def _order(key: int | str) -> tuple[bool, int | str]:
-    """Sorts ids: numbers, then texts."""
-    return isinstance(key, str), key
-
-
-def _read_coco(path: Path) -> tuple[dict, list[dict], list[tuple[int | str, int, int, str]]]:
-    """-> (the file's content, its categories sorted by id, its images (id, height, width, file name) sorted by id).
-    UserError for an id that occurs twice, ValueError for a size that no image can have."""
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
-    categories = sorted(({"id": _id(c["id"]), "name": str(c["name"])} for c in content["categories"]),
-                        key=lambda c: _order(c["id"]))
-    images = sorted(((_id(i["id"]), _integer(i["height"]), _integer(i["width"]), str(i["file_name"]))
-                     for i in content["images"]), key=lambda i: _order(i[0]))
-    if len({i[0] for i in images}) < len(images) or len({c["id"] for c in categories}) < len(categories):
-        raise UserError(f"{path}: an image id or category id occurs twice. Give every image and category its own id.")
-    for _, height, width, file in images:
-        if not (0 < height < 2**31 and 0 < width < 2**31):
-            raise ValueError(f"image {file} is {width} x {height} px")
-    return content, categories, images
-
-
-def _without_dummy(content: dict, categories: list[dict]) -> tuple[list[dict], list[str]]:
-    """-> (categories, notes). Roboflow's exports begin with a category that stands for all others together: id 0, no
-    object, the supercategory of each. It is none to learn."""
-    first, *others = categories or [None]
-    above = {str(c.get("supercategory")) for c in content["categories"] if c["id"] != 0}
-    if (not others or first["id"] != 0 or above != {first["name"]}
-        or any(_id(a["category_id"]) == 0 for a in content["annotations"])):
-        return categories, []
-    return others, [f"category 0 ({first['name']}) has no object and is the supercategory of all others: left out."]
+# ==== 4. From labels to records ====
 
 
 def _match_categories(listed: list[dict], categories: list[dict]) -> dict[int | str, int]:
@@ -441,142 +460,65 @@ def _match_categories(listed: list[dict], categories: list[dict]) -> dict[int | 
     return {key: label for key, label in matched.items() if label is not None}
 
 
-def _coco_objects(path: Path, annotations: list[dict], images: list[tuple[int | str, int, int, str]],
-                  listed: list[dict], categories: list[dict], masks: bool) -> tuple[dict, dict]:
-    """-> (rows for _RecordBuilder.record, segmentations), of the objects of each image id. listed: the file's own
-    categories; categories: those that the set shall have."""
-    labels, names = _match_categories(listed, categories), {c["id"]: c["name"] for c in listed}
-    sizes = {image_id: (height, width) for image_id, height, width, _ in images}
-    rows = {image_id: [] for image_id in sizes}
-    segments = {image_id: [] for image_id in sizes}
-    for a in annotations:
-        x, y, w, h = map(float, a["bbox"] if isinstance(a["bbox"], list) else ())
-        category_id, image_id = _id(a["category_id"]), _id(a["image_id"])
-        if category_id not in labels:
-            raise _unknown_category(path, category_id, names.get(category_id), categories)
-        if image_id not in rows and str(image_id) in map(str, rows):
-            raise ValueError(f"the image_id {image_id!r} is a {'text' if isinstance(image_id, str) else 'number'}, "
-                             "the id of the image is not")
-        area = float("nan") if a.get("area") is None else float(a["area"])
-        crowd = _integer(a.get("iscrowd") or 0) > 0
-        rows[image_id].append((x, y, x + w, y + h, w <= 0 or h <= 0, labels[category_id], crowd, False, area))
-        segments[image_id].append(_usable_segment(a.get("segmentation"), sizes[image_id]) if masks else None)
-    return rows, segments
+def _measure(images: list[LabelledImage], displayed: bool, labels: Labels) -> tuple[list[LabelledImage], list[str]]:
+    """-> (the images, all with a size, notes). A size that the labels lack is read from the image's header, in the
+    frame that its EXIF displays or as stored."""
+    measured, unreadable, turned, lacking = [], [], 0, 0
+    for image in images:
+        if image.hw is None:
+            lacking += 1
+            if (header := image_header(image.file)) is None:
+                unreadable.append(str(image.file))
+                continue
+            width, height, orientation = header
+            turned += orientation > 1
+            image = image._replace(hw=(width, height) if displayed and orientation > 4 else (height, width))
+        measured.append(image)
+    frame = "as its EXIF rotates it" if displayed else "as stored"
+    notes = []
+    if lacking and (labels.form != "centre" or turned):
+        notes.append(f"{labels.source}: the labels of {lacking} of {len(images)} images do not tell its size, it is "
+                     f"read from the image {frame}; {turned} have an EXIF rotation")
+    if unreadable:
+        notes.append(f"{labels.source}: {len(unreadable)} images whose size the labels do not tell cannot be read and "
+                     f"are left out: {', '.join(unreadable[:3])}{', ...' * (len(unreadable) > 3)}")
+    if not measured:
+        raise UserError(f"{labels.source}: none of its {len(images)} images can be read, the first: {images[0].file}.")
+    return measured, notes
 
 
-def _find_files(names: list[str], folders: list[Path], source: Path) -> tuple[Path, dict[str, str], list[str]]:
-    """-> (the first of `folders` that holds all `names` (may contain subfolders), {name: as it is spelled there},
-    notes). UserError names what is missing."""
-    for n in names:
-        if ".." in PureWindowsPath(n).parts or PureWindowsPath(n).root or Path(n).drive:  # both kinds of separators
-            raise UserError(f"{source}: the file name {n!r} leads out of the image folder. Give names below it; "
-                            "links in it may lead elsewhere.")
-    best: tuple[int, Path, list[str]] | None = None
-    for folder in folders:
-        finder = FileFinder()
-        found = {n: finder.find(folder, n) for n in names}
-        missing = [n for n in names if found[n] is None]
-        if not missing:
-            return folder, found, finder.note(source, len(names))
-        best = min(best or (len(names) + 1, folder, []), (len(missing), folder, missing), key=lambda b: b[0])
-    raise UserError(f"{source}: {best[0]} of {len(names)} images are not there, the first: "
-                    f"{best[1] / best[2][0]}. Looked in {', '.join(map(str, folders))}; "
-                    "put the images there or give their folder as --data_root.")
-
-
-def _open_coco(path: Path, image_folders: list[Path], name: str, categories: list[dict] | None,
-               masks: bool) -> DetectionSet:
-    try:
-        content, listed, images = _read_coco(path)
-        known, left_out = (categories, []) if categories else _without_dummy(content, listed)
-        categories = [dict(c) for c in known]
-        rows, segments = _coco_objects(path, content["annotations"], images, listed, categories, masks)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}. Give an existing COCO json.") from error
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} is no COCO detection json: {type(error).__name__} {error}. It needs images (id, "
-                        "width, height, file_name), annotations (image_id of a listed image, category_id, "
-                        "bbox of 4 numbers) and categories (id, name).") from error
-    if not images or not categories:
-        raise UserError(f"{path} lists {len(images)} images and {len(categories)} categories. "
-                        "At least one of each is needed.")
-    folder, found, respelled = _find_files([file for *_, file in images], image_folders, path)
-    builder = _RecordBuilder()
-    records = [builder.record(folder / found[file], image_id, (height, width), rows[image_id], f"image {file}",
-                            segments[image_id] if masks else None)
-               for image_id, height, width, file in images]
+def _labelled_set(labels: Labels, name: str, categories: list[dict] | None, masks: bool, exif: str, rotated: bool
+                  ) -> DetectionSet:
+    """What a reader gave, as a set with the classes `categories` (else its own)."""
+    class_notes = [] if categories else labels.class_notes
+    categories = [dict(c) for c in categories or labels.categories]
+    if not labels.images or not categories:
+        raise UserError(f"{labels.source}: it has {len(labels.images)} images and {len(categories)} classes. At least "
+                        "one of each is needed.")
+    numbers = _match_categories(labels.listed, categories)
+    names = {c["id"]: c["name"] for c in labels.listed}
+    frames, exif_notes = _choose_frames([(i.file, i.hw) for i in labels.images if i.hw], labels.source, exif, rotated)
+    images, size_notes = _measure(labels.images, frames[0], labels)
+    builder, records = _RecordBuilder(labels.form), []
+    for file, image_id, hw, rows, segments, where in images:
+        if unknown := [row[5] for row in rows if row[5] not in numbers]:
+            raise _unknown_category(where if isinstance(where, Path) else labels.source, unknown[0],
+                                    names.get(unknown[0]), categories)
+        sides = (hw[1], hw[0]) * 2
+        if labels.form == "centre":
+            rows = [(*(v * side for v, side in zip(row, sides)), *row[4:]) for row in rows]
+            segments = segments and [s and [[v * sides[k % 2] for k, v in enumerate(p)] for p in s] for s in segments]
+        rows = [(*row[:5], numbers[row[5]], *row[6:]) for row in rows]
+        if segments is not None:
+            segments = [_usable_segment(segment, hw) for segment in segments]
+        records.append(builder.record(file, image_id, hw, rows, where, segments))
     if masks:
-        _check_segments(records, path)
-    notes = [*builder.notes(path, xywh=True), *respelled, *(f"{path}: {text}" for text in left_out)]
-    files = len({found[file] for *_, file in images})
-    if files < len(images):
-        notes.append(f"{path}: {len(images) - files} of {len(images)} images name a file that another one names too; "
-                     "each counts for itself.")
-    return DetectionSet(name, categories, records, notes)
+        _check_segments(records, labels.source)
+    notes = [*builder.notes(labels.source), *labels.notes, *class_notes, *size_notes, *exif_notes]
+    return DetectionSet(name, categories, records, notes, voc=labels.form == "corners", frames=frames)
 
 
-# ==== 5. VOC xml ====
-
-
-def _read_voc(year: Path, file: str, finder: FileFinder) -> tuple[Path, tuple[int, int], str, list[tuple]]:
-    """-> (the image's xml, (h, w), the file its filename tag names, [(name, difficult, xmin, ymin, xmax, ymax)])."""
-    name = f"{os.path.splitext(file)[0]}.xml"
-    path = year / "Annotations" / (finder.find(year / "Annotations", name) or name)
-    try:
-        content = path.read_bytes()
-        # in UTF-16 too; newer versions of expat find what expands without end, older ones do not
-        if b"<!ENTITY" in content.replace(b"\0", b""):
-            raise ValueError("it defines entities, which no annotation needs")
-        tree = ElementTree.fromstring(content)
-        hw = int(float(tree.findtext("size/height"))), int(float(tree.findtext("size/width")))
-        if min(hw) < 1:
-            raise ValueError(f"the image is {hw[1]} x {hw[0]} px")
-        objects = [(o.findtext("name").strip(), (o.findtext("difficult") or "0").strip() == "1",
-                    *(float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")))
-                   for o in tree.findall("object")]
-        if not all(o[0] for o in objects):
-            raise ValueError("an object's name is empty")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}. Every listed image needs its annotation file.") from error
-    except (ElementTree.ParseError, TypeError, ValueError, AttributeError, OverflowError, LookupError) as error:
-        raise UserError(f"{path} is no VOC annotation: {error}. It needs size/width, "
-                        "size/height and per object a name and a bndbox.") from error
-    return path, hw, (tree.findtext("filename") or "").strip(), objects
-
-
-def _open_voc(root: Path, split: str, name: str, categories: list[dict] | None, masks: bool) -> DetectionSet:
-    images, finder = voc_images(root, split), FileFinder()
-    read = [_read_voc(*image, finder) for image in images]
-    if categories is None:  # the classes are those of the train split even where only the test split is asked for
-        classes = read if split == "train" else [_read_voc(*image, finder) for image in voc_images(root, "train")]
-        found = sorted({o[0] for *_, objects in classes for o in objects})
-        categories = [{"id": k + 1, "name": n} for k, n in enumerate(found)]
-    labels = {c["name"]: k for k, c in enumerate(categories)}
-    builder = _RecordBuilder()
-    records, renamed = [], 0
-    for (year, file), (path, hw, tag, objects) in zip(images, read):
-        # the annotation file's name decides, not its filename tag
-        renamed += unicode_form(os.path.splitext(tag)[0]) != unicode_form(path.stem)
-        if unknown := [n for n, *_ in objects if n not in labels]:
-            raise _unknown_category(path, unknown[0], unknown[0], categories)
-        # Corners count from 1, both inclusive. x1 = x2 would be one pixel wide; no object is: it is a click without a
-        # drag, so it counts as empty.
-        rows = [(x1 - 1, y1 - 1, x2, y2, x2 <= x1 or y2 <= y1, labels[n], False, difficult,
-                 float("nan")) for n, difficult, x1, y1, x2, y2 in objects]
-        records.append(builder.record(year / "JPEGImages" / file, len(records) + 1, hw, rows, path))
-    if not records or not categories:
-        raise UserError(f"{root}: the VOC {split} split has {len(records)} images and {len(categories)} classes. "
-                        "At least one of each is needed.")
-    if masks:
-        _check_segments(records, root)
-    notes = builder.notes(root, xywh=False)
-    if renamed:
-        notes.append(f"{root}: {renamed} annotations name another image in their <filename> tag; "
-                     "the annotation file's own name decides.")
-    return DetectionSet(name, [dict(c) for c in categories], records, notes, voc=True)
-
-
-# ==== 6. Sets whose boxes are not in a file ====
+# ==== 5. Sets whose boxes are not in a file ====
 
 
 def _open_synthetic(split: str, n: int, size: int, seed: int, masks: bool) -> DetectionSet:
@@ -609,53 +551,137 @@ def held_out_set(source: ImageFiles, indices: Sequence[int], boxes_of: Callable[
     return DetectionSet(source.name, [{"id": 1, "name": "proposal"}], records, notes)
 
 
-# ==== 7. Any set by its name ====
+# ==== 6. Any set by its name ====
+
+
+class Splits(NamedTuple):
+    """All with the classes of `train`. Two may be one and the same object."""
+    train: DetectionSet
+    val: DetectionSet
+    test: DetectionSet
+
+
+@dataclass
+class _Source:
+    """A data set whose splits are not yet read."""
+    data: str
+    name: str
+    layout: Layout
+    masks: bool
+    exif: str
+    flag: str
+
+    def open(self, *splits: str, categories: list[dict] | None = None, rotated: bool = True) -> DetectionSet:
+        """The first of these splits that is there, else the whole of a set without splits."""
+        parts = self.layout.parts
+        split = next((split for split in (*splits, "all") if split in parts), None)
+        if split is None:
+            raise UserError(f"{self.flag} {self.data}: no labelled set for the {splits[0]} split there "
+                            f"({splits[0]}.json, {splits[0]}.txt, {splits[0]}/): its labels, {self.layout.name}, are "
+                            f"for {', '.join(parts)} alone. Add it, or give a set that has it.")
+        labels = parts[split](self.masks)
+        if categories is None and split != "train" and "train" in parts and labels.form == "corners":
+            # the classes are those of the train split even where only another one is asked for
+            categories = parts["train"](False).categories
+        found = _labelled_set(labels, self.name, categories, self.masks, self.exif, rotated)
+        found.notes += self.layout.notes
+        return found
+
+    def has(self, split: str) -> bool:
+        return split in self.layout.parts
+
+
+def _find_source(data: str, data_root: str | None, split: str, masks: bool, exif: str, flag: str = "--data") -> _Source:
+    if data in ("coco", "voc"):
+        return _Source(data, data, named_layout(data, data_root), masks, exif, flag)
+    path = Path(data).expanduser()
+    if (layout := find_layout(path, data_root)) is None:
+        raise UserError(f"{flag} {data}: no labelled set for the {split} split there. {what_is_there(path)}. Looked "
+                        f"for {LOOKED_FOR}. Give such a folder, the json or yaml itself, or coco, voc or synthetic.")
+    name = path.stem if path.suffix.lower() == ".json" else path.resolve().name
+    return _Source(data, name, layout, masks, exif, flag)
 
 
 def open_detection(data: str, data_root: str | None, split: str, *, categories: list[dict] | None = None,
                    synthetic_images: int = 40, synthetic_size: int = 160, seed: int = 0, masks: bool = False,
                    exif: str = "auto", rotated: bool = True) -> DetectionSet:
-    """`data`: coco | voc | synthetic | a COCO json (then `split` plays no part) | a folder with train.json and
-    test.json (or val.json), or in VOC layout. `data_root`: where a named set, or the images of a json, lie; they are
-    looked for there alone. `split`: train | test. `categories`: the train set's (or a checkpoint's) when opening test.
-    masks: every object must have a segmentation (COCO, synthetic), which DetectionSet.masks() gives. exif: auto |
-    stored | rotated, where boxes lie; rotated: what auto takes where no image tells (_choose_frames). Raises UserError
-    for all that is wrong."""
-    found = _open_set(data, data_root, split, categories, synthetic_images, synthetic_size, seed, masks)
-    if found.scenes is None:
-        found.frames, notes = _choose_frames(found.records, data, exif, rotated)
-        found.notes += notes
-    return found
-
-
-def _open_set(data: str, data_root: str | None, split: str, categories: list[dict] | None, synthetic_images: int,
-              synthetic_size: int, seed: int, masks: bool) -> DetectionSet:
+    """`data`: coco | voc | synthetic | a file or folder in one of the layouts of docs/labels.md (of one without splits,
+    `split` plays no part). `data_root`: where a named set, or the images of a json, lie; they are looked for there
+    alone. `split`: train | val | test; val and test stand in for each other. `categories`: the train set's (or a
+    checkpoint's) when opening another. masks: every object must have a segmentation (COCO, polygons of YOLO,
+    synthetic), which DetectionSet.masks() gives. exif: auto | stored | rotated, where boxes lie; rotated: what auto
+    takes where no image tells (_choose_frames). Raises UserError for all that is wrong."""
     if data == "synthetic":
         return _open_synthetic("train" if split == "train" else "test", synthetic_images, synthetic_size, seed, masks)
-    part = "train" if split == "train" else "val"
-    if data == "coco":
-        annotations = f"annotations/instances_{part}2017.json"
-        root = named_root(data, data_root, part, lambda place: (place / annotations).is_file())
-        return _open_coco(root / annotations, [root / f"{part}2017"], data, categories, masks)
-    if data == "voc":
-        root = named_root(data, data_root, part, lambda place: bool(voc_years(place)))
-        found = _open_voc(root, split, data, categories, masks)
-        years = [year.name for year in voc_years(root)]
-        if split == "train" and "VOC2012" not in years:
-            found.notes.append(f"{root}: VOC2012 is not there, training on the trainval of {years[0]} alone.")
-        return found
-    path = Path(data).expanduser()
-    if path.suffix.lower() == ".json":
-        root = Path(data_root).expanduser() if data_root else path.parent
-        return _open_coco(path, [root, root / "images"], path.stem, categories, masks)
-    for file in (path / "train.json",) if split == "train" else (path / "test.json", path / "val.json"):
-        if file.is_file():
-            root = Path(data_root).expanduser() if data_root else path
-            folders = [root, root / "images", root / file.stem]
-            return _open_coco(file, folders, path.resolve().name, categories, masks)
-    for root in (path, path / "VOCdevkit"):
-        if voc_years(root):
-            return _open_voc(root, split, path.resolve().name, categories, masks)
-    wanted = "train.json" if split == "train" else "test.json or val.json"
-    raise UserError(f"--data {data}: no labelled set for the {split} split there. Give coco, voc, synthetic, a COCO "
-                    f"json, or a folder with {wanted} or with VOC2007/{{JPEGImages,Annotations,ImageSets/Main}}.")
+    source = _find_source(data, data_root, split, masks, exif)
+    splits = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}[split]
+    return source.open(*splits, categories=categories, rotated=rotated)
+
+
+def open_splits(data: str, data_root: str | None, *, val_data: str | None = None, test_data: str | None = None,
+                val_percent: float = 0.0, labels_percent: float = 100.0, synthetic_images: int = 40,
+                synthetic_test_images: int = 40, synthetic_size: int = 160, seed: int = 0, masks: bool = False,
+                exif: str = "auto") -> Splits:
+    """Training, validation and test set of `data`; see open_detection for the arguments that both have. val_data,
+    test_data: another set, of which the split of that name is taken where there is one. labels_percent: the share of
+    the training images that counts as labelled (DetectionSet.subset). val_percent: so much of these become the
+    validation set (DetectionSet.split). What is not given and not there
+    stands in for one another: test for validation, validation for test, the training set for both, which is said."""
+    if val_percent and val_data:
+        raise UserError(f"--val_percent {val_percent:g} and --val_data {val_data} both give the validation set; leave "
+                        "one of them out.")
+    if not 0 <= val_percent < 100:
+        raise UserError(f"--val_percent {val_percent:g}: give at least 0 and less than 100.")
+    drawn = {"synthetic_size": synthetic_size, "seed": seed, "masks": masks, "exif": exif}
+    if data == "synthetic":
+        source, own = None, {"test"}
+        train = open_detection(data, None, "train", synthetic_images=synthetic_images, **drawn)
+    else:
+        source = _find_source(data, data_root, "train", masks, exif)
+        own = {"val", "test"} & set(source.layout.parts)
+        train = source.open("train")
+    shared = {"categories": train.categories, "rotated": train.frames[0]}
+
+    def open_own(split: str) -> DetectionSet:
+        if source is None:
+            return open_detection(data, None, "test", synthetic_images=synthetic_test_images, **drawn)
+        return source.open(split, **shared)
+
+    def given(other: str | None, flag: str, *splits: str) -> DetectionSet | None:
+        if not other:
+            return None
+        if other == "synthetic":
+            return open_detection(other, None, "test", synthetic_images=synthetic_test_images, **drawn, **shared)
+        return _find_source(other, data_root, splits[0], masks, exif, flag).open(*splits, **shared)
+
+    val = given(val_data, "--val_data", "val", "test", "train")
+    test = given(test_data, "--test_data", "test", "val", "train")
+    whole = train
+    if labels_percent < 100:
+        train = train.subset(labels_percent, seed)
+    if val_percent:
+        train, val = train.split(val_percent, seed)
+    if val is None and "val" in own:
+        val = open_own("val")
+        own.discard("val")
+    if test is None and own:
+        test = open_own("test" if "test" in own else "val")
+    elif val is None and own:
+        val = open_own("test")
+    return _fill_splits(train, val, test, data, whole)
+
+
+def _fill_splits(train: DetectionSet, val: DetectionSet | None, test: DetectionSet | None, data: str,
+                 whole: DetectionSet) -> Splits:
+    """whole: the training images before --labels_percent."""
+    if val is None and test is None:
+        train.notes.append(f"WARNING: {data} has no split: all its {len(whole)} images are validation and test set, "
+                           f"{len(train)} of them the training set. Give --val_percent 20, --val_data or --test_data")
+        return Splits(train, whole, whole)
+    if val is not None and test is not None:
+        return Splits(train, val, test)
+    if data not in ("coco", "voc", "synthetic"):
+        one = test if val is None else val
+        one.notes.append("one set is validation and test set: the best checkpoint and the score thresholds are chosen "
+                         "on the test images (--val_percent, --val_data or --test_data give another)")
+    return Splits(train, test if val is None else val, val if test is None else test)

@@ -1119,7 +1119,7 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
-def step_schedule(step: int, steps_per_epoch: int, drop_epochs: tuple[float, ...]) -> float:
+def step_schedule(step: int, steps_per_epoch: float, drop_epochs: tuple[float, ...]) -> float:
     """Learning rate factor: x 0.1 at the start of each epoch in drop_epochs. A pure function of the step."""
     return 0.1 ** sum(step >= drop * steps_per_epoch for drop in drop_epochs)
 

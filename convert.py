@@ -1,8 +1,8 @@
 """Checkpoints in and out: files of other code bases recognised by their content, read safely, named as here; ours
 written for other tools.
 
-In: every --init_from and --backbone_weights reads its file through open_checkpoint(). `python convert.py FILE` says
-what a file is.
+In: every --init_from and --backbone_weights reads its file, a run's folder or a folder of Hugging Face transformers
+(hf:FOLDER) through open_checkpoint(). `python convert.py FILE` says what a file is.
 Out: python convert.py FILE --to official|hf|torchvision|detectron2|mmdetection --out PATH
 
 Names: ours are those of the released DETR, Conditional DETR, Deformable DETR, DETReg, UP-DETR and SoCo, and for the
@@ -177,6 +177,23 @@ HUGGING_FACE: dict[str, Table] = {
         (("class_embed.*", "class_embed.*"), ("bbox_embed.*", "bbox_embed.*"), ("model.input_proj.*", "input_proj.*"))),
 }
 
+# What a model of transformers 5 calls otherwise in memory than in its files (save_original_format=False: there too).
+_IN_MEMORY = ((r"model\.backbone\.model\.", "model.backbone.conv_encoder.model."), (r"\.o_proj\.", ".out_proj."),
+              (r"\.mlp\.fc", ".fc"))
+_DECODER_LAYER = r"(decoder\.layers\.\d+)"
+HUGGING_FACE_5 = {"detr": _IN_MEMORY, "deformable_detr": _IN_MEMORY, "conditional_detr": (*_IN_MEMORY, *(
+    row for theirs, ours in (("self_attn", "sa"), ("encoder_attn", "ca")) for row in (
+        (rf"{_DECODER_LAYER}\.{theirs}\.([qk])_(content|pos|pos_sine)_proj\.", rf"\1.{ours}_\2\3_proj."),
+        (rf"{_DECODER_LAYER}\.{theirs}\.v_proj\.", rf"\1.{ours}_v_proj."))))}
+# transformers' own ResNet - torchvision's.
+RESNET_HUGGING_FACE: Table = (
+    ("embedder.embedder.convolution.*", "conv1.*"), ("embedder.embedder.normalization.*", "bn1.*"),
+    *((f"encoder.stages.{i}.layers.{{b}}.{theirs}", f"layer{i + 1}.{{b}}.{ours}") for i in range(4)
+      for theirs, ours in (("shortcut.convolution.*", "downsample.0.*"), ("shortcut.normalization.*", "downsample.1.*"),
+                           *((f"layer.{j}.{kind}.*", f"{name}{j + 1}.*") for j in range(3)
+                             for kind, name in (("convolution", "conv"), ("normalization", "bn"))))),
+)
+
 # Rows of a released class head: COCO's are its category ids, VOC's the sorted names and an idle one.
 COCO_NAMES = {i: name for i, name in enumerate(get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"])
               if name not in ("__background__", "N/A")}
@@ -302,6 +319,7 @@ class Checkpoint:
             f"the activation {activation}": str(activation).lower() != "relu",
             **{f"{part}_n_points {n} rather than 4": n != 4 for part, n in points.items()},
             "pre-norm layers": CONDITIONAL in state and (encoder_norm or pre_norm),
+            settings.get("unlike_ours"): "unlike_ours" in settings,  # Hugging Face: see _unlike_ours()
             f"pre_norm {pre_norm} by its options and {encoder_norm} by its tensors":
                 pre_norm is not None and "transformer.level_embed" not in state and bool(pre_norm) != encoder_norm,
         }
@@ -412,10 +430,25 @@ def resnet_prefix(state: dict[str, Tensor], path: str | Path) -> str | None:
     return found[0] if found else None
 
 
+OF_A_RUN = ("best.pt", "last.pt", "previous.pt")  # a run's folder stands for the first of them that is there
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a file and recognise it by its content. UserError: see read_checkpoint; a file of no family in KNOWN."""
+    """Read a file, a run's folder (OF_A_RUN) or a Hugging Face folder, with `hf:` before it or not, and recognise it by
+    its content. UserError: see read_checkpoint; a file of no family in KNOWN; a folder without a checkpoint."""
+    place = Path(str(path).removeprefix("hf:"))
+    if str(path).startswith("hf:") or is_hugging_face(place):
+        return open_hugging_face(place.parent if place.is_file() else place)
+    if place.is_dir():
+        path = next((place / name for name in OF_A_RUN if (place / name).exists()), None)
+        if path is None:
+            raise UserError(f"{place}: no checkpoint in this folder, neither {', '.join(OF_A_RUN)} of a run, nor "
+                            "config.json and model.safetensors or pytorch_model.bin of Hugging Face transformers; give "
+                            "a file")
     content = run.read_checkpoint(path)
     theirs = state_of(content, path)
+    if any(k.startswith("model.backbone.conv_encoder.") for k in theirs) and is_hugging_face(place.parent):
+        return open_hugging_face(place.parent)  # one file of the folder
     family, table = next(((family, table) for family, marks, table in KNOWN if has(theirs, marks)), (None, None))
     if family is None and (prefix := resnet_prefix(theirs, path)) is not None:
         family, table = "backbone", ((f"{prefix}*", "*"),)
@@ -436,6 +469,203 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if family.startswith("detectron2 R"):
         kept = {k: _reorder_rows(k, v, family.endswith("(C4)"), back=False) for k, v in kept.items()}
     return Checkpoint(str(path), family, _join_siamese_detr(kept), left, content)
+
+
+# model_type of a Hugging Face folder: the key of its table
+HUGGING_FACE_TYPES = {"detr": "detr", "table-transformer": "detr", "conditional_detr": "conditional_detr",
+                      "deformable_detr": "deformable_detr"}
+# Our (DETR's) names of the options in its config.json
+HUGGING_FACE_OPTIONS = {
+    "dropout": "dropout", "activation": "activation_function", "position_embedding": "position_embedding_type",
+    "two_stage": "two_stage", "enc_n_points": "encoder_n_points", "dec_n_points": "decoder_n_points",
+    "set_cost_class": "class_cost", "set_cost_bbox": "bbox_cost", "set_cost_giou": "giou_cost",
+    "bbox_loss_coef": "bbox_loss_coefficient", "giou_loss_coef": "giou_loss_coefficient",
+    "eos_coef": "eos_coefficient", "focal_alpha": "focal_alpha",
+}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder; in parts: NAME.index.json lists them
+
+
+def is_hugging_face(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and bool(_weight_files(folder))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            parts = _read_json(index).get("weight_map")
+            if not (isinstance(parts, dict) and parts and all(isinstance(part, str) for part in parts.values())):
+                raise UserError(f"{index}: names no files under 'weight_map'; it is damaged, fetch the folder again")
+            return [folder / Path(part).name for part in sorted(set(parts.values()))]
+    others = list(folder.glob("*.safetensors"))
+    return others if len(others) == 1 else []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, an object is wanted; fetch it again")
+    return content
+
+
+def open_hugging_face(folder: Path) -> Checkpoint:
+    """The detector in a folder of transformers (save_pretrained, or fetched from the Hub), under our names; its options
+    as DETR's args, its labels as categories, whose ids are the rows. UserError: no such folder, another kind of model.
+    """
+    if not folder.is_dir():
+        raise UserError(f"hf:{folder}: no such folder, and nothing is fetched here; run `hf download {folder} "
+                        "--local-dir DETECTOR` on a machine with network and give hf:DETECTOR")
+    if not is_hugging_face(folder):
+        raise UserError(f"hf:{folder}: lacks config.json or the weights ({' or '.join(WEIGHTS)}, whole or in parts "
+                        "with .index.json); give the folder that save_pretrained wrote")
+    config = _read_json(folder / "config.json")
+    family = HUGGING_FACE_TYPES.get(str(config.get("model_type")))
+    if family is None:
+        raise UserError(f"{folder}: a Hugging Face model of the type {config.get('model_type')}; of those only DETR, "
+                        "Table Transformer, Conditional DETR and Deformable DETR are read, so give one of these")
+    theirs = {k: v for file in _weight_files(folder) for k, v in state_of(run.read_checkpoint(file), file).items()}
+    state, left = _our_names(theirs, family, _last_stage(config, folder))
+    state = _join_projections(state)
+    if family == "deformable_detr" and DECODER in state:
+        _fill_heads(state, bool(config.get("with_box_refine")), folder)
+    content: dict[str, Any] = {"args": _settings(config, folder)}
+    head = next((state[k] for k in ("class_embed.weight", "class_embed.0.weight") if k in state), None)
+    if head is None:
+        raise UserError(f"{folder}: a {config.get('architectures')} without class and box head; give the folder of a "
+                        "...ForObjectDetection")
+    if categories := _labels(config, len(head) - (family == "detr")):
+        content["categories"] = categories
+    return Checkpoint(str(folder), "detector", state, left, content)
+
+
+def _our_names(theirs: dict[str, Tensor], family: str, last_stage: int) -> tuple[dict[str, Tensor],
+                                                                                  dict[str, list[str]]]:
+    """(tensors under our names, {reason: names of others}). A detector for segmentation holds one under `detr.`;
+    BatchNorm is frozen there, whatever counters the file has; stages after the last that is used go."""
+    state, left = {}, {}
+    for name, value in theirs.items():
+        plain = re.sub(r"^(detr|conditional_detr)\.", "", name)
+        for pattern, target in HUGGING_FACE_5[family]:
+            plain = re.sub(pattern, target, plain)
+        ours = rename(plain, HUGGING_FACE[family])
+        if ours and ours.startswith("backbone.0.body."):
+            body = ours.removeprefix("backbone.0.body.")
+            ours = f"backbone.0.body.{rename(body, RESNET_HUGGING_FACE) or body}"
+        if ours is None:
+            left.setdefault("other modules, not needed", []).append(name)
+        elif (stage := re.match(r"backbone\.0\.body\.layer(\d)", ours)) and int(stage[1]) > last_stage:
+            left.setdefault("a later stage that is not used", []).append(name)
+        elif not ours.endswith("num_batches_tracked"):
+            state[ours] = value
+    return state, left
+
+
+def _join_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What torch's attention has as one in_proj, from queries, keys and values."""
+    joined = {}
+    for name, value in state.items():
+        match = re.fullmatch(r"(.*\.)([qkv])_proj\.(weight|bias)", name)
+        parts = [f"{match[1]}{part}_proj.{match[3]}" for part in "qkv"] if match else []
+        if not parts or not state.keys() >= set(parts):
+            joined[name] = value
+        elif match[2] == "q":
+            joined[f"{match[1]}in_proj_{match[3]}"] = torch.cat([state[part] for part in parts])
+    return joined
+
+
+def _fill_heads(state: dict[str, Tensor], refined: bool, folder: Path) -> None:
+    """Deformable DETR: a file has heads that layers share once, and with refinement the box heads as the decoder's, as
+    the detector's or as both; ours has a class head and a box head per layer, and with refinement the latter again."""
+    decoders = {k.removeprefix("transformer.decoder."): state.pop(k) for k in list(state)
+                if k.startswith("transformer.decoder.bbox_embed.")}
+    if any(k in state and not torch.equal(state[k], v) for k, v in decoders.items()):
+        raise UserError(f"{folder}: the box heads of its decoder are others than those of the detector, which "
+                        "transformers 5 makes of them when it loads and trains a model; train it again after "
+                        "model.model.decoder.bbox_embed = model.bbox_embed")
+    state |= decoders
+    heads = {k: v for k, v in state.items() if re.match(r"(class|bbox)_embed\.0\.", k)}
+    for i in range(_count(state, "transformer.decoder.layers.")):
+        for name, value in heads.items():
+            state.setdefault(name.replace("_embed.0.", f"_embed.{i}.", 1), value)
+    if refined:
+        state |= {f"transformer.decoder.{k}": v for k, v in state.items() if k.startswith("bbox_embed.")}
+
+
+def _labels(config: dict[str, Any], rows: int) -> list[dict[str, Any]]:
+    """A category per row of the class head, of the row's number and label, LABEL_i where it has none; []: a head of
+    COCO's 91 rows without any label, which is told by them."""
+    labels = config.get("id2label") if isinstance(config.get("id2label"), dict) else {}
+    categories = [{"id": i, "name": str(labels.get(str(i), f"LABEL_{i}"))} for i in range(rows)]
+    named = any(c["name"] != f"LABEL_{c['id']}" for c in categories)
+    return categories if named or rows != 91 else []
+
+
+def _backbone(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(configuration of the backbone, options of timm's), {} where the file has none."""
+    return tuple(config[key] if isinstance(config.get(key), dict) else {} for key in ("backbone_config",
+                                                                                       "backbone_kwargs"))
+
+
+def _stages(config: dict[str, Any]) -> list[int]:
+    """The stages of the ResNet (1 to 4) whose maps the detector gets; []: the file does not say."""
+    backbone, options = _backbone(config)
+    stages = backbone.get("out_indices") or options.get("out_indices") or []
+    return [i % 5 for i in stages if type(i) is int] if isinstance(stages, list) else []
+
+
+def _last_stage(config: dict[str, Any], folder: Path) -> int:
+    """Which stage of the ResNet is the last in use. UserError: it is another backbone, or another kind of ResNet."""
+    backbone, _ = _backbone(config)
+    name = str(backbone.get("backbone") or config.get("backbone") or backbone.get("model_type", "resnet"))
+    known = "|".join(("", *(kind.removeprefix("resnet") for kind in RESNET_BLOCKS)))
+    strange = [f"{key} {backbone[key]}" for key, ours in (
+        ("downsample_in_bottleneck", False), ("downsample_in_first_stage", False), ("hidden_act", "relu"),
+        ("embedding_size", 64)) if backbone.get(key, ours) != ours]
+    if strange or not re.fullmatch(rf"(.*/)?resnet-?({known})(\..*)?", name):
+        raise UserError(f"{folder}: its backbone is {name}{' with ' * bool(strange)}{', '.join(strange)}; read here "
+                        f"are detectors on {', '.join(RESNET_BLOCKS)}, so give one of these")
+    return max(_stages(config), default=4)
+
+
+def _settings(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Its options as DETR's args, and the image sizes of its preprocessor_config.json as ours."""
+    settings = {ours: config[theirs] for ours, theirs in HUGGING_FACE_OPTIONS.items() if theirs in config}
+    backbone, options = _backbone(config)
+    stride = backbone.get("output_stride") or options.get("output_stride") or 32
+    settings |= {"nheads": config.get("encoder_attention_heads", 8),
+                 "dilation": bool(config.get("dilation")) or stride != 32}
+    file = folder / "preprocessor_config.json"
+    processor = _read_json(file) if file.is_file() else {}
+    size = processor.get("size")
+    if type(size) is int:  # files of old versions
+        size = {"shortest_edge": size, "longest_edge": processor.get("max_size")}
+    if isinstance(size, dict) and processor.get("do_resize", True):  # with height and width: other proportions
+        sides = {"eval_size": size.get("shortest_edge"), "max_size": size.get("longest_edge") or 1333}
+        settings |= sides if all(type(side) is int and side > 0 for side in sides.values()) else {}
+    if unlike := _unlike_ours(config, processor):
+        settings["unlike_ours"] = unlike
+    return settings
+
+
+def _unlike_ours(config: dict[str, Any], processor: dict[str, Any]) -> str | None:
+    """What a detector of ours has not, and the options of other code bases have not either."""
+    heads = [config.get(f"{part}_attention_heads", 8) for part in ("encoder", "decoder")]
+    norms = [processor.get(f"image_{name}", list(ours)) for name, ours in (("mean", IMAGENET_MEAN),
+                                                                           ("std", IMAGENET_STD))]
+    stages, levels = _stages(config), config.get("num_feature_levels")
+    levels = levels if config["model_type"] == "deformable_detr" and type(levels) is int else 0
+    reasons = {
+        f"{heads[0]} attention heads in the encoder and {heads[1]} in the decoder": heads[0] != heads[1],
+        f"the stages {stages} of the ResNet on {levels} levels":
+            levels and stages and stages != [2, 3, 4][-levels:],
+        f"images normalised with {norms[0]} and {norms[1]}": norms != [list(IMAGENET_MEAN), list(IMAGENET_STD)],
+        "images that are not normalised": not processor.get("do_normalize", True),
+    }
+    return next((what for what, there in reasons.items() if there), None)
 
 
 def _join_siamese_detr(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -920,7 +1150,7 @@ def main(argv: list[str] | None = None) -> str:
     """Returns what the file is."""
     parser = run.Parser(prog="convert.py",
                         description="Says what a checkpoint is; with --to writes it for another tool.")
-    parser.add_argument("checkpoint", help="any file that --init_from and --backbone_weights read")
+    parser.add_argument("checkpoint", help="any file or folder that --init_from and --backbone_weights read")
     parser.add_argument("--to", choices=("official", "hf", "torchvision", "detectron2", "mmdetection"),
                         help="hf: a folder for Hugging Face transformers; torchvision: a state dict; detectron2: "
                         "a .pkl; mmdetection: a .pth, of SoCo; official: as the released code of its method has it")

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -63,9 +63,10 @@ _LAYOUT = {"imagenet": "<root>/{split}/<wnid>/*.JPEG",
 # Below --data_root; the folder itself comes first: what is given wins over what is guessed.
 _SUBFOLDERS = {"imagenet": ("", "imagenet", "ILSVRC/Data/CLS-LOC"), "coco": ("", "coco"),
                "voc": ("", "VOCdevkit", "voc/VOCdevkit", "voc")}
+_PREDICTIONS = {"predictions.json", "predictions.csv"}  # of predict.py, which draws into pictures/ beside them
 # A folder that holds all of one of these is an output of this project: a run, an evaluation, a proposal store.
 _OUTPUTS = ({"last.pt"}, {"previous.pt"}, {"damaged.pt"}, {"log.jsonl"}, {"metrics.json", "predictions.png"},
-            {"meta.json", "boxes.bin"}, {"header.partial"})
+            _PREDICTIONS, {"meta.json", "boxes.bin"}, {"header.partial"})
 _OUTPUT_PICTURES = {"predictions.png", "pictures.png"}
 
 
@@ -93,21 +94,25 @@ def decode_image(path: str | Path, exif: bool = True) -> Image.Image:
             raise OSError("not a regular file")  # reading a named pipe would wait for ever
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            image = ImageOps.exif_transpose(image) if exif else image
-        if image.mode.startswith("I") or image.mode == "F":
-            values = np.asarray(image, dtype=np.float64)
-            if image.mode == "F":
-                if not np.isfinite(values).all():
-                    raise ValueError("NaN or infinite pixels")
-                values = (values - values.min()) / max(values.max() - values.min(), 1e-12) * 65535
-            image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image) if exif else image)
     except Exception as error:
         # not only OSError: decoders raise SyntaxError, ValueError, struct.error, ... on corrupt bytes
         raise UnreadableImage(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture of Pillow -> RGB, see decode_image. ValueError: it holds numbers that are not finite."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode == "F":
+            if not np.isfinite(values).all():
+                raise ValueError("NaN or infinite pixels")
+            values = (values - values.min()) / max(values.max() - values.min(), 1e-12) * 65535
+        image = Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def image_header(path: str | Path) -> tuple[int, int, int] | None:
@@ -181,6 +186,9 @@ def find_images(root: Path, below: Sequence[str] = ("",)) -> list[str]:
                     outputs.append(folder)
                     subfolders.clear()
                     continue
+                if _PREDICTIONS <= set(files) and "pictures" in subfolders:
+                    outputs.append(os.path.join(folder, "pictures"))
+                    subfolders.remove("pictures")
                 files = [f for f in files if f not in _OUTPUT_PICTURES]
             # lost+found is the file system's own, and closed
             subfolders[:] = sorted(d for d in subfolders if not d.startswith(".") and d != "lost+found")
@@ -323,14 +331,38 @@ def _voc_files(folder: Path, stem: str, listed: dict[str, dict[str, list[str]]])
     return []
 
 
-def voc_images(root: Path, split: str) -> list[tuple[Path, str]]:
-    """(year folder, image file name) in list order: trainval of every year for "train", else test of the first. What is
-    spelled otherwise in the list is said."""
-    part = "trainval" if split == "train" else "test"
+def voc_lists(root: Path) -> dict[str, list[Path]]:
+    """The lists of images that a folder in VOC layout has, by split. Where trainval is beside test, or alone, it is as
+    published: trainval of every year, test of the first year that has one. Else train, val and test. "all": CVAT's
+    default.txt."""
+    def of(year: Path, *names: str) -> list[Path]:
+        lists = [year / "ImageSets" / "Main" / f"{name}.txt" for name in names]
+        return [file for file in lists if file.is_file()]
+
     years = voc_years(root)
+    train, val, trainval, test, default = ([file for year in years for file in of(year, name)]
+                                           for name in ("train", "val", "trainval", "test", "default"))
+    if trainval and (test or not (train and val)):
+        train = [file for year in years for file in of(year, "trainval") or of(year, "train", "val")]
+        val = []
+    found = {"train": train, "val": val, "test": test[:1]}
+    return {split: files for split, files in found.items() if files} or ({"all": default} if default else {})
+
+
+def voc_images(root: Path, split: str) -> list[tuple[Path, str]]:
+    """(year folder, image file name) in list order: trainval of every year for "train", else test of the first."""
+    years = voc_years(root)
+    part, years = ("trainval", years) if split == "train" else ("test", years[:1])
+    return voc_list_images([year / "ImageSets" / "Main" / f"{part}.txt" for year in years])
+
+
+def voc_list_images(lists: Sequence[Path]) -> list[tuple[Path, str]]:
+    """(year folder, image file name) of all lines of these lists, in order. What is spelled otherwise in a list is
+    said."""
     found = []
-    for year in years if split == "train" else years[:1]:
-        source, folder = year / "ImageSets" / "Main" / f"{part}.txt", year / "JPEGImages"
+    for source in lists:
+        year = source.parents[2]
+        folder = year / "JPEGImages"
         stems = list(filter(None, map(str.strip, read_lines(source, "the VOC image list"))))
         listed: dict[str, dict[str, list[str]]] = {}
         lines: dict[str, str] = {}  # file -> its line
@@ -351,7 +383,7 @@ def voc_images(root: Path, split: str) -> list[tuple[Path, str]]:
     return found
 
 
-def _open_list(path: Path) -> ImageFiles:
+def open_list(path: Path) -> ImageFiles:
     """The user's own paths: absolute or leading anywhere, to any of FORMATS. A file named twice counts once."""
     keys, finder = [], FileFinder()
     starts: dict[str, str] = {}  # of each folder named: what its keys begin with
@@ -397,7 +429,7 @@ def open_images(data: str, data_root: str | None, *, split: str = "train", synth
         images = ImageFiles(data, root, [f"{year.relative_to(root).as_posix()}/JPEGImages/{name}"
                                          for year, name in voc_images(root, split)])
     elif data.lower().endswith(".txt"):
-        images = _open_list(Path(data).expanduser())
+        images = open_list(Path(data).expanduser())
     elif (root := Path(data).expanduser()).is_dir():
         images = ImageFiles(root.resolve().name, root, find_images(root))
     else:
@@ -588,22 +620,34 @@ def resized_hw(hw: tuple[int, int], size: int, max_size: int | None = None) -> t
     return (int(size * h / w), size) if w < h else (size, int(size * w / h))
 
 
+Augmentation = Literal["flips", "rotate90", "colour"]  # what --augment adds; the first two are drawn by draw_geometry
+
+
 @dataclass
 class Geometry:
-    """What is done to one image, in this order: flip, resize to first_hw, crop (top, left, h, w), resize to hw."""
+    """What is done to one image, in this order: quarter turns against the clock, flip left-right, resize to first_hw,
+    crop (top, left, h, w), resize to hw."""
     flip: bool
     first_hw: tuple[int, int] | None
     crop: tuple[int, int, int, int] | None
     hw: tuple[int, int]
+    turns: int = 0
 
 
 def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequence[int], max_size: int | None,
                   crop_scales: Sequence[int] | None = (400, 500, 600), crop_range: tuple[int, int] | None = (384, 600),
-                  flip: float = 0.5) -> Geometry:
+                  flip: float = 0.5, augment: Sequence[Augmentation] = ()) -> Geometry:
     """DETR's augmentation: with p = .5 resize to one of `scales`; else resize to one of `crop_scales` (long side at
     most 20 times that), cut w, h ~ U{lo..min(side, hi)} at a uniform place, resize to one of `scales`. Without
-    crop_scales or crop_range: never the crop branch."""
+    crop_scales or crop_range: never the crop branch.
+
+    augment: "flips" flips top-bottom too, with p = .5; "rotate90" turns by 0..3 quarters, and all sizes are drawn for
+    the turned image. Without them no number is drawn for them."""
     flipped = bool(rng.random() < flip)
+    turns = int(rng.integers(4)) if "rotate90" in augment else 0
+    if "flips" in augment and rng.random() < 0.5:  # a flip top-bottom is one left-right after half a turn
+        flipped, turns = not flipped, (turns + 2) % 4
+    hw = hw[::-1] if turns % 2 else hw
     first = crop = None
     if crop_scales and crop_range and rng.random() < 0.5:
         size = int(rng.choice(crop_scales))
@@ -612,7 +656,7 @@ def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequ
         w, h = (int(rng.integers(min(lo, side), min(side, hi) + 1)) for side in (hw[1], hw[0]))
         crop = int(rng.integers(hw[0] - h + 1)), int(rng.integers(hw[1] - w + 1)), h, w
         hw = h, w
-    return Geometry(flipped, first, crop, resized_hw(hw, int(rng.choice(scales)), max_size))
+    return Geometry(flipped, first, crop, resized_hw(hw, int(rng.choice(scales)), max_size), turns)
 
 
 def draw_crop(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, float],
@@ -637,6 +681,15 @@ def flip_boxes(boxes_xyxy: Tensor, width: float) -> Tensor:
     """Mirror [n, 4] in an image `width` px wide."""
     x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
     return torch.stack([width - x2, y1, width - x1, y2], -1)
+
+
+def turn_boxes(boxes_xyxy: Tensor, hw: tuple[int, int], turns: int) -> Tensor:
+    """[n, 4] of an image of size hw -> of the same image after that many quarter turns against the clock."""
+    for _ in range(turns):
+        x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
+        boxes_xyxy = torch.stack([y1, hw[1] - x2, y2, hw[1] - x1], -1)
+        hw = hw[::-1]
+    return boxes_xyxy
 
 
 def resize_boxes(boxes_xyxy: Tensor, from_hw: tuple[int, int], to_hw: tuple[int, int]) -> Tensor:
@@ -665,10 +718,16 @@ def resize(image: Image.Image, hw: tuple[int, int]) -> Image.Image:
     return Image.fromarray(cv2.merge(list(planes)))
 
 
+_TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+
+
 def apply_geometry(image: Image.Image, boxes_xyxy: Tensor, geometry: Geometry) -> tuple[Image.Image, Tensor, Tensor]:
     """-> (image, boxes_xyxy [m, 4] px of it, keep int64 [m]). Antialiased bilinear, as torchvision's resize of a PIL
     image."""
     boxes, keep = boxes_xyxy, torch.arange(len(boxes_xyxy))
+    if geometry.turns:
+        boxes = turn_boxes(boxes, (image.height, image.width), geometry.turns)
+        image = image.transpose(_TURNS[geometry.turns])
     if geometry.flip:
         boxes = flip_boxes(boxes, image.width)
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -685,6 +744,7 @@ def apply_geometry(image: Image.Image, boxes_xyxy: Tensor, geometry: Geometry) -
 
 def apply_geometry_to_masks(masks: Tensor, geometry: Geometry) -> Tensor:
     """uint8 [n, h, w] of the image before -> of the image after apply_geometry; resized to the nearest pixel."""
+    masks = masks.rot90(geometry.turns, (-2, -1))
     masks = masks.flip(-1) if geometry.flip else masks
     for resized in (geometry.first_hw, geometry.hw):
         if resized is geometry.hw and geometry.crop:
@@ -728,6 +788,11 @@ class Photometric:
     blur_radius: tuple[float, float] = (0.1, 2.0)  # px, PIL's radius
     p_solarize: float = 0.0
 
+
+# `--augment colour`: SSD's strengths, as in torchvision's RandomPhotometricDistort. MoCo v2's, those of DETReg's
+# patches, wash cells out of a bright picture and make red hearts pink, where colour may tell classes apart: hence no
+# grey either, and no blur, which takes small objects.
+COLOUR = Photometric(0.125, 0.5, 0.5, 0.05, p_jitter=0.8, p_gray=0, p_blur=0)
 
 _HUES = (np.array([5, 3, 1]) + np.arange(256)[:, None] * 6 / 255) % 6
 # [256, 3]: the share of a hue's saturation that each of R, G, B lacks

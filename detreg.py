@@ -63,6 +63,7 @@ from torch import Tensor, nn
 import convert
 import data
 import evaluation
+import own
 import proposals
 import run
 from annotations import DetectionSet
@@ -73,7 +74,7 @@ from run import Count, Depth, Images, NonNegative, Pixels, Positive, Share, Widt
 
 
 @dataclass
-class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
+class Config(run.ProbeConfig, proposals.ProposalConfig, own.OwnConfig, run.RunConfig):
     data: str = "imagenet100"  # imagenet100, imagenet, coco, voc, synthetic, a folder, or a .txt of paths (Sec. 6)
     exif: Literal["auto", "stored", "rotated"] = "auto"  # pixels --probe_data's boxes lie on: as stored, or as rotated
     # proposals (Sec. 3, 6; more in proposals.ProposalConfig)
@@ -84,6 +85,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     max_size: Pixels = 600  # longest side, pixels (released)
     crop_scales: tuple[Pixels, ...] = (400, 500, 600)  # short side before a random crop (released)
     crop_range: tuple[Pixels, ...] = (384, 600)  # smallest and largest side of the crop (released)
+    augment: tuple[data.Augmentation, ...] = ()  # beyond the left-right flip: flips, rotate90 (no side is up), colour
     patch_size: Pixels = 128  # side of a region crop (released)
     # model
     detector: common.DETECTORS = "deformable_detr"  # what is pretrained (the others: Siamese DETR, Tables 1 and 2)
@@ -123,6 +125,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"batch_size": 224, "num_classes": 2},  # D5, D3
     "official": {"embedding_mean": "local"},  # D4
+    "own": own.PRESET,
     "demo": {
         "data": "synthetic", "synthetic_images": 400, "max_prop": 20, "cache_proposals": True, "proposal_rank": "nms",
         "scales": (96, 112), "max_size": 144, "crop_scales": (112, 144), "crop_range": (72, 112), "patch_size": 32,
@@ -221,14 +224,16 @@ class RegionDataset(torch.utils.data.Dataset):
             if attempt == 10:  # D9
                 boxes = jittered_full_boxes(hw, rng)
             geometry = data.draw_geometry(rng, hw, scales=cfg.scales, max_size=cfg.max_size,
-                                          crop_scales=cfg.crop_scales, crop_range=cfg.crop_range)
+                                          crop_scales=cfg.crop_scales, crop_range=cfg.crop_range, augment=cfg.augment)
             view, moved, keep = data.apply_geometry(image, boxes, geometry)
             if len(keep) >= 2 or attempt == 10:
                 break
             position = int(rng.integers(len(self.indices)))
-        # a box cut by the crop keeps the descriptor of the whole region; patches are not flipped (released)
+        # a box cut by the crop keeps the descriptor of the whole region; patches are not flipped (released), nor turned
         patches = [data.cut_patch(image, box, cfg.patch_size, data.draw_photometric(rng, self.photometric))
                    for box in boxes[keep].tolist()]
+        if "colour" in cfg.augment:
+            view = data.apply_photometric(view, data.draw_photometric(rng, data.COLOUR))
         target = {"boxes": data.normalized_cxcywh(moved, (view.height, view.width)),
                   "labels": torch.ones(len(keep), dtype=torch.int64),
                   "patches": torch.stack(patches) if patches else torch.zeros(0, 3, cfg.patch_size, cfg.patch_size)}
@@ -416,6 +421,7 @@ def summary(metrics: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     cfg = run.parse_config(Config, PRESETS, argv, script="detreg", description=__doc__, recipe=recipe_of)
     device = common.setup_distributed(cfg.device)
+    cfg = own.fit_pretraining(cfg, argv, device)
     check(cfg)
     source, indices, held_out = data.open_training_images(cfg)
     probe_set = evaluation.open_class_agnostic_probe(cfg, source, held_out)
@@ -430,7 +436,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     loader = data.train_loader(job, train_set, collate)
     for step in job.steps():
         wrapped.train()
-        lr = common.set_lr(optimizer, common.step_schedule(step, job.steps_per_epoch, (cfg.lr_drop,)))
+        lr = common.set_lr(optimizer, common.step_schedule(step, job.epoch_steps, (cfg.lr_drop,)))
         micro_batches = job.next_batches(loader)
         terms = train_step(cfg, wrapped, descriptor, criterion, optimizer, micro_batches, device)
         job.check(step, terms, micro_batches)

@@ -420,7 +420,7 @@ def dupr_loss(cfg: Config, queries: dict[str, Tensor], keys: dict[str, Tensor], 
 # ==== 5. Training step ====
 
 
-def lr_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
+def lr_factor(cfg: Config, step: int, steps_per_epoch: float) -> float:
     """MoCo's schedule: changed once per epoch, no warm-up, never 0. A pure function of the step."""
     if cfg.schedule == "step":
         return common.step_schedule(step, steps_per_epoch, cfg.lr_drops)
@@ -567,7 +567,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     loader = data.train_loader(job, train_set, collate)
     for step in job.steps():
         wrapped.train()
-        lr = common.set_lr(optimizer, lr_factor(cfg, step, job.steps_per_epoch))
+        lr = common.set_lr(optimizer, lr_factor(cfg, step, job.epoch_steps))
         (batch,) = job.next_batches(loader)
         terms = train_step(cfg, wrapped, optimizer, batch, step, device)
         job.check(step, terms, [batch])

@@ -157,6 +157,63 @@ def detection_metrics(ground_truth: dict, detections: list[dict], *, class_agnos
     return metrics
 
 
+def operating_points(ground_truth: dict, detections: list[dict]) -> tuple[dict[str, Any], dict[str, list[tuple]]]:
+    """Where to cut the scores: -> ({"all": point, "per_class": {name: point}}, {name: curve}), names as in
+    distinct_names(), and "all".
+
+    A point is {"threshold", "precision", "recall", "f1"} of the score of best F1 at IoU 0.5 (COCO's matching, at most
+    100 detections of an image and class); "all" has one threshold for all classes. A class without objects, or of which
+    none is found, has no point. A curve is [(recall, precision), ...] from the highest score down.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        objects, found = (_coco(ground_truth, items, False, "bbox")
+                          for items in (ground_truth["annotations"], detections))
+        coco_eval = _DifficultEval(objects, found, "bbox")
+        coco_eval.params.iouThrs, coco_eval.params.maxDets = np.array([0.5]), [100]
+        coco_eval.params.areaRng, coco_eval.params.areaRngLbl = [[0, 1e10]], ["all"]
+        coco_eval.evaluate()
+    names = distinct_names(ground_truth["categories"])
+    matches = {name: [] for name in names}  # of each image: scores, whether they match an object; then objects
+    for image in filter(None, coco_eval.evalImgs):
+        counts = ~image["dtIgnore"][0].astype(bool)
+        matches[names[image["category_id"] - 1]].append((
+            np.array(image["dtScores"])[counts], (image["dtMatches"][0] > 0)[counts],
+            int((np.array(image["gtIgnore"]) == 0).sum())))
+    parts = {"all": [part for some in matches.values() for part in some]} | matches
+    points, curves = {}, {}
+    for name, some in parts.items():
+        if sum(part[2] for part in some):
+            points[name], curves[name] = _best_f1(some)
+    empty = {"threshold": 0.5, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    return {"all": points.pop("all", None) or empty, "per_class": {k: v for k, v in points.items() if v}}, curves
+
+
+def _best_f1(parts: list[tuple]) -> tuple[dict[str, float] | None, list[tuple[float, float]]]:
+    """parts: (scores, whether they match, objects) of images -> the point of best F1 (None: nothing is found) and the
+    curve. The threshold lies half-way to the next score below: rounding elsewhere does not cross it."""
+    scores, hits = (np.concatenate([part[k] for part in parts]) for k in (0, 1))
+    objects = sum(part[2] for part in parts)
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], np.cumsum(hits[order])
+    last = np.flatnonzero(np.append(scores[1:] < scores[:-1], len(scores) > 0))  # of equal scores
+    precision, recall = hits[last] / (last + 1), hits[last] / objects
+    curve = list(zip(recall.tolist(), precision.tolist()))
+    if not len(scores) or not hits[-1]:
+        return None, curve
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = int(f1.argmax())
+    below = scores[last[best] + 1] if last[best] + 1 < len(scores) else scores[last[best]]
+    return {"threshold": float((scores[last[best]] + below) / 2), "precision": float(precision[best]),
+            "recall": float(recall[best]), "f1": float(f1[best])}, curve
+
+
+def above_thresholds(detections: list[dict], thresholds: dict[str, Any], categories: list[dict]) -> list[dict]:
+    """The detections whose score reaches the threshold of their class, of operating_points."""
+    least = {c["id"]: thresholds["per_class"].get(name, thresholds["all"])["threshold"]
+             for c, name in zip(categories, distinct_names(categories))}
+    return [d for d in detections if d["score"] >= least[d["category_id"]]]
+
+
 # ==== 2. VOC07 ====
 
 
@@ -243,11 +300,19 @@ def class_agnostic_scores(logits: Tensor, boxes_xyxy: Tensor, object_class: int 
 
 
 def class_agnostic_detections(logits: Tensor, boxes_xyxy: Tensor, image_id: int | str, *, object_class: int = 1,
-                              top: int | None = None) -> list[dict]:
-    """The `top` (None: all) best detections of one image, category_id 1. Shapes: see class_agnostic_scores."""
-    scores, boxes_xywh = class_agnostic_scores(logits.detach(), boxes_xyxy.detach(), object_class)
-    return [{"image_id": image_id, "category_id": 1, "bbox": box, "score": score}
-            for box, score in zip(boxes_xywh[:top].tolist(), scores[:top].tolist())]
+                              top: int | None = None, probability: Tensor | None = None) -> list[dict]:
+    """The `top` (None: all) best detections of one image, category_id 1. Shapes: see class_agnostic_scores.
+
+    probability: [Q], what pictures show as the "probability" of a detection rather than its score, the logit.
+    """
+    logits = logits.detach()
+    scores, boxes_xywh = class_agnostic_scores(logits, boxes_xyxy.detach(), object_class)
+    found = [{"image_id": image_id, "category_id": 1, "bbox": box, "score": score}
+             for box, score in zip(boxes_xywh[:top].tolist(), scores[:top].tolist())]
+    if probability is not None:
+        order = logits[:, object_class].sort(descending=True, stable=True).indices
+        found = [d | {"probability": p} for d, p in zip(found, probability[order].tolist())]
+    return found
 
 
 def boxes_as_detections(boxes_xyxy, image_id: int | str, scores=None, category_id: int = 1) -> list[dict]:
@@ -309,6 +374,13 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
+def evaluation_view(image: Image.Image, size: int, max_size: int) -> Tensor:
+    """What a detector sees of a picture when it is not trained: [3, h, w], the short side `size` px, but the longest at
+    most max_size."""
+    height, width = data.resized_hw((image.height, image.width), size, max_size)
+    return data.to_normalized_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
 class _Resized(torch.utils.data.Dataset):
     """The images of a labelled set at evaluation size, as samples for data.collate. An unreadable image is an error."""
 
@@ -320,9 +392,7 @@ class _Resized(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict:
         image, target = self.labelled.load(self.indices[i])
-        height, width = data.resized_hw((image.height, image.width), self.size, self.max_size)
-        view = image.resize((width, height), Image.Resampling.BILINEAR)
-        return {"image": data.to_normalized_tensor(view), "target": target, "skipped": []}
+        return {"image": evaluation_view(image, self.size, self.max_size), "target": target, "skipped": []}
 
 
 def each_batch(model: torch.nn.Module, labelled, *, size: int, max_size: int, batch_size: int = 8,
@@ -436,12 +506,18 @@ def open_class_agnostic_probe(cfg: Any, source: Any, held_out: np.ndarray) -> De
         image, image_seed(cfg.seed, source.key(i)))[:cfg.max_prop])
 
 
+def is_held_out(labelled: DetectionSet) -> bool:
+    """Did nobody draw these boxes (annotations.held_out_set)?"""
+    return labelled.categories == [{"id": 1, "name": "proposal"}]
+
+
 def class_agnostic_table(cfg: Any, untrained: torch.nn.Module, pretrained: torch.nn.Module, train_set: Any,
                          labelled: DetectionSet, device: torch.device) -> tuple[dict[str, Any], list[dict]]:
     """Class-agnostic AP and AR (DETReg, Table 6) of a pretrained detector and of four controls on the first
     cfg.probe_images of a labelled set, and its detections. All processes call it; rank 0 alone gets a table.
 
-    cfg: with scales, max_size, num_workers, seed. random_boxes have the sizes of train_set's proposals.
+    cfg: DETReg's. random_boxes have the sizes of train_set's proposals. selective_search is left out where the ground
+    truth is its own.
     """
     count = min(len(labelled), cfg.probe_images or len(labelled))
     ids = labelled.image_ids[:count]
@@ -453,24 +529,29 @@ def class_agnostic_table(cfg: Any, untrained: torch.nn.Module, pretrained: torch
         found = []
         for target, logits, boxes_xyxy in predict(network, labelled, size=max(cfg.scales), max_size=cfg.max_size,
                                                   device=device, limit=count, num_workers=cfg.num_workers, text=text):
-            found += class_agnostic_detections(logits, boxes_xyxy, target["image_id"], top=100)
+            probability = (logits.softmax(-1) if cfg.detector == "detr" else logits.sigmoid())[:, 1]
+            found += class_agnostic_detections(logits, boxes_xyxy, target["image_id"], top=100, probability=probability)
         return gather(found)
 
     pool = relative_sizes(train_set, cfg.seed)
     searched, drawn = [], []
-    for i in progress(rank_slice(count), desc="selective search"):
+    of_itself = is_held_out(labelled) and cfg.proposal_method == "selective_search"
+    for i in progress(rank_slice(count), desc="random boxes" if of_itself else "selective search"):
         image, target = labelled.load(i)
-        boxes = selective_search(np.asarray(image), seed=image_seed(cfg.seed, "probe", i))[:100]
-        searched += boxes_as_detections(boxes, target["image_id"])
+        if not of_itself:
+            boxes = selective_search(np.asarray(image), seed=image_seed(cfg.seed, "probe", i))[:100]
+            searched += boxes_as_detections(boxes, target["image_id"])
         boxes = random_boxes(np.random.default_rng([cfg.seed, i]), (image.height, image.width), 100, pool)
         drawn += boxes_as_detections(boxes, target["image_id"])
     found = {"untrained": detect(untrained, "untrained"), "random_boxes": gather(drawn), "shuffled": [],
              "selective_search": gather(searched), "pretrained": detect(pretrained, "pretrained")}
     found["shuffled"] = shuffled(found["pretrained"], ids, sizes)
+    if of_itself:
+        del found["selective_search"]
     if rank() != 0:
         return {}, []
     table = {name: detection_metrics(truth, some, class_agnostic=True) for name, some in found.items()}
-    drawn_by = "held-out proposals" if labelled.categories[0]["name"] == "proposal" else "annotations"
+    drawn_by = "held-out proposals" if is_held_out(labelled) else "annotations"
     return table | {"primary": "AR100", "ground_truth": drawn_by}, found["pretrained"]
 
 
@@ -512,30 +593,47 @@ def metrics_table(rows: dict[str, dict], columns: list[str], title: str = "") ->
 # ==== 6. Pictures ====
 
 
+def draw_boxes(picture: Image.Image, boxes_xyxy, labels: list[str] | None, colours: list[str], *, line: int = 2,
+               size: int = 11) -> None:
+    """Draw boxes [n, 4] px and their labels into an RGB picture; the first lies on top. line: width of a line, px;
+    size: of the font, px."""
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size)
+    boxes = torch.as_tensor(boxes_xyxy).detach().cpu().double().reshape(-1, 4).nan_to_num().round().tolist()
+    limits = (picture.width - 1, picture.height - 1) * 2
+    corners = [[int(min(max(v, 0), limit)) for v, limit in zip(box, limits)] for box in boxes]
+    ranked = [(i, colours[i], *box) for i, box in enumerate(corners) if box[2] > box[0] and box[3] > box[1]][::-1]
+    edge = max(1, line // 2)
+    for _, colour, x1, y1, x2, y2 in ranked:
+        # a dark edge on both sides keeps the colour apart from the picture
+        draw.rectangle([x1, y1, x2, y2], outline="black", width=line + 2 * edge)
+        draw.rectangle([x1 + edge, y1 + edge, max(x2 - edge, x1 + edge), max(y2 - edge, y1 + edge)], outline=colour,
+                       width=line)
+    h, margin = round(size * 14 / 11), round(size * 3 / 11)
+    for i, colour, x1, y1, *_ in ranked if labels is not None else ():  # after all boxes, so that none crosses a label
+        text = printable(labels[i])
+        w = math.ceil(draw.textlength(text, font)) + 2 * margin - 1
+        x = max(0, min(x1, picture.width - w))
+        y = y1 - h + 1 if y1 >= h else y1  # above the box if there is room
+        draw.rectangle([x, y, x + w - 1, y + h - 1], fill=colour)
+        draw.text((x + margin, y + h / 2), text, "white" if colour in DARK else "black", font, anchor="lm")
+
+
+def draw_mask(picture: Image.Image, mask: np.ndarray, colour: str) -> None:
+    """Lay a colour half-transparent over the pixels of `mask`, bool [h, w], of an RGB picture."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if len(rows):
+        part = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        picture.paste(colour, (int(columns[0]), int(rows[0])), Image.fromarray(part * np.uint8(128)))
+
+
 def _tile(image: Image.Image, boxes_xyxy, labels: list[str] | None, max_boxes: int) -> Image.Image:
     """The image at height TILE (at most 2 TILE wide) with its first `max_boxes` boxes; the first lies on top."""
     scale = min(TILE / image.height, 2 * TILE / image.width)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     tile = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(tile)
-    font = ImageFont.load_default(11)
-    boxes = torch.as_tensor(boxes_xyxy).detach().cpu().double().reshape(-1, 4)[:max_boxes].nan_to_num()
-    boxes = (boxes * scale).round().tolist()
-    limits = (tile.width - 1, tile.height - 1) * 2
-    corners = [[int(min(max(v, 0), limit)) for v, limit in zip(box, limits)] for box in boxes]
-    ranked = [(i, PALETTE[i % len(PALETTE)], *box)
-              for i, box in enumerate(corners) if box[2] > box[0] and box[3] > box[1]][::-1]
-    for _, colour, x1, y1, x2, y2 in ranked:
-        # a dark edge on both sides keeps the colour apart from the picture
-        draw.rectangle([x1, y1, x2, y2], outline="black", width=4)
-        draw.rectangle([x1 + 1, y1 + 1, max(x2 - 1, x1 + 1), max(y2 - 1, y1 + 1)], outline=colour, width=2)
-    for i, colour, x1, y1, *_ in ranked if labels is not None else ():  # after all boxes, so that none crosses a label
-        text = printable(labels[i])
-        w, h = math.ceil(draw.textlength(text, font)) + 5, 14
-        x = max(0, min(x1, tile.width - w))
-        y = y1 - h + 1 if y1 >= h else y1  # above the box if there is room
-        draw.rectangle([x, y, x + w - 1, y + h - 1], fill=colour)
-        draw.text((x + 3, y + h / 2), text, "white" if colour in DARK else "black", font, anchor="lm")
+    boxes = torch.as_tensor(boxes_xyxy).detach().cpu().double().reshape(-1, 4)[:max_boxes] * scale
+    draw_boxes(tile, boxes, labels, [PALETTE[i % len(PALETTE)] for i in range(len(boxes))])
     return tile
 
 
@@ -597,12 +695,15 @@ def draw_localization(path, source, rows: list[dict], titles: tuple[str, str]) -
     draw_rows(path, titles, cells)
 
 
-def draw_detections(path, labelled: DetectionSet, columns: dict[str, list[dict]], names: dict[int, str] | None = None,
+def draw_detections(path, labelled: DetectionSet, columns: dict[str, list[dict]], names: dict[int, str] = {},
                     rows: int = 6, best: int = 10) -> None:
-    """The first images of a labelled set, a column per title: all of its annotations, or the `best` of the detections.
-
-    names: category id -> name, drawn with the score; None: boxes alone.
+    """The first images of a labelled set, a column per title: all of its annotations (at most 30 of an image), or the
+    `best` of the detections with their probability or else score. names: category id -> name, drawn where it is there.
     """
+    def label(d: dict) -> str:
+        score = f"{d.get('probability', d['score']):.2f}" if "score" in d else ""
+        return f"{names.get(d['category_id'], '')} {score}".strip()
+
     cells = []
     for i in range(min(rows, len(labelled))):
         image, target = labelled.load(i)
@@ -612,19 +713,25 @@ def draw_detections(path, labelled: DetectionSet, columns: dict[str, list[dict]]
             if mine and "score" in mine[0]:
                 mine = sorted(mine, key=lambda d: -d["score"])[:best]
             boxes = box_convert(torch.tensor([d["bbox"] for d in mine]).reshape(-1, 4), "xywh", "xyxy")
-            labels = None if names is None else [
-                names.get(d["category_id"], "") + (f" {d['score']:.2f}" if "score" in d else "") for d in mine]
-            row.append((image, boxes, labels))
+            labels = list(map(label, mine))
+            row.append((image, boxes, labels if any(labels) else None))
         cells.append(row)
-    draw_rows(path, tuple(columns), cells, max_boxes=10 if names is None else 30)
+    draw_rows(path, tuple(columns), cells, max_boxes=30)
 
 
 def draw_class_agnostic(cfg: Any, labelled: DetectionSet, proposals_of: Proposals, found: dict[str, list[dict]],
                         images: int = 6) -> None:
-    """predictions.png of a probe: ground truth, proposals, and `found` (title: detections)."""
-    proposed = []
-    for i in range(min(images, len(labelled))):
-        image, target = labelled.load(i)
-        proposed += boxes_as_detections(proposals_of.generator(image, image_seed(cfg.seed, i)), target["image_id"])
-    columns = {"ground truth": labelled.coco_ground_truth()["annotations"], "proposals (first 10)": proposed, **found}
-    draw_detections(Path(cfg.out) / "predictions.png", labelled, columns, rows=images)
+    """predictions.png of a probe: ground truth and proposals, or held-out proposals; `found` (title: detections)."""
+    truth = labelled.coco_ground_truth()["annotations"]
+    if is_held_out(labelled):
+        columns = {"held-out proposals": truth}
+    else:
+        proposed = []
+        for i in range(min(images, len(labelled))):
+            image, target = labelled.load(i)
+            boxes = proposals_of.generator(image, image_seed(cfg.seed, i))[:10]
+            proposed += boxes_as_detections(boxes, target["image_id"])
+        for box in proposed:
+            del box["score"]  # its rank, nothing to show
+        columns = {"ground truth": truth, "proposals (first 10)": proposed}
+    draw_detections(Path(cfg.out) / "predictions.png", labelled, columns | found, rows=images)

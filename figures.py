@@ -17,6 +17,9 @@
     python figures.py neighbours --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data imagenet
         DUPR, Sec. 4.8, Fig. 6: the images whose conv5 maps are most alike to a query's, place by place.
 
+    python figures.py curves out/finetune-a out/finetune-b [--keys loss AP50]
+        Several runs side by side, from their log.jsonl: a panel per quantity, a colour per run.
+
 DUPR's four take any file with a ResNet in it, and random, imagenet, moco_v2, swav; all see the same images and draws.
 NAME=FILE names a checkpoint; else it is called as its file or, when that is last.pt, as its folder. Each command writes
 a picture and, beside it, its numbers as json.
@@ -66,6 +69,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou, roi_align
 
 import convert
+import curves
 import data
 import dupr
 import evaluation
@@ -179,12 +183,13 @@ def open_backbones(args: argparse.Namespace, stage: str) -> dict[str, common.Bac
     found: dict[str, tuple[str | None, dict, str]] = {}
     layer = STAGES[stage][0]
     for text in args.checkpoint:
-        name, weights = (None, text) if Path(text).is_file() else re.fullmatch("(?s)(?:([^=/]+)=)?(.*)", text).groups()
+        name, weights = (None, text) if Path(text).exists() else re.fullmatch("(?s)(?:([^=/]+)=)?(.*)", text).groups()
         path = convert.backbone_file(weights, args.arch or "resnet50")
         if not name and weights in ("random", "imagenet", *convert.BACKBONE_URLS):
             name = weights
         elif not name:
-            name = path.resolve().parent.name if path.stem == "last" else Path(path.name.removesuffix(".tar")).stem
+            name = path.resolve().parent.name if path.name in convert.OF_A_RUN else (
+                path.resolve().name if path.is_dir() else Path(path.name.removesuffix(".tar")).stem)
         if name in found:
             raise UserError(f"--checkpoint {text}: another one is called {name} too; "
                             f"give it a name with NAME={weights}")
@@ -358,49 +363,11 @@ def draw_iou_similarity(args: argparse.Namespace) -> dict[str, Any]:
         rows[name] = {"above_0.5": high, "below_0.3": low, "difference": high - low}
         found[name] = {"similarity": values.tolist(), **rows[name]}
     middles = ((edges[:-1] + edges[1:]) / 2).tolist()
-    draw_curves(args.out, {name: [(x, y) for x, y in zip(middles, row["similarity"]) if y == y]
-                           for name, row in found.items()})
+    curves.draw_curves(args.out, {name: list(zip(middles, row["similarity"])) for name, row in found.items()},
+                       x_label="IoU of RoI and object", y_label="similarity, Eq. (8)", x_range=(0, 1))
     numbers = {"images": images, "objects": objects, "bins": edges, "counts": counts, "checkpoints": found}
     return write_numbers(args, numbers, rows, "similarity of RoI and object, Eq. (8), by their IoU: conv4, "
                          f"{objects} objects of {images} images")
-
-
-def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
-    """PNG of Fig. 5 (b): similarity over IoU, one line per checkpoint. Drawn at twice its size and reduced, for smooth
-    lines."""
-    left, top, right, bottom = 130, 80, 1500, 940
-    font = ImageFont.load_default(28)
-    values = [y for points in curves.values() for _, y in points]
-    step = next(s for s in (m * 10.0 ** e for e in range(-4, 1) for m in (1, 2, 5))
-                if max(values) - min(values) <= 6 * s)
-    low = math.floor(round(min(values) / step, 3))  # first and last tick, in steps
-    high = max(math.ceil(round(max(values) / step, 3)), low + 1)
-    sheet = Image.new("RGB", (right + 60, bottom + 120), "white")
-    draw = ImageDraw.Draw(sheet)
-
-    def place(x: float, ticks: float) -> tuple[float, float]:
-        return left + x * (right - left), bottom - (ticks - low) / (high - low) * (bottom - top)
-
-    for k in range(low, high + 1):
-        draw.line([place(0, k), place(1, k)], "#dddddd", 2)
-        draw.text((left - 14, place(0, k)[1]), f"{k * step:.4g}", "black", font, anchor="rm")
-    for k in range(11):
-        draw.line([place(k / 10, low), (place(k / 10, low)[0], bottom + 10)], "black", 2)
-        draw.text((place(k / 10, low)[0], bottom + 18), f"{k / 10:g}", "black", font, anchor="mt")
-    draw.line([place(0, high), place(0, low), place(1, low)], "black", 3)
-    draw.text((right, bottom + 104), "IoU of RoI and object", "black", font, anchor="rb")
-    draw.text((20, 20), "similarity, Eq. (8)", "black", font)
-    colours = [c for c in evaluation.PALETTE if c != "#ffe119"]  # yellow is hard to see on white
-    for i, (name, points) in enumerate(curves.items()):
-        colour = colours[i % len(colours)]
-        places = [place(x, v / step) for x, v in points]
-        y = bottom - 40 * (len(curves) - i)
-        draw.line(places, colour, 6, joint="curve")
-        for at in places:
-            draw.circle(at, 8, colour)
-        draw.line([right - 400, y, right - 340, y], colour, 6)  # at the lower right no rising curve comes by
-        draw.text((right - 324, y), name, "black", font, anchor="lm")
-    run.save_picture(sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS), path)
 
 
 # ==== 4. DUPR, Fig. 9: affinity of an object in two views ====
@@ -642,7 +609,45 @@ def draw_neighbours(args: argparse.Namespace) -> dict[str, Any]:
                          f"{len(indices)} images, means: conv5")
 
 
-# ==== 7. Main ====
+# ==== 7. Runs side by side ====
+
+# Of what is logged, what says most about a run.
+KEYS = ("loss", "lr", "AP", "AP50", "VOC07_AP50", "AP_mask", "images_per_s")
+
+
+def draw_runs(args: argparse.Namespace) -> dict[str, Any]:
+    """{"runs": {name: {"folder", "curves": {key: [(step, value)]}}}, ...}; a name is the folder's, with as much of the
+    path before it as tells it from the others."""
+    check_out(args)
+    folders = list(dict.fromkeys(Path(folder).resolve() for folder in args.runs))
+    depth = next(k for k in itertools.count(1) if len({f.parts[-k:] for f in folders}) == len(folders))
+    logs = {"/".join(folder.parts[-depth:]): (folder, curves.read_log(folder / "log.jsonl")) for folder in folders}
+    for folder, rows in logs.values():
+        if not rows:
+            raise UserError(f"{folder}: has no log.jsonl with a line in it; give the --out of runs that have begun")
+    there = curves.keys_of([row for _, rows in logs.values() for row in rows], lambda key: key not in ("step", "epoch"))
+    if missing := [key for key in args.keys or () if key not in there]:
+        raise UserError(f"--keys {' '.join(missing)}: none of these runs has logged that; there is {', '.join(there)}")
+    keys = args.keys or [key for key in KEYS if key in there]
+    found = {name: {key: points for key in keys if (points := curves.curve_of(rows, key))}
+             for name, (_, rows) in logs.items()}
+    colours = {name: curves.COLOURS[i % len(curves.COLOURS)] for i, name in enumerate(found)}
+    panels = [curves.panel_of(key, {name: of[key] for name, of in found.items() if key in of}, colours=colours)
+              for key in keys]
+    curves.draw_panels(args.out, panels)
+    path = args.out.with_suffix(".json")
+    numbers = {"figure": "curves", "runs": {name: {"folder": str(logs[name][0]), "curves": of}
+                                            for name, of in found.items()}}
+    run.write_json(path, numbers)
+    last = {run.printable(name): {"steps": curves.curve_of(logs[name][1], "step")[-1][1] + 1,
+                                  **{key: f"{points[-1][1]:.4g}" for key, points in of.items()}}
+            for name, of in found.items()}
+    table = evaluation.metrics_table(last, ["steps", *keys], "last values")
+    run.print_rank0(f"{table}\nwrote {args.out}, {path}")
+    return numbers
+
+
+# ==== 8. Main ====
 
 
 def add_analysis(commands: Any, figure: str, draw: Callable, text: str, images: int, size: int = 448
@@ -673,12 +678,16 @@ def add_analysis(commands: Any, figure: str, draw: Callable, text: str, images: 
     return command
 
 
+def check_out(args: argparse.Namespace) -> None:
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: give a name that ends in .png; the numbers go into the .json beside it")
+
+
 def check(args: argparse.Namespace) -> None:
     """What the flags of add_analysis alone can be wrong in; the device."""
     if args.size % 32:
         raise UserError(f"--size {args.size}: must be a multiple of 32 pixels, the stride of conv5")
-    if args.out.suffix.lower() != ".png":
-        raise UserError(f"--out {args.out}: give a name that ends in .png; the numbers go into the .json beside it")
+    check_out(args)
     args.device = common.setup_distributed(args.device)
 
 
@@ -710,8 +719,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                            "DUPR, Fig. 6: nearest neighbours of images", images=5000, size=224)
     command.add_argument("--top", type=run.Width, default=4, help="neighbours of a query (default: 4)")
     command.add_argument("--queries", type=run.Width, default=8, help="how many of the images are queries (default: 8)")
+    command = commands.add_parser("curves", help="losses, rates and AP of several runs side by side")
+    command.set_defaults(draw=draw_runs)
+    command.add_argument("runs", nargs="+", metavar="OUT", help="output folders of runs")
+    command.add_argument("--keys", nargs="+", metavar="KEY",
+                         help=f"what to draw, as log.jsonl calls it (default: of {', '.join(KEYS)} what is there)")
+    command.add_argument("--out", type=Path, default=Path("out/curves.png"),
+                         help="picture to write (default: out/curves.png)")
     args = parser.parse_args(argv)
-    if args.draw is not localize:
+    if args.draw not in (localize, draw_runs):
         check(args)
     return args.draw(args)
 

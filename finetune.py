@@ -9,13 +9,14 @@ Idea: The pretrained detector loses its class head and its pretext heads, gets a
 
 Run:
     python finetune.py --preset demo --init_from out/detreg-demo/last.pt                # 40 scenes, 2.5 minutes on CPU
+    python finetune.py --preset own --data LABELLED --init_from out/detreg-own-PHOTOS   # your own labels
     torchrun --nproc_per_node=8 finetune.py --data coco --init_from FILE                # ours, or a released file
     torchrun --nproc_per_node=8 finetune.py --data coco --labels_percent 1 --init_from FILE
     torchrun --nproc_per_node=8 finetune.py --data coco --detector mask_rcnn_fpn --init_from FILE  # from SoCo, DUPR
     torchrun --nproc_per_node=8 finetune.py --data voc --detector faster_rcnn_c4 --backbone_weights imagenet
     python finetune.py --data coco --init_from FILE --eval_only                         # a fine-tuned detector
     python finetune.py --data coco --init_from FILE --class_agnostic                    # a pretrained one
-    Your own labels, from scratch, frozen detectors, the rows of the papers' tables: docs/methods/finetune.md
+    From scratch, frozen detectors, the rows of the papers' tables: docs/methods/finetune.md
 
 Schedules (epochs / drop; with shares of labels and `--protocol` in full in docs/methods/finetune.md):
     detr                  150 / 100                      lr 1e-4, backbone 5e-5      UP-DETR, Sec. 4
@@ -45,6 +46,7 @@ from __future__ import annotations
 
 import common  # first: it tells OpenMP how to wait before torch is loaded
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -57,11 +59,13 @@ import torch
 from torch import Tensor, nn
 
 import convert
+import curves
 import data
 import evaluation
+import own
 import rcnn
 import run
-from annotations import DetectionSet, open_detection
+from annotations import DetectionSet, Splits, open_splits
 from common import UserError
 from run import Count, Depth, Images, Natural, NonNegative, Pixels, Positive, Share, Width
 
@@ -73,14 +77,17 @@ PartOfRun = Annotated[float, run.Range(0, 1, open=True)]
 
 
 @dataclass
-class Config(run.RunConfig):
-    data: str = "coco"  # coco, voc, synthetic, a COCO json, or a folder in VOC layout or with train.json and test.json
+class Config(own.OwnConfig, run.RunConfig):
+    data: str = "coco"  # coco, voc, synthetic, a COCO json, a YOLO data.yaml or a folder (layouts: docs/labels.md)
+    val_data: str | None = None  # labelled set that best.pt and thresholds are chosen on; else --data's own, or test
+    test_data: str | None = None  # labelled set that the final numbers are of; else --data's own, or validation
+    val_percent: Annotated[float, run.Range(0, 99)] = 0.0  # of the training images that become the validation set
     exif: Literal["auto", "stored", "rotated"] = "auto"  # pixels the boxes lie on: as stored, or as EXIF rotates them
     synthetic_images: Images = 40  # labelled synthetic images
     synthetic_test_images: Images = 100  # test images of the synthetic set
     labels_percent: Percent = 100  # use this share of the training images, the same on every process (DETReg, Sec. 6.1)
     # what to do
-    init_from: str | None = None  # checkpoint of a detector, ours or released; else it starts from --backbone_weights
+    init_from: str | None = None  # file, folder of a run or hf:FOLDER of a detector; else --backbone_weights alone
     protocol: PROTOCOLS = "released"  # schedule (docs/methods/finetune.md)
     freeze_detector: bool = False  # train the class head and the box head only (Siamese DETR, Table 5)
     eval_only: bool = False  # only evaluate --init_from
@@ -90,6 +97,7 @@ class Config(run.RunConfig):
     max_size: Pixels = 1333  # longest side, pixels
     crop_scales: tuple[Pixels, ...] = (400, 500, 600)  # short side before a random crop (R-CNN family: no crop)
     crop_range: tuple[Pixels, ...] = (384, 600)  # smallest and largest side of the crop
+    augment: tuple[data.Augmentation, ...] = ()  # beyond the left-right flip: flips, rotate90 (no side is up), colour
     eval_size: Pixels = 800  # short side in evaluation, pixels
     # model (read off --init_from when given)
     detector: Literal[common.DETECTORS, rcnn.RCNN_DETECTORS] = "deformable_detr"  # which one
@@ -121,7 +129,6 @@ class Config(run.RunConfig):
     # optimisation (schedules: docs/methods/finetune.md)
     batch_size: Images = 32  # images per step over all processes (released: 4 per GPU x 8; R-CNN family: 16)
     epochs: Count = 50  # length of the run
-    iterations: Count | None = None  # R-CNN family: length of the run in steps instead of epochs
     schedule: Literal["1x", "2x", "4x"] = "1x"  # R-CNN family: how many times the length of its schedule
     lr_drop: NonNegative = 40  # epoch after which the rate is x 0.1
     lr_drops: tuple[PartOfRun, ...] = (2 / 3, 8 / 9)  # R-CNN family: shares of the run after which the rate is x 0.1
@@ -133,7 +140,10 @@ class Config(run.RunConfig):
     weight_decay: NonNegative = 1e-4  # on every parameter (R-CNN family: not on scale and shift of norms)
     clip_max_norm: NonNegative = 0.1  # gradient norm, 0 = not clipped
     precise_bn: Natural = 200  # R-CNN family: batches for BatchNorm's statistics before an evaluation, 0 = off
+    ema: Share = 0.0  # decay of a moving average of the weights, which is what is evaluated; 0 = none
     eval_every: Natural = 10  # epochs between evaluations, 0 = only at the end
+    select: Literal["last", "best"] = "last"  # whose numbers metrics.json has: the best on the validation set
+    patience: Natural = 0  # evaluations in a row without a better AP after which the run ends, 0 = it does not
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -142,6 +152,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "backbone_weights": "random", "backbone_norm": "bn", "num_workers": 2, "log_every": 10, "save_every": 100,
         "eval_every": 0,
     },
+    "own": own.PRESET | {"select": "best"},
 }
 # What of the demo depends on the detector.
 DEMO = {
@@ -149,14 +160,14 @@ DEMO = {
              "enc_layers": 2, "dec_layers": 3, "dim_feedforward": 256, "dropout": 0.0, "num_queries": 100,
              "with_box_refine": True, "batch_size": 8, "epochs": 50, "lr_drop": 40, "lr": 4e-4},
     "rcnn": {"fpn_channels": 64, "head_dim": 256, "anchor_size": 8, "proposals_per_image": 200, "rois_per_image": 64,
-             "batch_size": 8, "epochs": 50, "iterations": None, "warmup_iters": 20, "lr": 0.02, "precise_bn": 20},
+             "batch_size": 8, "epochs": 50, "steps": None, "warmup_iters": 20, "lr": 0.02, "precise_bn": 20},
     # res5 runs on every RoI: 6 minutes in all
     "c4": {"anchor_size": 8, "proposals_per_image": 30, "rois_per_image": 8, "batch_size": 4, "epochs": 30,
-           "iterations": None, "warmup_iters": 20, "lr": 0.02, "precise_bn": 20},
+           "steps": None, "warmup_iters": 20, "lr": 0.02, "precise_bn": 20},
 }
 # Flags of one family only.
-RCNN_ONLY = {"box_head", "fpn_channels", "head_dim", "anchor_size", "proposals_per_image", "rois_per_image",
-             "iterations", "schedule", "lr_drops", "warmup_iters", "sgd_momentum", "precise_bn"}
+RCNN_ONLY = {"box_head", "fpn_channels", "head_dim", "anchor_size", "proposals_per_image", "rois_per_image", "schedule",
+             "lr_drops", "warmup_iters", "sgd_momentum", "precise_bn"}
 DETR_ONLY = {"freeze_detector", "class_agnostic", "stride", "num_feature_levels", "pre_norm", "hidden_dim", "nheads",
              "enc_layers", "dec_layers", "dim_feedforward", "dropout", "num_queries", "with_box_refine", "lambda_f",
              "lambda_l1", "lambda_giou", "eos_coef", "lr_drop", "lr_backbone", "lr_linear_proj_mult"}
@@ -175,10 +186,8 @@ def recipe_of(values: dict[str, Any], architecture: dict[str, Any] | None = None
     if values["preset"] == "demo":
         c4 = values["detector"].endswith("_c4")
         recipe |= DEMO["c4" if c4 else "rcnn" if rcnn.is_rcnn(values["detector"]) else "detr"]
-    if values["eval_only"] or values["class_agnostic"]:
-        recipe["out"] = f"out/finetune-{values['preset'] or Path(values['data']).stem}-eval"
     if "epochs" in given:  # they are the length, not the recipe's steps
-        recipe["iterations"] = None
+        recipe["steps"] = None
     return recipe
 
 
@@ -193,9 +202,9 @@ def rcnn_recipe(values: dict[str, Any]) -> dict[str, Any]:
     if name == "coco":
         steps = 90000 if share == 100 or soco else 15000 if share <= 2 else 60000
         decay = {"weight_decay": 2.5e-5} if soco else {}
-        return recipe | decay | {"scales": (640, 672, 704, 736, 768, 800), "iterations": steps * times}
+        return recipe | decay | {"scales": (640, 672, 704, 736, 768, 800), "steps": steps * times}
     if name == "voc":
-        return recipe | {"iterations": 24000 * times, "lr_drops": (3 / 4, 11 / 12), "warmup_iters": 100}
+        return recipe | {"steps": 24000 * times, "lr_drops": (3 / 4, 11 / 12), "warmup_iters": 100}
     return recipe | {"epochs": 50 * times, "warmup_iters": 100}
 
 
@@ -259,25 +268,23 @@ def check(cfg: Config, given: frozenset[str], init: convert.Checkpoint | None) -
 # ==== 2. Data ====
 
 
-def open_sets(cfg: Config) -> tuple[DetectionSet, DetectionSet]:
-    """Training set (the --labels_percent share of it) and test set, which has the training set's categories."""
-    shared = {"synthetic_size": cfg.synthetic_size, "seed": cfg.seed, "masks": cfg.detector.startswith("mask"),
-              "exif": cfg.exif}
-    train_set = open_detection(cfg.data, cfg.data_root, "train", synthetic_images=cfg.synthetic_images, **shared)
-    test_set = open_detection(cfg.data, cfg.data_root, "test", categories=train_set.categories,
-                              rotated=train_set.frames[0], synthetic_images=cfg.synthetic_test_images, **shared)
-    if cfg.labels_percent < 100:
-        train_set = train_set.subset(cfg.labels_percent, cfg.seed)  # F2
+def open_sets(cfg: Config) -> Splits:
+    """Training set (the --labels_percent share of it), validation set and test set, of the same categories."""
+    sets = open_splits(cfg.data, cfg.data_root, val_data=cfg.val_data, test_data=cfg.test_data,
+                       val_percent=cfg.val_percent, labels_percent=cfg.labels_percent,  # F2
+                       synthetic_images=cfg.synthetic_images, synthetic_test_images=cfg.synthetic_test_images,
+                       synthetic_size=cfg.synthetic_size, seed=cfg.seed, masks=cfg.detector.startswith("mask"),
+                       exif=cfg.exif)
     if rcnn.is_rcnn(cfg.detector):
-        train_set = train_set.with_objects()
-    notes = [*train_set.notes, *test_set.notes]
-    most = max(train_set.max_objects, test_set.max_objects)
+        sets = sets._replace(train=sets.train.with_objects())
+    notes = [note for one in sets for note in one.notes]
+    most = max(one.max_objects for one in sets)
     if not rcnn.is_rcnn(cfg.detector) and most > cfg.num_queries:
         notes.append(f"images have up to {most} objects, the detector has {cfg.num_queries} queries: more objects than "
                      "that are never found in an image (--num_queries)")
     for note in dict.fromkeys(notes):
         run.print_rank0(f"note: {note}")
-    return train_set, test_set
+    return sets
 
 
 def seen_in_training(cfg: Config, init: convert.Checkpoint | None, train_set: DetectionSet, test_set: DetectionSet
@@ -294,7 +301,8 @@ def seen_in_training(cfg: Config, init: convert.Checkpoint | None, train_set: De
         return {}
     warning = (f"WARNING: {seen} of the {len(test_set)} test images are TRAINING images: the numbers say what was "
                "remembered, not what is found in new images")
-    run.print_rank0(warning)
+    if not any(note.startswith("WARNING") for note in train_set.notes):  # open_splits has said why
+        run.print_rank0(warning)
     return {"warning": warning}
 
 
@@ -319,8 +327,10 @@ class LabelledDataset(torch.utils.data.Dataset):
         (image, target), index = data.load_usable(self.labelled, index, rng, skipped)
         objects = ~target["crowd"]
         geometry = data.draw_geometry(rng, (image.height, image.width), scales=cfg.scales, max_size=cfg.max_size,
-                                      crop_scales=cfg.crop_scales, crop_range=cfg.crop_range)
+                                      crop_scales=cfg.crop_scales, crop_range=cfg.crop_range, augment=cfg.augment)
         view, boxes, keep = data.apply_geometry(image, target["boxes_xyxy"][objects], geometry)
+        if "colour" in cfg.augment:
+            view = data.apply_photometric(view, data.draw_photometric(rng, data.COLOUR))
         target = {"boxes": data.normalized_cxcywh(boxes, (view.height, view.width)),
                   "labels": target["labels"][objects][keep]}
         if cfg.detector.startswith("mask"):
@@ -387,16 +397,20 @@ def adopt_architecture(cfg: Config, architecture: dict[str, Any], given: frozens
     return dataclasses.replace(cfg, **architecture)
 
 
-def adopt_image_sizes(cfg: Config, init: convert.Checkpoint | None, given: frozenset[str]) -> Config:
-    """For an evaluation: the configuration with the image sizes of the checkpoint, where no flag says otherwise."""
-    sizes = image_sizes(init) if cfg.eval_only and init else {}
-    return dataclasses.replace(cfg, **{name: size for name, size in sizes.items() if name not in given})
+def adopt_evaluation(cfg: Config, init: convert.Checkpoint | None, given: frozenset[str]) -> Config:
+    """For an evaluation: the configuration with the image sizes and the number of proposals of the checkpoint, where no
+    flag says otherwise."""
+    theirs = image_sizes(init) if cfg.eval_only and init else {}
+    if cfg.eval_only and init and init.rcnn:
+        theirs |= {"proposals_per_image": init.config["proposals_per_image"]}
+    return dataclasses.replace(cfg, **{name: value for name, value in theirs.items() if name not in given})
 
 
 def image_sizes(init: convert.Checkpoint) -> dict[str, int]:
-    """The sizes of the images that one of our checkpoints is evaluated on (a pretraining's: of its probe)."""
-    eval_size = init.config.get("eval_size") or max(init.config.get("scales") or (0,))
-    sizes = {"eval_size": eval_size, "max_size": init.config.get("max_size")}
+    """The sizes of the images that a checkpoint of ours, or a Hugging Face one, is evaluated on (a pretraining's: of
+    its probe)."""
+    eval_size = init.settings.get("eval_size") or max(init.config.get("scales") or (0,))
+    sizes = {"eval_size": eval_size, "max_size": init.settings.get("max_size")}
     return sizes if all(sizes.values()) else {}
 
 
@@ -405,8 +419,8 @@ def categories_of_rows(content: dict[str, Any], rows: int, categories: list[dict
     """Which category (position in `categories`) each row of a checkpoint's class head stands for, -1 = none; None when
     the head is of other classes. DETR's last row, "no object", is not counted.
 
-    Our checkpoints carry their categories. Released heads carry none: 91 rows are COCO ids, 21 rows the sorted VOC
-    names (F1). partly: some of the categories are enough.
+    Our checkpoints and Hugging Face's carry their categories. Released heads carry none: 91 rows are COCO ids, 21 rows
+    the sorted VOC names (F1). partly: some of the categories are enough.
     """
     theirs = content.get("categories")
     if not theirs and rows == 91 and {c["id"] for c in categories} == convert.COCO_NAMES.keys():
@@ -418,7 +432,7 @@ def categories_of_rows(content: dict[str, Any], rows: int, categories: list[dict
         names = {91: convert.COCO_NAMES, 21: convert.VOC_NAMES}.get(rows, {})
         theirs = [{"id": i, "name": names.get(i)} for i in range(rows)]
     label_map = same_categories(theirs, categories)
-    complete = sorted(label_map) == list(range(len(categories)))
+    complete = sorted(i for i in label_map if i >= 0) == list(range(len(categories)))
     return label_map if complete or partly and max(label_map, default=-1) >= 0 else None
 
 
@@ -606,11 +620,11 @@ def build_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
     return rcnn.build_sgd(cfg, model) if rcnn.is_rcnn(cfg.detector) else common.build_optimizer(cfg, model)
 
 
-def lr_factor(cfg: Config, step: int, steps_per_epoch: int, run_length: int) -> float:
+def lr_factor(cfg: Config, step: int, run_length: int) -> float:
     """By which the learning rates are multiplied in this step of a run of run_length steps."""
     if rcnn.is_rcnn(cfg.detector):
         return rcnn.warmup_step_schedule(step, run_length, cfg.warmup_iters, cfg.lr_drops)
-    return common.step_schedule(step, steps_per_epoch, (cfg.lr_drop,))
+    return common.step_schedule(step, run_length / cfg.epochs, (cfg.lr_drop,))
 
 
 def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | None, optimizer: torch.optim.Optimizer,
@@ -639,6 +653,14 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | N
     terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
     optimizer.step()
     return terms
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, momentum: float) -> None:
+    """--ema: average = m average + (1 - m) model; BatchNorm's statistics as they are."""
+    common.update_average(average, model, momentum)
+    for mine, theirs in zip(average.buffers(), model.buffers()):
+        mine.copy_(theirs)
 
 
 # ==== 6. Evaluation ====
@@ -699,8 +721,9 @@ def detr_detections(cfg: Config, model: nn.Module, label_map: list[int], test_se
         if cfg.class_agnostic:  # a pretext head's row 1 is "object"; else the best class counts
             rows = logits.log_softmax(-1)[:, :-1] if softmax else logits
             scores = rows[:, min(1, rows.shape[-1] - 1)] if label_map[0] < 0 else rows.max(-1).values
+            probability = scores.exp() if softmax else scores.sigmoid()
             detections += evaluation.class_agnostic_detections(scores[:, None], boxes_xyxy, target["image_id"],
-                                                               object_class=0)
+                                                               object_class=0, probability=probability)
         else:
             detections += category_detections(logits, boxes_xyxy, label_map, category_ids, target["image_id"], softmax)
     return detections
@@ -717,41 +740,125 @@ def category_detections(logits: Tensor, boxes_xyxy: Tensor, label_map: list[int]
             if label_map[row] >= 0]
 
 
-def evaluate(cfg: Config, model: nn.Module, label_map: list[int], test_set: DetectionSet, device: torch.device,
-             write: bool) -> dict[str, Any]:
-    """All metrics of the test set; on rank 0 also detections.json (COCO results format) and predictions.png when
-    `write`. All processes call it; rank 0 alone gets metrics."""
+class Found(typing.NamedTuple):
+    """What an evaluation has found; on other processes than rank 0 nothing."""
+    metrics: dict[str, Any]
+    detections: list[dict]
+    thresholds: dict[str, Any]  # evaluation.operating_points; {}: of no category
+    curves: dict[str, list[tuple]]  # precision over recall
+
+
+def evaluate(cfg: Config, model: nn.Module, label_map: list[int], labelled: DetectionSet, device: torch.device
+             ) -> Found:
+    """All metrics of a labelled set. All processes call it."""
     detect = rcnn_detections if rcnn.is_rcnn(cfg.detector) else detr_detections
-    detections = evaluation.gather(detect(cfg, model, label_map, test_set, device))
+    detections = evaluation.gather(detect(cfg, model, label_map, labelled, device))
     if common.rank() != 0:
-        return {}
-    truth = test_set.coco_ground_truth()
+        return Found({}, [], {}, {})
+    truth = labelled.coco_ground_truth()
     metrics = evaluation.detection_metrics(truth, detections, class_agnostic=cfg.class_agnostic,
                                            per_class=not cfg.class_agnostic)
     if cfg.detector.startswith("mask"):
         masks = evaluation.detection_metrics(truth, detections, iou_type="segm")
         metrics |= {f"{k}_mask": masks[k] for k in ("AP", "AP50", "AP75")}
-    if test_set.voc and not cfg.class_agnostic:
+    if labelled.voc and not cfg.class_agnostic:
         metrics |= evaluation.voc07_metrics(truth, detections)  # F3
     if cfg.freeze_detector:  # Siamese DETR, Table 5: class-agnostic or not is not said, so both
         boxes_only = evaluation.detection_metrics(truth, detections, class_agnostic=True)
         metrics |= {f"agnostic_AR{k}": boxes_only[f"AR{k}"] for k in (1, 10, 100)}
-    if write:
-        run.write_json(Path(cfg.out) / "detections.json", detections)
-        columns = {"ground truth": truth["annotations"], "predictions (best 10)": detections}
-        names = {} if cfg.class_agnostic else {c["id"]: c["name"] for c in test_set.categories}
-        evaluation.draw_detections(Path(cfg.out) / "predictions.png", test_set, columns, names)
-    return metrics
+    points = ({}, {}) if cfg.class_agnostic else evaluation.operating_points(truth, detections)
+    return Found(metrics, detections, *points)
 
 
-def evaluate_between(cfg: Config, model: nn.Module, label_map: list[int], train_set: DetectionSet,
-                     test_set: DetectionSet, device: torch.device) -> dict[str, float]:
-    """The metrics of a run that goes on, as if it had not been evaluated: a resumed one has not (F12)."""
-    common.broadcast_buffers(model)
-    statistics = precise_bn(cfg, model, train_set, device)
-    metrics = evaluate(cfg, model, label_map, test_set, device, write=False)
-    model.load_state_dict(statistics, strict=False)
-    return {k: v for k, v in metrics.items() if isinstance(v, float) and v == v}
+def write_results(cfg: Config, labelled: DetectionSet, found: Found, thresholds: dict[str, Any]) -> dict[str, Any]:
+    """detections.json (COCO results format), pr.png and predictions.png, at these thresholds, on rank 0. Returns the
+    metrics and the thresholds."""
+    if common.rank() != 0:
+        return {}
+    out, drawn, title = Path(cfg.out), found.detections, "predictions (best 10)"
+    run.write_json(out / "detections.json", found.detections)
+    if thresholds:
+        drawn = evaluation.above_thresholds(drawn, thresholds, labelled.categories)
+        title = "predictions (from the score of best F1)"
+        curves.draw_curves(out / "pr.png", found.curves, x_label="recall", y_label="precision at IoU 0.5",
+                           x_range=(0, 1), y_range=(0, 1))
+    names = {} if cfg.class_agnostic else {c["id"]: c["name"] for c in labelled.categories}
+    columns = {"ground truth": labelled.coco_ground_truth()["annotations"], title: drawn}
+    evaluation.draw_detections(out / "predictions.png", labelled, columns, names)
+    return found.metrics | ({"thresholds": thresholds} if thresholds else {})
+
+
+class Validation:
+    """The evaluations of a run on its validation set: the best weights (best.pt), their thresholds, when to stop.
+
+    The run goes on as if there had been none: a continued one reads from log.jsonl what they have found. average: the
+    moving average of the weights (--ema), which then is what is evaluated.
+    """
+
+    def __init__(self, cfg: Config, job: run.Run, model: nn.Module, average: nn.Module | None, label_map: list[int],
+                 sets: Splits, device: torch.device):
+        self.cfg, self.job, self.label_map, self.sets, self.device = cfg, job, label_map, sets, device
+        self.model, self.network = model, average or model
+        self.interval = cfg.eval_every * job.steps_per_epoch
+        best = job.out / "best.pt"
+        self.keeps_best = bool(cfg.eval_every or cfg.ema or cfg.select == "best" or best.exists())
+        lines = curves.read_log(job.out / "log.jsonl") if best.exists() else []
+        self.found = {line["step"] + 1: line.get("AP", 0.0) for line in lines  # AP of no object is nan, not logged
+                      if "loss" not in line and line["step"] < job.start}
+        if self.found and run.read_checkpoint(best)["step"] not in self.found:
+            self.found = {}  # best.pt is of a step that is taken again, or its line was not written any more
+
+    @property
+    def best_step(self) -> int:
+        """After how many steps AP was highest, the first time."""
+        return max(self.found, key=lambda step: (self.found[step], -step), default=0)
+
+    def ends_before(self, step: int) -> bool:
+        """Evaluates where it is time to. True: --patience is used up, this step is not to be taken."""
+        if step and self.interval and step % self.interval == 0 and step not in self.found:
+            if self.job.saved != step:
+                self.job.save(step - 1, again=True)  # before what may take long: a signal ends it at once
+            statistics = self.estimate_statistics()
+            self.evaluate(step)
+            self.network.load_state_dict(statistics, strict=False)  # F12
+            run.seed_step(self.cfg.seed, step)
+        return 0 < self.cfg.patience <= sum(done > self.best_step for done in self.found)
+
+    def estimate_statistics(self) -> dict[str, Tensor]:
+        common.broadcast_buffers(self.network)
+        return precise_bn(self.cfg, self.network, self.sets.train, self.device)
+
+    def evaluate(self, done: int) -> Found:
+        """Of the weights after `done` steps; they become best.pt where none were better."""
+        found = evaluate(self.cfg, self.network, self.label_map, self.sets.val, self.device)
+        known, digits = done in self.found, "{:.6g}".format  # those of log.jsonl: what is equal stays equal
+        ap = torch.tensor(float(digits(found.metrics.get("AP", 0.0))), device=self.device).nan_to_num()
+        self.found[done] = float(digits(common.all_reduce_sum(ap).item()))
+        if self.keeps_best and self.best_step == done:
+            run.save_checkpoint(self.job.out / "best.pt", self.network, None, done, self.cfg, **self.job.identity,
+                                categories=self.sets.train.categories, thresholds=found.thresholds)
+        if not known:  # a run that --patience ends has just been evaluated
+            self.job.evaluated(done - 1, {k: v for k, v in found.metrics.items() if isinstance(v, float) and v == v})
+        return found
+
+    def conclude(self) -> dict[str, Any]:
+        """The last evaluation, pictures, and the metrics of the test set: of these weights or of the best ones."""
+        cfg, job, done = self.cfg, self.job, self.job.done
+        self.estimate_statistics()  # what was evaluated is what is saved (released)
+        found, step = self.evaluate(done), done
+        thresholds = job.extra["thresholds"] = found.thresholds
+        job.save(done - 1, again=True)
+        if cfg.select == "best" and self.best_step != done:
+            common.barrier()
+            best, step = run.read_checkpoint(job.out / "best.pt"), self.best_step
+            self.network.load_state_dict(best["model"])
+            thresholds, found = best["thresholds"], None
+        if found is None or self.sets.test is not self.sets.val:
+            found = evaluate(cfg, self.network, self.label_map, self.sets.test, self.device)
+        metrics = write_results(cfg, self.sets.test, found, thresholds)
+        if self.keeps_best:
+            metrics |= {"best_step": self.best_step, "val_AP": self.found[step]}
+        return metrics | ({"stopped_early": cfg.patience} if done < job.total_steps else {})
 
 
 def evaluate_checkpoint(cfg: Config, init: convert.Checkpoint, train_set: DetectionSet, test_set: DetectionSet,
@@ -766,19 +873,24 @@ def evaluate_checkpoint(cfg: Config, init: convert.Checkpoint, train_set: Detect
     warning = seen_in_training(cfg, init, train_set, test_set)
     out = Path(cfg.out)
     run.open_folder(out)
-    metrics = evaluate(cfg, model.to(device), label_map, test_set, device, write=True) | warning
+    found = evaluate(cfg, model.to(device), label_map, test_set, device)
+    metrics = write_results(cfg, test_set, found, found.thresholds) | warning
     run.finish(out, metrics, summary(metrics))
     return metrics
 
 
 def summary(metrics: dict[str, Any]) -> str:
     """The table of metrics.json, and AP of every class."""
-    columns = [k for k in metrics if k not in ("per_class", "steps", "warning")]
+    columns = [k for k, value in metrics.items() if isinstance(value, float) or value is None]
     text = evaluation.metrics_table({"detection" if "per_class" in metrics else "class-agnostic": metrics}, columns,
                                     title=metrics.get("warning", ""))
     if metrics.get("per_class"):
         shown = {name: "-" if ap is None or ap != ap else f"{ap:.3f}" for name, ap in metrics["per_class"].items()}
         text += "\nAP per class: " + ", ".join(f"{name} {ap}" for name, ap in shown.items())
+    if metrics.get("thresholds"):
+        best = metrics["thresholds"]["all"]
+        text += (f"\nfrom a score of {best['threshold']:.2f} on: precision {best['precision']:.2f}, recall "
+                 f"{best['recall']:.2f} (best F1, {best['f1']:.2f}, of all classes together at IoU 0.5)")
     return text
 
 
@@ -789,54 +901,55 @@ def parse(argv: list[str] | None) -> tuple[Config, frozenset[str], convert.Check
     """(configuration, names of the flags on the command line, checkpoint behind --init_from)."""
     parse_config = functools.partial(run.parse_config, Config, PRESETS, argv, script="finetune", description=__doc__)
     flags = parse_config()  # the recipe depends on the checkpoint, which these name
-    given = frozenset(a[2:].split("=")[0].removeprefix("no_") for a in run.normalized_flags(argv) if a.startswith("--"))
+    given = run.given_flags(argv)
     init, architecture = None, {}
     if flags.init_from:
         init, architecture = read_init(flags.init_from, flags.class_agnostic, flags.detector)
     recipe = functools.partial(recipe_of, architecture=architecture, method=init and init.method, given=given)
     cfg = adopt_architecture(parse_config(recipe=recipe), architecture, given)
     cfg.eval_only |= cfg.class_agnostic
-    return adopt_image_sizes(cfg, init, given), given, init
+    if cfg.eval_only and "out" not in given:
+        cfg.out += "-eval"
+    return adopt_evaluation(cfg, init, given), given | architecture.keys(), init
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    cfg, given, init = parse(argv)
+    cfg, fixed, init = parse(argv)
     device = common.setup_distributed(cfg.device)
-    check(cfg, given, init)
-    train_set, test_set = open_sets(cfg)
-    categories = train_set.categories
+    sets = open_sets(cfg)
+    if not cfg.eval_only:
+        cfg = own.fit_finetuning(cfg, sets.train, device, fixed)
+    check(cfg, fixed, init)
     if cfg.eval_only:
-        return evaluate_checkpoint(cfg, init, train_set, test_set, device)
-    warning = seen_in_training(cfg, init, train_set, test_set)
-    job = run.Run(cfg, "finetune", train_set, len(train_set), device, summary, categories=categories)
+        return evaluate_checkpoint(cfg, init, sets.train, sets.test, device)
+    warning = seen_in_training(cfg, init, sets.train, sets.test)
+    categories = sets.train.categories
+    job = run.Run(cfg, "finetune", sets.train, len(sets.train), device, summary, categories=categories)
     if job.metrics:
         return job.metrics
     model, label_map = build_model(cfg, init, categories)
     if cfg.freeze_detector:
         freeze(model)
     model = model.to(device)
+    average = copy.deepcopy(model) if cfg.ema else None
     optimizer, criterion = build_optimizer(cfg, model), build_criterion(cfg)
-    job.restore(model, optimizer)
+    job.restore(model, optimizer, average=average)
+    validation = Validation(cfg, job, model, average, label_map, sets, device)
     wrapped = common.wrap_model(model, device, compiled=cfg.compile)
-    loader = data.train_loader(job, LabelledDataset(cfg, train_set), data.collate)
+    loader = data.train_loader(job, LabelledDataset(cfg, sets.train), data.collate)
     for step in job.steps(what=f"labelled images of {len(label_map)} categories"):
+        if validation.ends_before(step):
+            break
         train_mode(cfg, wrapped)
-        lr = common.set_lr(optimizer, lr_factor(cfg, step, job.steps_per_epoch, job.length()))
+        lr = common.set_lr(optimizer, lr_factor(cfg, step, job.length()))
         micro_batches = job.next_batches(loader)
         terms = train_step(cfg, wrapped, criterion, optimizer, micro_batches, device)
+        if average:
+            update_average(average, model, min(cfg.ema, (1 + step) / (10 + step)))
         job.check(step, terms, micro_batches)
         job.log(step, terms, *list(terms)[:3], lr=lr)
         job.save(step)
-        epoch, rest = divmod(step + 1, job.steps_per_epoch)
-        if cfg.eval_every and not rest and epoch % cfg.eval_every == 0 and step < job.total_steps - 1:
-            job.save(step, again=True)  # before what may take long: a signal ends it at once
-            metrics = evaluate_between(cfg, model, label_map, train_set, test_set, device)
-            job.log_file.append({"step": step, "epoch": epoch, **metrics})
-            run.print_rank0(f"epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-    common.broadcast_buffers(model)
-    if precise_bn(cfg, model, train_set, device):  # what was evaluated is what is saved (released)
-        job.save(job.total_steps - 1, again=True)
-    return job.end(evaluate(cfg, model, label_map, test_set, device, write=True) | warning)
+    return job.end(validation.conclude() | warning)
 
 
 if __name__ == "__main__":

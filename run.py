@@ -14,7 +14,6 @@ import dataclasses
 import errno
 import functools
 import inspect
-import io
 import json
 import math
 import os
@@ -42,17 +41,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import curves
+from files import printable, replacing, save_picture, write_atomic, write_json, writing  # noqa: F401  run.save_picture
+
 try:
     import fcntl
 except ImportError:  # Windows: no lock on --out
     fcntl = None
 
 # ==== 1. Printing ====
-
-
-def printable(text: str) -> str:
-    """One line without control codes: file names and annotations from elsewhere may hold anything."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def progress(iterable: Iterable, **kwargs: Any) -> tqdm:
@@ -112,7 +109,7 @@ class RunConfig:
     data_root: str | None = None  # where a named data set lies; else $DATA_ROOT, else data/<name>
     synthetic_images: Images = 800  # size of the synthetic pool
     synthetic_size: Pixels = 160  # side of a synthetic scene, pixels
-    out: str | None = None  # output folder; else out/<script>-<preset or data>
+    out: str | None = None  # output folder; else out/<script>-<preset>-<data>
     preset: str | None = None  # a set of values that differ from the defaults
     accumulate: Images = 1  # micro-batches per step: one GPU reaches the global batch
     amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling, RoIAlign and losses stay fp32
@@ -120,9 +117,11 @@ class RunConfig:
     seed: Seed = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     num_workers: Workers = 8  # loader processes per training process
+    steps: Count | None = None  # length of the run in steps, not in --epochs; of these drops and warm-ups are shares
     max_steps: Count | None = None  # stop after this many steps
     save_every: Count = 1000  # steps between checkpoints
     log_every: Count = 50  # steps between lines of log.jsonl
+    tensorboard: bool = False  # write log.jsonl's numbers as TensorBoard events too
     allow_config_change: bool = False  # continue a run although the configuration differs
 
 
@@ -135,9 +134,11 @@ class ProbeConfig:
 
 # What may differ between a run and its continuation: it changes neither the data nor the arithmetic.
 RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change",
-            "data_root", "eval_every"}
+            "data_root", "eval_every", "tensorboard", "patience"}
 # What only matters where a run starts: a continuation has the weights of its checkpoint, those of a frozen target too.
 START_ONLY = {"backbone_weights", "init_from", "aligned_start", "zero_init_residual"}
+# What may change where it makes the run longer.
+LENGTH = {"epochs", "steps", "lr_drop", "lr_drops"}
 
 
 @functools.cache
@@ -172,7 +173,9 @@ def _add_knob(parser: argparse.ArgumentParser, name: str, hint: Any, default: An
     elif typing.get_origin(hint) is Literal:
         parser.add_argument(flag, choices=args, type=type(args[0]), **shared)
     elif typing.get_origin(hint) is tuple:
-        parser.add_argument(flag, nargs="+", type=args[0], metavar=args[0].__name__.upper(), **shared)
+        one = ({"choices": typing.get_args(args[0])} if typing.get_origin(args[0]) is Literal
+               else {"type": args[0], "metavar": args[0].__name__.upper()})
+        parser.add_argument(flag, nargs="+", **one, **shared)
     else:
         def optional_value(text: str) -> Any:
             return None if text.lower() == "none" else hint(text)
@@ -229,6 +232,11 @@ def normalized_flags(argv: list[str] | None) -> list[str]:
     return [re.sub(r"^--[\w-]+", lambda m: "--" + m.group()[2:].replace("-", "_"), a) for a in argv]
 
 
+def given_flags(argv: list[str] | None) -> frozenset[str]:
+    """The names of the flags on the command line."""
+    return frozenset(a[2:].split("=")[0].removeprefix("no_") for a in normalized_flags(argv) if a.startswith("--"))
+
+
 def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] | None, *, script: str,
                  description: str, recipe: Callable[[dict], dict] | None = None) -> Any:
     """Command line -> config dataclass. Precedence: default < recipe (a function of the other values) < preset < flag.
@@ -245,13 +253,50 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] |
         if name != "preset":
             _add_knob(parser, name, hints[name], default, texts.get(name, ""))
     flags = vars(parser.parse_args(normalized_flags(argv)))
+    check_ranges(flags, hints)
     preset = presets.get(flags["preset"], {})
-    values = defaults | (recipe(defaults | preset | flags) if recipe else {}) | preset | flags
+    base = defaults | (recipe(defaults | preset | flags) if recipe else {}) | preset
+    values = base | flags | _moved_drops(base, flags, hints)
+    if "epochs" in flags and "steps" in values:  # they are the length, not the recipe's steps
+        values["steps"] = flags.get("steps")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     check_ranges(values, hints)
     if values["out"] is None:
-        values["out"] = f"out/{script}-{values['preset'] or Path(values['data']).stem}"
+        values["out"] = default_out(script, values["preset"], values["data"], "data" in preset and "data" not in flags)
     return config_class(**values)
+
+
+def _moved_drops(base: dict[str, Any], flags: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
+    """With --epochs and no flag for them, the epochs after which the rate drops keep their share of the run."""
+    moved = {}
+    for name in {"lr_drop", "lr_drops"} & base.keys() - flags.keys() if "epochs" in flags else ():
+        if _split_hint(hints[name])[1].high > 1:  # else they are shares (R-CNN family)
+            drops = np.ravel(base[name]) * flags["epochs"] / base["epochs"]
+            drops = tuple(int(drop) if drop == int(drop) else round(drop, 6) for drop in drops.tolist())
+            moved[name] = drops if isinstance(base[name], tuple) else drops[0]
+    return moved
+
+
+# Names of files and folders that do not tell one data set from another: those of layouts and exports.
+GENERIC = re.compile(r"_annotations\.coco|annotations?|instances_\w+|data|dataset|default|all|images?|imgs|labels?|"
+                     r"train|trainval|valid|validation|val|test|obj_train_data|result|jpegimages|imagesets|main|vocdevkit|"
+                     r"voc\d{4}|(train|val|test|unlabeled)\d{4}", re.I)
+
+
+def data_name(data: str) -> str:
+    """What an output folder calls a data set: the name of its folder or file without suffix; a generic one gives way to
+    that of the folder above."""
+    path = Path(data)
+    if os.path.exists(data) or len(path.parts) != 1:
+        path = Path(os.path.abspath(data))
+    names = [re.sub(r"\.(json|txt|ya?ml)$", "", name, flags=re.I) for name in path.parts[::-1] if name != path.anchor]
+    name = next((name for name in names if not GENERIC.fullmatch(name)), (names or ["data"])[0])
+    return "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)[:60]
+
+
+def default_out(script: str, preset: str | None, data: str, own_data: bool) -> str:
+    """--out where it is not given. own_data: `data` is the preset's own."""
+    return f"out/{'-'.join([script, *([preset] if preset else []), *([] if own_data else [data_name(data)])])}"
 
 
 def check_pair(cfg: Any, *names: str) -> None:
@@ -297,6 +342,7 @@ def cli(main: Callable[[], Any]) -> None:
 
     One of several processes records why it ended; the others, whose collectives then fail, repeat it and end alike.
     """
+    _training.cfg = None
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started it
             setattr(sys, name, open(os.devnull, "w"))
@@ -344,6 +390,8 @@ def how_it_ended(error: BaseException) -> tuple[int | None, str]:
         return 2, str(error)
     if isinstance(error, FloatingPointError):
         return EXIT_NOT_FINITE, str(error)
+    if is_out_of_memory(error):
+        return 2, f"out of memory ({(str(error).splitlines() or ['of this machine'])[0][:160]}); {smaller()}"
     if isinstance(error, BrokenPipeError) and (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
         return EXIT_CLOSED, ""
     if isinstance(error, RuntimeError):
@@ -360,6 +408,27 @@ def how_it_ended(error: BaseException) -> tuple[int | None, str]:
     if "gloo" in text or isinstance(error, dist.DistError):
         text = f"another process died, or kept this one waiting for more than PROCESS_TIMEOUT seconds ({text})"
     return 1, text
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the machine or of a GPU, whoever says it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and bool(
+        re.search(r"out of memory|can't allocate memory|DefaultCPUAllocator|_ALLOC_FAILED", str(error)))
+
+
+def smaller() -> str:
+    """What would take less memory: flags of the run in progress, if there is one."""
+    cfg = _training.cfg
+    if cfg is None:
+        return "give fewer or smaller images at a time, or a machine with more memory"
+    larger = ""
+    if hasattr(cfg, "scales") and cfg.batch_size > world_size() * cfg.accumulate:  # SoCo, DUPR: whole batches only
+        larger = f"a larger --accumulate (now {cfg.accumulate}) or "
+    names = ("batch_size", "scales", "max_size", "crop_scales", "image_size", "eval_size")
+    return (f"give {larger}smaller {', '.join(f'--{name}' for name in names if hasattr(cfg, name))}; what was saved "
+            "goes on with --allow_config_change")
 
 
 def loader_failure(text: str) -> str | None:
@@ -399,8 +468,9 @@ def read_failure() -> tuple[int, str] | None:
 
 # Ctrl-C; cluster preemption; SIGUSR1 is not there on Windows.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-# The signals that this training has heard; the step after which all is saved, None once the next has begun.
-_training = types.SimpleNamespace(signals=[], saved=None)
+# The signals that this training has heard; the step after which all is saved, None once the next has begun; its
+# configuration.
+_training = types.SimpleNamespace(signals=[], saved=None, cfg=None)
 
 
 @contextlib.contextmanager
@@ -443,10 +513,12 @@ def until_signalled(steps: Iterable[int]) -> Iterator[int]:
                 os.write(2, f"\n{name}: ends when the running step is finished and saved{again}\n".encode())
 
     with handling_signals(on_signal):
-        for step in steps:
+        try:
+            for step in steps:
+                _training.saved = None
+                yield step
+        finally:
             _training.saved = None
-            yield step
-        _training.saved = None
     if _training.signals and rank() == 0:
         raise Stopped(f"stopped by {signal.Signals(_training.signals[0]).name} after the last step, which is saved; "
                       "the same command continues")
@@ -479,11 +551,12 @@ class Log:
     """`log.jsonl` in the output folder: one JSON line per logged step, rank 0 only.
 
     Keys: step, epoch, lr, loss, every loss term (averaged over processes), grad_norm, images_per_s (all processes),
-    memory_gib, seconds.
+    memory_gib, seconds. writer: a class like SummaryWriter, to write the numbers as TensorBoard events too.
     """
 
-    def __init__(self, out: Path, resume_step: int, device: torch.device):
+    def __init__(self, out: Path, resume_step: int, device: torch.device, writer: type | None = None):
         self.path, self.device = out / "log.jsonl", device
+        self.events = writer(str(out / "tensorboard"), purge_step=resume_step) if writer and rank() == 0 else None
         self.start = self.last = time.perf_counter()
         if rank() == 0:
             lines = self.path.read_text().splitlines() if self.path.exists() and resume_step else []
@@ -518,6 +591,29 @@ class Log:
                 file.write(json.dumps(rounded) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint that this line belongs to
+        if self.events:
+            with writing(self.path.with_name("tensorboard")):
+                for name, value in line.items():
+                    if name != "step":
+                        self.events.add_scalar(name, value, line["step"])
+                self.events.flush()
+
+
+def tensorboard_writer() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard: the package is not here; pip install tensorboard, or leave the flag out: "
+                        "log.jsonl and curves.png hold the same numbers") from error
+    return SummaryWriter
+
+
+def duration(seconds: float) -> str:
+    """For reading: 75 -> "75 seconds"; 700 -> "12 minutes"."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -531,11 +627,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class SkipCount:
-    """Counts distinct unreadable files on each process; warns once each on stderr; more than 1 % of `total` is a
+    """Counts distinct unreadable files on each process; warns once each on stderr; more than `most` of `total` is a
     UserError."""
 
-    def __init__(self, total: int):
-        self.total, self.seen = total, []
+    def __init__(self, total: int, most: float = 0.01):
+        self.total, self.most, self.seen = total, most, []
 
     def add(self, skipped: list[str]) -> None:
         """`skipped`: the "path: reason" entries of data.load_usable(); a file's reason is the same every time."""
@@ -543,9 +639,9 @@ class SkipCount:
             if entry not in self.seen:
                 self.seen.append(entry)
                 print(f"warning: skipped {printable(entry)}", file=sys.stderr, flush=True)
-        if len(self.seen) > 0.01 * self.total:
-            raise UserError(f"{len(self.seen)} of {self.total} images cannot be read (more than 1 %), the first: "
-                            f"{'; '.join(self.seen[:3])}. Repair or remove them.")
+        if len(self.seen) > self.most * self.total:
+            raise UserError(f"{len(self.seen)} of {self.total} images cannot be read (more than {100 * self.most:g} %)"
+                            f", the first: {'; '.join(self.seen[:3])}. Repair or remove them.")
 
     def report(self) -> None:
         """The last word of a run: how many files were skipped since it began or continued, over all processes (all of
@@ -556,86 +652,6 @@ class SkipCount:
         if seen := sorted({entry for part in parts for entry in part}):
             shown = printable("; ".join(seen[:3])) + ("; ..." if len(seen) > 3 else "")
             print_rank0(f"skipped {len(seen)} of {self.total} images: {shown}")
-
-
-@contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """A block that does nothing but write `path`: what the system refuses there is a UserError, whose sentence holds
-    for every file of ours."""
-    try:
-        yield
-    except BrokenPipeError:  # nobody reads what is printed: see cli
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); what was saved before is untouched. "
-                        "Make room or mend the permissions, and start the same command again") from error
-
-
-class _File(io.FileIO):
-    """Remembers what the system refused, which torch.save reports as a fault of its own."""
-    refused: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        try:
-            return super().write(content)
-        except OSError as error:
-            self.refused = error
-            raise
-
-
-@contextlib.contextmanager
-def replacing(path: Path, previous: Path | None = None) -> Iterator[Any]:
-    """A file to write, which takes the place of `path` when it is whole and on the disk; what was there before is kept
-    as `previous`. Missing folders are made. UserError: see writing."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        raw = _File(temporary, "w")
-        try:
-            with io.BufferedWriter(raw) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)  # the disk may be full
-            if raw.refused and isinstance(error, Exception):
-                raise raw.refused from error
-            raise
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-        if os.name == "posix":  # the names too, not the contents alone
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new, never half of one."""
-    with replacing(path) as file:
-        file.write(content)
-
-
-def save_picture(picture: Any, path: str | Path) -> None:
-    """A PIL image as PNG, all or nothing."""
-    with replacing(Path(path)) as file:
-        picture.save(file, format="PNG")
-
-
-def plain(obj: Any) -> Any:
-    """JSON's own types: arrays and numpy scalars become lists and numbers, nan and infinities null."""
-    if isinstance(obj, dict):
-        return {str(k): plain(v) for k, v in obj.items()}
-    if isinstance(obj, (list, tuple)):
-        return [plain(v) for v in obj]
-    if isinstance(obj, (np.ndarray, np.generic, Tensor)):
-        return plain(obj.tolist())
-    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
-
-
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` at `path`, all or nothing. nan becomes null; missing folders are made."""
-    write_atomic(Path(path), (json.dumps(plain(obj), indent=1, default=str, allow_nan=False) + "\n").encode())
 
 
 _locks: dict[Path, int] = {}  # the lock files that this process holds, and their descriptors
@@ -805,18 +821,20 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """{"model", "optimizer", "step", "config", ...}: plain containers only, keys without `module.`, so that
     weights_only=True reads it.
 
-    step = number of finished steps. Rank 0 writes; the file appears whole or not at all, and the one before stays
-    beside it as previous.pt. A process that a signal has asked to stop ends here.
+    step = number of finished steps. Rank 0 writes; the file appears whole or not at all. Of last.pt the one before
+    stays beside it as previous.pt, and a process that a signal has asked to stop ends here.
     """
     if rank() != 0:
         return
     state = {"model": getattr(model, "module", model).state_dict(),
              "optimizer": optimizer.state_dict() if optimizer else None,
              "step": step, "config": dataclasses.asdict(config), **extra}
-    with replacing(path, path.with_name("previous.pt")) as file:
+    continues = path.name == "last.pt"
+    with replacing(path, path.with_name("previous.pt") if continues else None) as file:
         torch.save(state, file)
-    _training.saved = step
-    _stop_if_saved()
+    if continues:
+        _training.saved = step
+        _stop_if_saved()
 
 
 def read_run(out: Path) -> tuple[Path, dict] | None:
@@ -844,12 +862,19 @@ def read_run(out: Path) -> tuple[Path, dict] | None:
     return path, state
 
 
-def open_run(config: Any, script: str, data: str | None = None, world: int | None = None) -> dict | None:
+def run_length(values: dict[str, Any], steps_per_epoch: int) -> int:
+    """Steps of a run with this configuration."""
+    return values.get("steps") or values.get("iterations") or values["epochs"] * steps_per_epoch
+
+
+def open_run(config: Any, script: str, data: str | None = None, world: int | None = None,
+             steps_per_epoch: int | None = None) -> dict | None:
     """Make `--out` ready. Returns the checkpoint to continue from, or None for a new run; rank 0 decides which, for all
-    processes.
+    processes. Its "changed" says how the configuration differs, "longer" whether the run has become longer.
 
     Refuses (UserError) a folder that holds a run of another script, another configuration or another data set, showing
-    the difference. script, data, world: what a checkpoint says of its run beside the configuration (Run.identity).
+    the difference; a longer run (LENGTH) is announced. script, data, world: what a checkpoint says of its run beside
+    the configuration (Run.identity).
     """
     out = Path(config.out)
     open_folder(out)
@@ -861,8 +886,14 @@ def open_run(config: Any, script: str, data: str | None = None, world: int | Non
     now = dataclasses.asdict(config)
     defaults = {field.name: field.default for field in dataclasses.fields(config)}  # of knobs newer than the run
     before = defaults | state["config"]
-    changed = [f"{k}: {before.get(k)} -> {now.get(k)}{' (no effect: it says how a run starts)' * (k in START_ONLY)}"
-               for k in sorted(now.keys() | before.keys()) if k not in RUN_ONLY and now.get(k) != before.get(k)]
+    if "iterations" in before.keys() - now.keys():  # what finetune.py called `steps`
+        before["steps"] = before.pop("iterations")
+    changed = {k: f"{k}: {before.get(k)} -> {now.get(k)}{' (no effect: it says how a run starts)' * (k in START_ONLY)}"
+               for k in sorted(now.keys() | before.keys()) if k not in RUN_ONLY and now.get(k) != before.get(k)}
+    lengths = [run_length(values, steps_per_epoch) for values in (before, now)] if steps_per_epoch else [0, 0]
+    state["longer"] = lengths[1] > lengths[0]
+    longer = [changed.pop(k) for k in sorted(LENGTH & changed.keys())] if state["longer"] else []
+    changed = list(changed.values())
     if data and state.get("data", data) != data:
         changed.append(f"data set: {state['data']} -> {data}")
     if changed and not config.allow_config_change:
@@ -872,7 +903,8 @@ def open_run(config: Any, script: str, data: str | None = None, world: int | Non
     if world and state.get("world", world) != world:
         changed.append(f"{world} processes rather than {state['world']}: the same batches in the same order, but other "
                        "dropout")
-    difference = f" with {'; '.join(changed)}" if changed else ""
+    difference = f", which becomes {lengths[1]} steps long ({'; '.join(longer)})" if longer else ""
+    difference += f" with {'; '.join(changed)}" if changed else ""
     print_rank0(f"continuing the run in {out} at step {state['step']}{difference}")
     return state
 
@@ -920,12 +952,12 @@ def _read_run_on_all_processes(out: Path) -> dict | None:
 
 
 def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, config: Any = None, *,
-            target: nn.Module | None = None, sync_bn: bool = True) -> int:
+            target: nn.Module | None = None, average: nn.Module | None = None, sync_bn: bool = True) -> int:
     """Put a checkpoint of this very run back. Returns the number of finished steps.
 
     target: the frozen network that the run learns from, saved with it because the file of --backbone_weights may be
-    another one by now. Refuses (UserError) another number of processes where trained BatchNorm has the statistics of
-    each process, as wrap_model leaves it.
+    another one by now. average: the moving average of the model. Refuses (UserError) another number of processes where
+    trained BatchNorm has the statistics of each process, as wrap_model leaves it.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     local = any(p.requires_grad for m in norms for p in m.parameters(False))
@@ -940,6 +972,8 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, con
         _restore_optimizer(state["optimizer"], optimizer)
         if target is not None and "target" in state:
             target.load_state_dict(state["target"])
+        if average is not None:
+            average.load_state_dict(state.get("average", state["model"]))
     except (RuntimeError, ValueError, KeyError) as error:
         if not state.get("changed"):  # the fault of no flag
             raise
@@ -1026,27 +1060,40 @@ class Run:
                  summary: Callable[[dict], str], **extra: Any):
         check_batch_size(images, cfg.batch_size, world_size(), cfg.accumulate)  # before anything is written
         self.cfg, self.images, self.device, self.summary, self.out = cfg, images, device, summary, Path(cfg.out)
+        self.writer = tensorboard_writer() if cfg.tensorboard else None
         data = f"{len(source)} images, sha256 {source.fingerprint()[:16]}"
         self.identity = {"script": script, "data": data, "world": world_size()}
         self.extra = extra  # further entries of the checkpoint
-        self.state = open_run(cfg, **self.identity)
-        self.start = self.state["step"] if self.state else 0
         self.steps_per_epoch = images // cfg.batch_size
+        self.state = open_run(cfg, **self.identity, steps_per_epoch=self.steps_per_epoch)
+        self.start = self.done = self.saved = self.state["step"] if self.state else 0
         self.total_steps = min(self.length(), cfg.max_steps or sys.maxsize)
         self.metrics = self._metrics_of_finished_run()
         self.skipped, self.watch = SkipCount(len(source)), FiniteWatch(self.out, source.key)
         self.fallbacks = torch.tensor(float(self.state.get("fallbacks", 0)) if self.state else 0.0, device=device)
         self.counts_fallbacks = False  # do the script's batches say how many samples had to fall back?
         self.seen = 0  # images of this process since the last line of the log
+        _training.cfg = cfg
 
     def length(self) -> int:
         """Steps of the whole run, --max_steps aside."""
-        return getattr(self.cfg, "iterations", None) or self.cfg.epochs * self.steps_per_epoch
+        return run_length(vars(self.cfg), self.steps_per_epoch)
+
+    @property
+    def epoch_steps(self) -> float:
+        """Steps of an epoch of the schedule: with --steps, of so many equal parts of the run as there are epochs."""
+        length = self.length()
+        return self.steps_per_epoch if length == self.cfg.epochs * self.steps_per_epoch else length / self.cfg.epochs
 
     def _metrics_of_finished_run(self) -> dict | None:
+        """Of a run that has come to its length, or has stopped early with the patience that it has now."""
         path = self.out / "metrics.json"
         metrics = json.loads(path.read_text()) if self.state and path.exists() else {}
-        if not self.state or self.start < self.total_steps or metrics.get("steps") != self.start:
+        if not self.state or metrics.get("steps") != self.start:
+            return None
+        patience = metrics.get("stopped_early")
+        stopped = bool(patience) and patience == getattr(self.cfg, "patience", None) and not self.state["longer"]
+        if self.start < self.total_steps and not stopped:
             return None
         changes = "; nothing that was changed has an effect on it" if self.state["changed"] else ""
         print_rank0(f"this run is finished ({self.start} steps{changes})\n{self.summary(metrics)}")
@@ -1054,13 +1101,13 @@ class Run:
         return metrics
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, target: nn.Module | None = None,
-                sync_bn: bool = True) -> None:
+                average: nn.Module | None = None, sync_bn: bool = True) -> None:
         """Put the checkpoint back, if there is one; from now on these are what is saved. See the function `restore`."""
         if self.state:
-            restore(self.state, model, optimizer, self.cfg, target=target, sync_bn=sync_bn)
+            restore(self.state, model, optimizer, self.cfg, target=target, average=average, sync_bn=sync_bn)
         self.model, self.optimizer, self.state = model, optimizer, None
-        if target is not None:
-            self.extra["target"] = target.state_dict()
+        others = {"target": target, "average": average}
+        self.extra |= {name: other.state_dict() for name, other in others.items() if other is not None}
 
     def steps(self, what: str = "images") -> Iterator[int]:
         """The steps that are left, each seeded; see until_signalled."""
@@ -1073,12 +1120,33 @@ class Run:
         pieces = f"{world} processes x {cfg.accumulate} x {cfg.batch_size // (world * cfg.accumulate)}"
         print_rank0(f"{self.images} {what}, {self.steps_per_epoch} steps per epoch, steps {self.start}.."
                     f"{self.total_steps}; batch {cfg.batch_size} = {pieces}; {self.device}")
-        self.log_file = Log(self.out, self.start, self.device)
+        parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
+        print_rank0(f"model: {sum(p.numel() for p in parameters):,} parameters, "
+                    f"{sum(p.numel() for p in parameters if p.requires_grad):,} of them trained; "
+                    f"{sum(t.nbytes for t in parameters + buffers) / 2**20:.1f} MiB")
+        self.log_file = Log(self.out, self.start, self.device, self.writer)
         remaining = range(self.start, self.total_steps)
         self.bar = progress(remaining, initial=self.start, total=self.total_steps, desc="training")
+        times = [time.perf_counter()]
         for step in until_signalled(self.bar):
             seed_step(cfg.seed, step)
             yield step
+            self.done = step + 1
+            if len(times) <= 10:
+                times.append(time.perf_counter())
+                if len(times) == 11 and self.done < self.total_steps:
+                    self._print_estimate(times)
+
+    def _print_estimate(self, times: list[float]) -> None:
+        """times: the start, and the ends of the first ten steps, of which the first is slow."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            times[-1] = time.perf_counter()
+        a_step, left = (times[-1] - times[1]) / (len(times) - 2), self.total_steps - self.done
+        whole = times[-1] - times[0] + left * a_step
+        print_rank0(f"{len(times) - 1} steps took {times[-1] - times[0]:.1f} s ({self.cfg.batch_size / a_step:.3g} "
+                    f"images/s, peak memory {peak_memory_gib(self.device):.1f} GiB): {self.total_steps - self.start} "
+                    f"steps take about {duration(whole)}")
 
     def next_batches(self, loader: Iterator[dict]) -> list[dict]:
         """The micro-batches of a step; counts their images, unreadable files, and samples that had to fall back."""
@@ -1107,19 +1175,40 @@ class Run:
         self.bar.set_postfix({name.removeprefix("loss_"): f"{line[name]:.3f}" for name in shown})
         self.seen = 0
 
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Log and print the metrics of an evaluation after this step, and redraw curves.png."""
+        epoch, rest = divmod(step + 1, self.steps_per_epoch)
+        self.log_file.append({"step": step, "epoch": epoch, **metrics})
+        print_rank0(f"step {step + 1}: " * bool(rest) + f"epoch {epoch}: " * (not rest)
+                    + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+        self.draw()
+
+    def draw(self) -> None:
+        """curves.png; a run does not end for want of it."""
+        if rank() == 0:
+            try:
+                curves.draw_run(self.out)
+            except UserError as error:
+                print_rank0(f"warning: {error}")
+
     def save(self, step: int, again: bool = False) -> None:
         """last.pt after this step where one is due; `again`: in any case, as before an evaluation between two steps, in
         which a signal then ends the run at once."""
-        due = again or save_due(step + 1, self.total_steps, self.cfg.save_every)
-        if due and _training.saved != step + 1:
+        due = save_due(step + 1, self.total_steps, self.cfg.save_every) and _training.saved != step + 1
+        if again or due:
             self.watch.settle()
+            self.saved = step + 1
             counts = {"fallbacks": int(self.fallbacks)} if self.counts_fallbacks else {}
             save_checkpoint(self.out / "last.pt", self.model, self.optimizer, step + 1, self.cfg, **self.identity,
                             **self.extra, **counts)
 
     def end(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Write metrics.json and print the summary and what was skipped. All processes call it; returns the metrics."""
-        metrics = {"steps": self.total_steps} | metrics
+        """Write metrics.json and print the summary and what was skipped. All processes call it; returns the metrics.
+
+        A run that its metrics call "stopped_early" (its patience, in evaluations) is finished all the same.
+        """
+        metrics = {"steps": self.done} | metrics
+        self.draw()
         finish(self.out, metrics, self.summary(metrics))
         self.skipped.report()
         return metrics
@@ -1130,6 +1219,7 @@ def finish(out: Path, metrics: dict[str, Any], text: str) -> None:
     if rank() == 0:
         write_json(out / "metrics.json", metrics)
         unlock_folder(out)
-        names = ("last.pt", "log.jsonl", "metrics.json", "detections.json", "predictions.png")
+        names = ("best.pt", "last.pt", "log.jsonl", "metrics.json", "detections.json", "predictions.png", "curves.png",
+                 "pr.png")
         print_rank0(f"{text}\nwrote {out}/" + ", ".join(name for name in names if (out / name).exists()))
     barrier()

@@ -656,7 +656,7 @@ def build_optimizer(cfg: Config, model: nn.Module) -> LARS:
     return LARS(groups, lr, cfg.sgd_momentum, trust=cfg.trust)
 
 
-def lr_factor(cfg: Config, step: int, steps_per_epoch: int) -> float:
+def lr_factor(cfg: Config, step: int, steps_per_epoch: float) -> float:
     """Linear from 1/100 to 1 over the warm-up, then a cosine to lr_min. A pure function of the step."""
     warmup = cfg.warmup_epochs * steps_per_epoch
     if step <= warmup:
@@ -804,10 +804,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     job.restore(model, optimizer)
     wrapped = common.wrap_model(model, device, compiled=cfg.compile)
     loader = data.train_loader(job, train_set, collate)
-    momentum_steps = ema_steps(len(indices), cfg.batch_size, cfg.epochs)
+    momentum_steps = cfg.steps or ema_steps(len(indices), cfg.batch_size, cfg.epochs)
     for step in job.steps():
         wrapped.train()
-        lr = common.set_lr(optimizer, lr_factor(cfg, step, job.steps_per_epoch))
+        lr = common.set_lr(optimizer, lr_factor(cfg, step, job.epoch_steps))
         momentum = momentum_at(step, cfg.ema_momentum, momentum_steps)
         (batch,) = job.next_batches(loader)
         terms = train_step(cfg, wrapped, optimizer, batch, momentum, device)

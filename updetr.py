@@ -411,7 +411,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     loader = data.train_loader(job, train_set, data.collate)
     for step in job.steps():
         wrapped.train()
-        lr = common.set_lr(optimizer, common.step_schedule(step, job.steps_per_epoch, (cfg.lr_drop,)))
+        lr = common.set_lr(optimizer, common.step_schedule(step, job.epoch_steps, (cfg.lr_drop,)))
         micro_batches = job.next_batches(loader)
         terms = train_step(cfg, wrapped, target_backbone, criterion, optimizer, micro_batches, device)
         job.check(step, terms, micro_batches)

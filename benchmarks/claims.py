@@ -498,13 +498,19 @@ CLAIMS = claims()
 # ==== 4. Results ====
 
 
+def numbers(result: dict, name: str) -> dict[int, float]:
+    """{steps done: loss or AP}; the last AP, which runs before issue 18 have in their metrics alone, is there once."""
+    found = {line["step"] + 1: line[name] for line in result["curve"] if name in line}
+    return found | ({result["metrics"]["steps"]: result["metrics"]["AP"]} if name == "AP" else {})
+
+
 def value(result: dict, path: str) -> float:
     """A number of a finished run: a path in its metrics; "mean AP": over all evaluations; "last loss":
     over the last fifth of the log."""
     if path == "mean AP":
-        return float(np.mean([line["AP"] for line in result["curve"] if "AP" in line] + [result["metrics"]["AP"]]))
+        return float(np.mean(list(numbers(result, "AP").values())))
     if path == "last loss":
-        losses = [line["loss"] for line in result["curve"] if "loss" in line]
+        losses = list(numbers(result, "loss").values())
         return float(np.mean(losses[-max(1, len(losses) // 5):]))
     found = result["metrics"]
     for part in path.split("/"):
@@ -642,10 +648,7 @@ def draw_curves(path: Path, comparisons: list[Comparison], results: dict[str, di
             curves: dict[int, list[float]] = {}
             for seed in c.seeds:
                 result = results[arm.run(c.data, seed).key]
-                rows = [(line["step"] + 1, line[wanted]) for line in result["curve"] if wanted in line]
-                if wanted == "AP" and rows:
-                    rows.append((result["metrics"]["steps"], result["metrics"]["AP"]))
-                for step, y in rows:
+                for step, y in numbers(result, wanted).items():
                     curves.setdefault(step, []).append(y)
             lines[arm.name] = [(step, float(np.mean(ys)))
                                for step, ys in sorted(curves.items()) if len(ys) == len(c.seeds)]

@@ -89,7 +89,7 @@ def test_coco_named_and_renumbered_test(tmp_path):
     ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [float("nan"), 0, 5, 5]}]}, "1 of 1 boxes"),
     ({"annotations": [{"image_id": 20, "category_id": 7, "bbox": [float("inf"), 0, 5, 5]}]}, "1 of 1 boxes"),
     ({"images": [{"id": 20, "width": 9, "height": 9, "file_name": "gone.jpg"}]}, "gone.jpg"),
-    ({"images": [{"id": 20, "file_name": "b.jpg"}]}, "width, height"),
+    ({"images": [{"id": 20, "file_name": "b.jpg", "width": "wide", "height": 9}]}, "width, height"),
     ({"images": [{"id": 20, "width": 9, "height": 9, "file_name": "b.jpg"}] * 2}, "twice"),
     ({"images": []}, "0 images"), ({"categories": None}, "categories"), ({"annotations": "x"}, "no COCO")])
 def test_coco_errors(tmp_path, change, message):
@@ -166,7 +166,7 @@ SETS = {  # what is written as bbox for boxes x1 y1 x2 y2, and the refusal, the 
     "of a smaller picture": (lambda b: xywh(b) / 2, "note: all 30 boxes lie in the first 50% of the width and 49% of"),
     "shares": (lambda b: xywh(shares(b)), "all numbers of 30 of 30 boxes lie in 0..1"),
     "shares, corners": (shares, "all numbers of 30 of 30 boxes lie in 0..1"),
-    "to the left and above": (lambda b: xywh(b) - [60, 50, 0, 0], "cannot be the boxes of these images in pixels"),
+    "to the left and above": (lambda b: xywh(b) - [60, 50, 0, 0], "cannot be the boxes of these images, as x y w"),
     "tiny": (lambda b: xywh(b) * [1, 1, 0.01, 0.01], "30 of 30 are below a pixel. These cannot be"),
     "the whole image": (lambda b: b * 0 + [0, 0, 100, 80], "note: each of the 30 boxes is its whole image"),
     "all the same": (lambda b: b * 0 + [30, 20, 40, 30], "note: all 30 boxes are the same, 30 20 40 30"),
@@ -421,7 +421,7 @@ def test_voc_errors(tmp_path):
     make_voc(year, {"a": [("cat", (1, 1, 10, 20), 0)]}, {"trainval": "a"})
     with pytest.raises(UserError, match="test.txt"):
         A.open_detection("voc", str(tmp_path), "test")
-    for change, message in (("<annotation>", "a.xml is no VOC"), ("<annotation><size/></annotation>", "is no VOC"),
+    for change, message in (("<annotation>", "a.xml is no VOC"), ("<set><size/></set>", "begins with <set>"),
                             (None, "a.xml cannot be read")):
         (year / "Annotations/a.xml").write_text(change) if change else (year / "Annotations/a.xml").unlink()
         with pytest.raises(UserError, match=message):

@@ -431,8 +431,10 @@ SETS = {  # what is changed in the file, or its bytes; a note or None where it i
     "a name with line ends": (image(file_name="a\nb.png"), r"1 of 2 images are not there, the first: .*a\\nb.png"),
     "half a character in a name": (image(file_name="\ud800.png"),
                                    r"1 of 2 images are not there, the first: .*\\ud800.png"),
-    "no size": ({"images": [{"id": 20, "file_name": "a.png"}]}, "no COCO detection json: KeyError 'height'"),
-    "a size of 0": (image(width=0), "ValueError image a.png is 0 x 20 px"),
+    "no size": ({"images": [{"id": 20, "file_name": "a.png"}, FILES[1]]},
+                "the labels of 1 of 2 images do not tell its size, it is read from the image as its EXIF rotates it"),
+    "a size of 0": ({"images": [{**FILES[0], "width": 0}, {**FILES[1], "height": None}]},
+                    "the labels of 2 of 2 images do not tell its size"),
     "a negative size": (image(height=-20), "ValueError image a.png is 40 x -20 px"),
     "a size of NaN": (image(height=NAN), "no COCO detection json: ValueError"),
     "an infinite size": (image(height=INF), "no COCO detection json: OverflowError"),
@@ -513,12 +515,13 @@ def test_coco_file(name, tmp_path, read, capsys):
     path = coco(tmp_path, **({} if callable(change) else change))
     if callable(change):
         path.write_bytes(change(path.read_bytes()))
-    if outcome is not None and "name too" not in outcome and "another one names" not in outcome:
+    if outcome is not None and "another one names" not in outcome and "do not tell its size" not in outcome:
         return read(path, error=outcome)
     labelled = read(path)
     k = labelled.image_ids.index(20)
     assert boxes_of(labelled, k) == [RIGHT] and sum(len(r.boxes) for r in labelled.records) == 1
-    assert len(labelled.notes) == (outcome is not None) and (outcome or "") in capsys.readouterr().out
+    assert "has no split: all its" in labelled.notes[-1]
+    assert len(labelled.notes) == 1 + (outcome is not None) and (outcome or "") in capsys.readouterr().out
 
 
 MASKS = {  # the segmentation of a 40 x 20 image, and how many pixels of it are used, or None: refused
@@ -584,10 +587,10 @@ XML = {  # Annotations/a.xml, and the boxes used, or the error
     "parts of an object": (xml(more="<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"), VOC_RIGHT),
     "over the edge": (corners(2, 3, 110, 70), [(1, 2, 40, 20, "cat")]),
     "no object": ("<annotation><size><width>40</width><height>20</height></size></annotation>",
-                  "1 images and 0 classes"), "no size": (xml(size=""), "a.xml is no VOC annotation"),
-    "half a size": (xml(size="<size><width>40</width></size>"), "a.xml is no VOC annotation"),
-    "a size of 0": (xml(size="<size><width>0</width><height>0</height></size>"),
-                    "a.xml is no VOC annotation: the image is 0 x 0 px"),
+                  "1 images and 0 classes"), "no size": (xml(size=""), VOC_RIGHT),
+    "half a size": (xml(size="<size><width>40</width></size>"), VOC_RIGHT),
+    "a size of 0": (xml(size="<size><width>0</width><height>0</height></size>"), VOC_RIGHT),
+    "a negative size": (xml(size="<size><width>40</width><height>-3</height></size>"), "the image is 40 x -3 px"),
     "an infinite size": (xml(size="<size><width>1e999</width><height>9</height></size>"), "a.xml is no VOC annotation"),
     "a size in words": (xml(size="<size><width>wide</width><height>9</height></size>"), "a.xml is no VOC annotation"),
     "no box": (xml(box=""), "a.xml is no VOC annotation"), "no name": (xml(name=""), "a.xml is no VOC annotation"),
@@ -616,7 +619,8 @@ VOC_LISTS = {  # ImageSets/Main/trainval.txt, and the error
     "a way out": ("../../outside\n", r"no image \.\./\.\./outside.jpg"),
     "an absolute name": ("/etc/passwd\n", "no image /etc/passwd.jpg"),
     "the same name twice": ("a\na\n", "a is listed twice"), "two files of one name": ("b\n", "b may be b.jpg or b.png"),
-    "nothing": ("\n", "0 images"), "not UTF-8": ("\udcff\n", "cannot be read"), "none": (None, "cannot be read")}
+    "nothing": ("\n", "0 images"), "not UTF-8": ("\udcff\n", "cannot be read"),
+    "none": (None, r"no labelled set for the train split there .*: its labels, VOC, are for test alone")}
 
 
 def voc(folder: Path, annotation: str | bytes | None, listed: str | None = "a\n") -> Path:
@@ -709,8 +713,8 @@ def test_training_on_a_damaged_store(good, quick, tmp_path, fails):
 # ==== Nothing that is read can run ====
 
 def runs_code(source: str) -> list[int]:
-    """Lines of a script that could run what a file holds. Allowed: torch's restricted reader, and a class on top of
-    pickle.Unpickler, which decides itself what it lets in."""
+    """Lines of a script that could run what a file holds. Allowed: torch's restricted reader, a class on top of
+    pickle.Unpickler, which decides itself what it lets in, and yaml's loaders of plain values."""
     def name(node) -> str:
         return (f"{name(node.value)}.{node.attr}" if isinstance(node, ast.Attribute)
                 else node.id if isinstance(node, ast.Name) else "?")
@@ -721,9 +725,10 @@ def runs_code(source: str) -> list[int]:
     def bad(node) -> bool:
         if isinstance(node, ast.ImportFrom):
             # what is called keeps the name it is known by
-            return node.module in ("pickle", "os", "subprocess", "numpy", "builtins", *NEVER)
+            return node.module in ("pickle", "os", "subprocess", "numpy", "builtins", "yaml", *NEVER)
         if isinstance(node, ast.Import):
-            return any(a.name in NEVER or a.name in ("pickle", "os", "subprocess") and a.asname for a in node.names)
+            return any(a.name in NEVER or a.name in ("pickle", "os", "subprocess", "yaml") and a.asname
+                       for a in node.names)
         if not isinstance(node, ast.Call):
             return False
         called, given = name(node.func), {k.arg: k.value for k in node.keywords}
@@ -731,6 +736,8 @@ def runs_code(source: str) -> list[int]:
                 or called.startswith(("os.exec", "os.spawn"))
                 or called in {f"pickle.{k}" for k in ("load", "loads", "Unpickler", "_load", "_loads", "_Unpickler")}
                 or called in {"np.load", "numpy.load"} and true(given.get("allow_pickle", ast.Constant(False)))
+                or called.startswith("yaml.") and called != "yaml.safe_load"
+                and name(given.get("Loader")) not in ("yaml.BaseLoader", "yaml.SafeLoader")
                 or called == "torch.load"
                 and not (isinstance(given.get("weights_only"), ast.Constant) and given["weights_only"].value is True)
                 or "shell" in given and true(given["shell"]) or called.startswith("subprocess.get"))
@@ -738,7 +745,7 @@ def runs_code(source: str) -> list[int]:
     return [node.lineno for node in ast.walk(ast.parse(source)) if bad(node)]
 
 
-NEVER = ("marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml")
+NEVER = ("marshal", "shelve", "dill", "cloudpickle", "joblib")
 
 
 def test_no_code_is_read_from_files():
@@ -749,12 +756,14 @@ def test_no_code_is_read_from_files():
 
 @pytest.mark.parametrize("line", (
     "pickle.load(f)", "pickle.loads(b)", "x = pickle.Unpickler(f).load()", "from pickle import loads",
-    "import pickle as p", "import yaml", "eval(t)", "exec(t)", "__import__(t)", "np.load(f, allow_pickle=True)",
+    "import pickle as p", "import yaml as y", "from yaml import load", "yaml.load(f)", "yaml.load(f, yaml.BaseLoader)",
+    "yaml.load(f, Loader=yaml.FullLoader)", "yaml.unsafe_load(f)",
+    "eval(t)", "exec(t)", "__import__(t)", "np.load(f, allow_pickle=True)",
     "np.load(f, allow_pickle=x)", "torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=x)",
     "os.system(t)", "os.execv(t, a)", "subprocess.run(t, shell=True)", "import joblib"))
 def test_what_would_read_code_is_found(line):
     allowed = ("import pickle\nclass Reader(pickle.Unpickler):\n    def find_class(self, "
                "*a):\n        raise pickle.UnpicklingError('no')\n"
                "Reader(f).load(), model.eval(), np.load(f), np.load(f, allow_pickle=False), torch.load(f, "
-               "weights_only=True), subprocess.run([t])\n")
-    assert runs_code(allowed) == [] and runs_code(allowed + line) == [6]
+               "weights_only=True), subprocess.run([t])\nimport yaml\nyaml.load(f, Loader=yaml.BaseLoader)\n")
+    assert runs_code(allowed) == [] and runs_code(allowed + line) == [8]

@@ -73,10 +73,12 @@ def test_key_follows_flags_and_inputs():
 
 
 def test_values_of_a_run():
-    found = {"metrics": {"AP": 0.6, "pretrained": {"AR10": 0.3}},
+    found = {"metrics": {"AP": 0.6, "steps": 12, "pretrained": {"AR10": 0.3}},
              "curve": [{"step": 0, "loss": 9.0}, {"step": 1, "AP": 0.1}, {"step": 2, "AP": 0.2}]
              + [{"step": 3 + i, "loss": float(i)} for i in range(9)]}
     assert C.value(found, "AP") == 0.6 and C.value(found, "pretrained/AR10") == 0.3
+    assert C.value(found, "mean AP") == pytest.approx(0.3)
+    found["curve"].append({"step": 11, "AP": 0.6})  # the log has the last one too: it counts once
     assert C.value(found, "mean AP") == pytest.approx(0.3)
     assert C.value(found, "last loss") == pytest.approx(7.5)             # the last 2 of 10
 
@@ -134,7 +136,7 @@ def test_runs_are_kept_and_continued(tmp_path, monkeypatch, capsys):
     assert sorted(line["script"] for line in lines) == ["detreg", "finetune", "finetune"]
     assert all(line["seconds"] > 0 and line["device"] == "cpu" and {p["step"] for p in line["curve"]} for line in lines)
     evaluations = [p for line in lines if line["script"] == "finetune" for p in line["curve"] if "AP" in p]
-    assert [p["step"] for p in evaluations] == [0, 0]                        # after the first of two epochs of one step
+    assert [p["step"] for p in evaluations] == [0, 1, 0, 1]                  # after each of two epochs of one step
     assert len(found) == 1 and found[0].seeds == [0]
     text = (tmp_path / "claims.md").read_text()
     assert "1. a beats b" in text and "one seed" in text and "3 runs" in text

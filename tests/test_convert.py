@@ -146,6 +146,9 @@ def test_hugging_face(values, tmp_path, capsys):
     theirs = hugging_face(tmp_path / "hf")
     assert theirs.config.id2label == {0: "cell", 1: "platelet", 2: "cat"}
     assert theirs.config.label2id == {"cell": 0, "platelet": 1, "cat": 2}
+    back = convert.open_checkpoint(tmp_path / "hf").state  # BatchNorm is frozen there
+    own = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    assert back.keys() == own.keys() and all(torch.equal(v, back[k]) for k, v in own.items())
     same_predictions(model, theirs)
     name = {"deformable": "DeformableDetr", "detr": "Detr",
             "conditional": "ConditionalDetr"}[values["detector"].split("_")[0]]
@@ -481,7 +484,7 @@ def test_every_table_renames_back():
                 "soco": convert.SOCO_RCNN}
     tables = {f"{family} {k}": table for family, found in families.items() for k, table in found.items()}
     tables |= {"siamese": convert.SIAMESE_DETR, "soco d2": convert.SOCO_DETECTRON2,
-               "soco mmdet": convert.SOCO_MMDETECTION}
+               "soco mmdet": convert.SOCO_MMDETECTION, "hf resnet": convert.RESNET_HUGGING_FACE}
     for name, table in tables.items():
         for theirs, ours in table:
             filled = [re.sub(r"\{\w\}", "2", side).replace("*", "weight") for side in (theirs, ours)]
@@ -831,7 +834,7 @@ def test_command(tmp_path, fails, capsys):
                          (["--to", "hf", "--out", tmp_path / "o", "--backbone_only"],
                           "--backbone_only is of --to torchvision")):
         assert reason in fails(convert.main, [tmp_path / "last.pt", *argv])
-    assert "no such checkpoint file (it is a folder)" in fails(convert.main, [tmp_path])
+    assert convert.main([str(tmp_path)]) == "Conditional DETR, 9 queries, ResNet-18, step 12"  # a run's folder
     line = fails(finetune.main, ["--data", "synthetic", "--init_from", tmp_path / "last.pt", "--detector",
                                  "deformable_detr", "--out", tmp_path / "x"])
     assert "this is a Conditional DETR checkpoint with 9 queries; --detector is deformable_detr" in line

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import annotations as A  # noqa: E402
 import data as D  # noqa: E402
+import detreg  # noqa: E402
+import finetune  # noqa: E402
 import run  # noqa: E402
 from common import UserError  # noqa: E402
 
@@ -447,6 +449,161 @@ def test_draw_geometry():
                is None for _ in range(9))
     twice = [D.draw_geometry(np.random.default_rng(1), (9, 9), scales=[8], max_size=8) for _ in range(2)]
     assert twice[0] == twice[1]
+
+
+ALL = ("flips", "rotate90", "colour")  # of --augment
+BOX = (10, 20, 40, 36)  # white in MARKED
+
+
+def marked_picture():
+    """90 x 60: noise below half of white in red, the region BOX above."""
+    array = np.random.default_rng(0).integers(0, 100, (60, 90, 3), dtype=np.uint8)
+    array[BOX[1]:BOX[3], BOX[0]:BOX[2]] += 150
+    return array
+
+
+def extent(pixels):
+    """The box xyxy of what is set in an array [h, w]."""
+    y, x = np.nonzero(pixels)
+    return [x.min(), y.min(), x.max() + 1, y.max() + 1]
+
+
+def test_boxes_and_masks_follow_the_eight_symmetries_to_the_pixel():
+    array = marked_picture()
+    mask = torch.zeros(2, 60, 90, dtype=torch.uint8)
+    mask[1, BOX[1]:BOX[3], BOX[0]:BOX[2]] = 1
+    wanted = {(False, 0): (10, 20, 40, 36), (True, 0): (50, 20, 80, 36), (False, 2): (50, 24, 80, 40),
+              (True, 2): (10, 24, 40, 40), (False, 1): (20, 50, 36, 80), (True, 1): (24, 50, 40, 80),
+              (False, 3): (24, 10, 40, 40), (True, 3): (20, 10, 36, 40)}  # by hand
+    for (flip, turns), box in wanted.items():
+        geometry = D.Geometry(flip, None, None, (90, 60) if turns % 2 else (60, 90), turns)
+        view, boxes, keep = D.apply_geometry(Image.fromarray(array), torch.tensor([BOX], dtype=torch.float32), geometry)
+        turned = np.rot90(array, turns)
+        assert np.array_equal(view, turned[:, ::-1] if flip else turned)
+        assert boxes.tolist() == [list(box)] == [extent(np.asarray(view)[..., 0] >= 150)] and keep.tolist() == [0]
+        moved = D.apply_geometry_to_masks(mask, geometry)
+        assert extent(moved[1].numpy()) == list(box) and moved[1].sum() == 30 * 16 and not moved[0].any()
+    assert D.turn_boxes(torch.zeros(0, 4), (60, 90), 3).shape == (0, 4)
+
+
+def test_boxes_and_masks_follow_turns_crops_and_resizing_together():
+    array, seen = np.zeros((60, 90, 3), np.uint8), set()
+    array[BOX[1]:BOX[3], BOX[0]:BOX[2]] = 255
+    image, rng = Image.fromarray(array), np.random.default_rng(0)
+    for _ in range(300):
+        geometry = D.draw_geometry(rng, (60, 90), scales=(96, 128, 160), max_size=220, crop_scales=(90, 120),
+                                   crop_range=(60, 100), augment=ALL)
+        view, boxes, keep = D.apply_geometry(image, torch.tensor([BOX], dtype=torch.float32), geometry)
+        mask = D.apply_geometry_to_masks(torch.from_numpy(array[None, ..., 0] // 255), geometry)[0].numpy()
+        assert view.size[::-1] == geometry.hw == mask.shape
+        if not len(keep) or (boxes[0, 2:] - boxes[0, :2]).min() < 8:  # as good as cut away
+            continue
+        bright = np.asarray(view)[..., 0] > 127
+        assert np.abs(np.subtract(extent(bright), boxes[0].tolist())).max() <= 1.5
+        assert np.abs(np.subtract(extent(mask), boxes[0].tolist())).max() <= 2
+        assert (bright & (mask > 0)).sum() / (bright | (mask > 0)).sum() > 0.9
+        seen.add((geometry.flip, geometry.turns, geometry.crop is not None))
+    assert len(seen) == 16
+
+
+@pytest.mark.parametrize("augment, symmetries", [(("flips",), 4), (("rotate90",), 8), (ALL, 8)])
+def test_symmetries_are_drawn_alike(augment, symmetries):
+    rng = np.random.default_rng(0)
+    drawn = [D.draw_geometry(rng, (480, 640), scales=(320,), max_size=600, augment=augment) for _ in range(1600)]
+    seen = [(g.flip, g.turns) for g in drawn]
+    assert len(set(seen)) == symmetries and "rotate90" in augment or {t for _, t in seen} == {0, 2}
+    assert all(abs(seen.count(s) * symmetries / 1600 - 1) < 0.2 for s in seen)
+    for g in drawn:  # crop and sizes fit the turned image
+        hw = (640, 480) if g.turns % 2 else (480, 640)
+        if g.crop:
+            assert g.first_hw in [D.resized_hw(hw, s) for s in (400, 500, 600)]
+            assert g.crop[0] + g.crop[2] <= g.first_hw[0] and g.crop[1] + g.crop[3] <= g.first_hw[1]
+        assert g.hw == D.resized_hw(g.crop[2:] if g.crop else hw, 320, 600)
+
+
+@pytest.mark.parametrize("augment", [(), ("colour",)])
+def test_without_turns_the_stream_of_random_numbers_is_what_it_was(augment):
+    for seed, wanted, after in ((1, D.Geometry(False, None, None, (320, 426)), 144),  # before there was --augment
+                                (2, D.Geometry(True, (500, 666), (5, 35, 436, 560), (400, 513)), 813)):
+        rng = np.random.default_rng(seed)
+        assert D.draw_geometry(rng, (480, 640), scales=(320, 400, 480), max_size=600, augment=augment) == wanted
+        assert rng.integers(1000) == after
+
+
+SAME_SIZE = {"scales": (60,), "max_size": 90, "crop_scales": ()}  # 90 x 60 as it is, but for flips and turns
+
+
+def samples_of(dataset, epochs=24):
+    """[(image [h, w, 3] in grey levels, boxes_xyxy of it, target)] of image 0 in these epochs."""
+    for sample in (dataset[epoch, 0] for epoch in range(epochs)):
+        h, w = sample["image"].shape[1:]
+        levels = sample["image"].permute(1, 2, 0).numpy() * D.IMAGENET_STD + D.IMAGENET_MEAN
+        cx, cy, bw, bh = sample["target"]["boxes"].unbind(-1)
+        boxes = torch.stack([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2], -1) * torch.tensor([w, h, w, h])
+        yield (levels * 255).round().astype(np.uint8), boxes, sample["target"]
+
+
+def test_labelled_samples_are_turned_and_recoloured_with_their_boxes_and_masks():
+    array = marked_picture()
+    mask = torch.zeros(1, 60, 90, dtype=torch.uint8)
+    mask[0, BOX[1]:BOX[3], BOX[0]:BOX[2]] = 1
+    target = {"boxes_xyxy": torch.tensor([BOX], dtype=torch.float32), "labels": torch.tensor([2]),
+              "crowd": torch.tensor([False])}
+    labelled = SimpleNamespace(load=lambda i: (Image.fromarray(array), target), masks=lambda i: mask)
+
+    def dataset(*augment):
+        cfg = finetune.Config(**SAME_SIZE, detector="mask_rcnn_fpn", augment=augment)
+        return list(samples_of(finetune.LabelledDataset(cfg, labelled)))
+
+    turned, seen, recoloured = dataset("flips", "rotate90"), set(), 0
+    for image, boxes, found in turned:
+        box = boxes[0].round().tolist()
+        seen.add((*box, image.shape[0]))
+        torch.testing.assert_close(boxes[0], torch.tensor(box), rtol=0, atol=1e-3)
+        assert extent(image[..., 0] >= 150) == extent(found["masks"][0].numpy()) == box
+    assert len(seen) == 8
+    for (image, boxes, found), (plain, plain_boxes, plain_found) in zip(dataset(*ALL), turned):
+        assert torch.equal(boxes, plain_boxes) and torch.equal(found["masks"], plain_found["masks"])
+        recoloured += not np.array_equal(image, plain)
+    assert 14 < recoloured < 24  # p = .8
+    assert [a.shape for a, _, _ in dataset()] == [(60, 90, 3)] * 24  # nothing where nothing is asked
+
+
+def test_proposals_are_turned_and_patches_are_not():
+    array, boxes = marked_picture(), np.float32([BOX, (50, 5, 85, 50)])
+    source = SimpleNamespace(load=lambda i: Image.fromarray(array))
+
+    def dataset(*augment):
+        cfg = detreg.Config(**SAME_SIZE, patch_size=16, augment=augment)
+        regions = detreg.RegionDataset(cfg, source, np.arange(1), lambda image, index, epoch: boxes)
+        regions.photometric = D.Photometric(0, 0, 0, 0, p_jitter=0, p_gray=0, p_blur=0)
+        return list(samples_of(regions))
+
+    turned, seen, recoloured = dataset("flips", "rotate90"), set(), 0
+    patches = [D.cut_patch(Image.fromarray(array), box, 16, {"order": [], "gray": False, "blur": None,
+                                                            "solarize": False}) for box in boxes.tolist()]
+    for image, moved, target in turned:
+        box = moved[0].round().tolist()
+        seen.add((*box, image.shape[0]))
+        assert extent(image[..., 0] >= 150) == box and torch.equal(target["patches"], torch.stack(patches))
+        areas = (moved[:, 2:] - moved[:, :2]).prod(1)
+        torch.testing.assert_close(areas, torch.tensor([30.0 * 16, 35 * 45]))
+    assert len(seen) == 8
+    for (image, moved, target), (plain, plain_moved, _) in zip(dataset(*ALL), turned):
+        assert torch.equal(moved, plain_moved) and torch.equal(target["patches"], torch.stack(patches))
+        recoloured += not np.array_equal(image, plain)
+    assert 14 < recoloured < 24
+
+
+@pytest.mark.parametrize("script", [finetune, detreg], ids=["finetune", "detreg"])
+def test_augment_on_the_command_line(script, fails):
+    def parse(*argv):
+        return run.parse_config(script.Config, script.PRESETS, argv, script="x", description="")
+
+    assert parse().augment == () and parse("--augment", "colour", "flips", "--seed", "1").augment == ("colour", "flips")
+    assert "--augment: invalid choice: 'rotate45' (choose from 'flips', 'rotate90', 'colour')" in fails(
+        parse_all := lambda argv: parse(*argv), ["--augment", "flips", "rotate45"])
+    assert "--augment: expected at least one argument" in fails(parse_all, ["--augment"])
 
 
 def test_to_normalized_tensor():

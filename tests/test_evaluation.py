@@ -444,7 +444,8 @@ class Knows(torch.nn.Module):
 
 def test_class_agnostic_table():
     labelled = open_detection("synthetic", None, "test", synthetic_images=4, synthetic_size=64)
-    cfg = SimpleNamespace(probe_images=3, scales=(48, 64), max_size=96, num_workers=0, seed=1)
+    cfg = SimpleNamespace(probe_images=3, scales=(48, 64), max_size=96, num_workers=0, seed=1,
+                          detector="deformable_detr", proposal_method="selective_search")
     untrained, pretrained = (Knows(labelled, right) for right in (False, True))
     table, best = ev.class_agnostic_table(cfg, untrained, pretrained, Scenes([1, 2]), labelled, torch.device("cpu"))
     assert list(table) == ["untrained", "random_boxes", "shuffled", "selective_search", "pretrained", "primary",
@@ -453,11 +454,39 @@ def test_class_agnostic_table():
     assert table["untrained"]["AR100"] == 0 and table["pretrained"]["AR100"] == table["pretrained"]["AP50"] == 1
     assert all(0 <= table[name]["AR100"] < 1 for name in ("random_boxes", "shuffled", "selective_search"))
     assert table["selective_search"]["AR100"] > 0 and {d["image_id"] for d in best} == {1, 2, 3}
+    assert all(d["probability"] == pytest.approx(1 / (1 + math.exp(-d["score"]))) for d in best)
     labelled.categories = [{"id": 1, "name": "proposal"}]
     for record in labelled.records:
         record.labels[:] = 0
-    table, _ = ev.class_agnostic_table(cfg, untrained, pretrained, Scenes([1, 2]), labelled, torch.device("cpu"))
+    cfg.detector = "detr"  # softmax over its rows and "no object"
+    table, best = ev.class_agnostic_table(cfg, untrained, pretrained, Scenes([1, 2]), labelled, torch.device("cpu"))
     assert table["ground_truth"] == "held-out proposals"
+    assert "selective_search" not in table and "random_boxes" in table  # it would be scored on its own output
+    # its other logit is -5
+    assert all(d["probability"] == pytest.approx(1 / (1 + math.exp(-5 - d["score"]))) for d in best)
+    cfg.proposal_method = "random"
+    table, _ = ev.class_agnostic_table(cfg, untrained, pretrained, Scenes([1, 2]), labelled, torch.device("cpu"))
+    assert "selective_search" in table
+
+
+def test_what_a_probe_shows(tmp_path, monkeypatch):
+    """Boxes that nobody drew are not called ground truth; scores are probabilities, ranks of proposals are none."""
+    drawn = []
+    monkeypatch.setattr(ev, "draw_rows", lambda path, titles, rows, **_: drawn.append((titles, rows[0])))
+    labelled = open_detection("synthetic", None, "test", synthetic_images=1, synthetic_size=64)
+    boxes = np.float32([[k, 0, k + 9, 9] for k in range(12)])
+    proposals = SimpleNamespace(generator=lambda image, seed: boxes)
+    found = {"ours": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "score": -1.0, "probability": 0.27}]}
+    cfg = SimpleNamespace(out=tmp_path, seed=1)
+    ev.draw_class_agnostic(cfg, labelled, proposals, found)
+    labelled.categories = [{"id": 1, "name": "proposal"}]
+    labelled.records[0].labels[:] = 0
+    ev.draw_class_agnostic(cfg, labelled, proposals, found)
+    (titles, row), (held_out_titles, held_out) = drawn
+    assert titles == ("ground truth", "proposals (first 10)", "ours")
+    assert held_out_titles == ("held-out proposals", "ours")
+    assert [labels for _, _, labels in row] == [None, None, ["0.27"]] and held_out[1][2] == ["0.27"]
+    assert row[1][1].tolist() == boxes[:10].tolist() and len(held_out[0][1]) == len(labelled.records[0].boxes)
 
 
 def test_metrics_table():
@@ -577,7 +606,7 @@ def test_draw_detections(tmp_path, monkeypatch):
     ev.draw_detections(tmp_path / "f.png", labelled, columns, {1: "disc"}, rows=9, best=3)
     (path, images, cells, limit), (_, all_images, named, more) = drawn
     assert path == tmp_path / "f.png" and list(cells) == list(named) == ["true", "found"]
-    assert (len(images), len(all_images), limit, more) == (2, 3, 10, 30)
+    assert (len(images), len(all_images), limit, more) == (2, 3, 30, 30)
     for i in range(2):  # all annotations, no names
         boxes, labels, image = cells["true"][i]
         assert boxes.tolist() == labelled.records[i].boxes.tolist() and labels is None
@@ -586,6 +615,38 @@ def test_draw_detections(tmp_path, monkeypatch):
     # the ten best, best first, xyxy
     assert cells["found"][1][0].tolist() == [[k, 0, k + 10, 20] for k in range(12, 2, -1)]
     assert named["found"][1][0][:, 0].tolist() == [12, 11, 10]
-    assert named["found"][1][1] == ["disc 0.60", " 0.55", "disc 0.50"]
+    assert named["found"][1][1] == ["disc 0.60", "0.55", "disc 0.50"]
+    assert cells["found"][1][1][:2] == ["0.60", "0.55"]
     wanted = ["disc" if label == 0 else "" for label in labelled.records[0].labels]
-    assert named["true"][0][1] == wanted
+    assert named["true"][0][1] == (wanted if any(wanted) else None)
+
+
+def test_operating_points_by_hand():
+    """Two classes, two images; scores .9 .8 .7 .6 of class a: hit, miss, hit, miss, of three objects."""
+    truth = {"images": [{"id": i, "width": 100, "height": 100} for i in (1, 2)],
+             "categories": [{"id": 7, "name": "a"}, {"id": 9, "name": "b"}, {"id": 11, "name": "none"}],
+             "annotations": [{"id": k + 1, "image_id": i, "category_id": c, "bbox": [x, 0, 10, 10]}
+                             for k, (i, c, x) in enumerate(((1, 7, 0), (1, 7, 20), (2, 7, 0), (2, 9, 50)))]}
+    found = [{"image_id": i, "category_id": c, "bbox": [x, 0, 10, 10], "score": s} for i, c, x, s in
+             ((1, 7, 0, 0.9), (1, 7, 70, 0.8), (2, 7, 0, 0.7), (2, 7, 80, 0.6), (2, 9, 51, 0.2))]
+    points, curves = ev.operating_points(truth, found)
+    expected = [(1 / 3, 1), (1 / 3, 1 / 2), (2 / 3, 2 / 3), (2 / 3, 2 / 4)]
+    assert np.array(curves["a"]) == pytest.approx(np.array(expected))
+    assert points["per_class"].keys() == {"a", "b"}
+    assert points["per_class"]["a"] == pytest.approx({"threshold": 0.65, "precision": 2 / 3, "recall": 2 / 3,
+                                                      "f1": 2 / 3})
+    assert points["per_class"]["b"] == pytest.approx({"threshold": 0.2, "precision": 1, "recall": 1, "f1": 1})
+    assert points["all"] == pytest.approx({"threshold": 0.2, "precision": 3 / 5, "recall": 3 / 4, "f1": 2 / 3})
+    kept = ev.above_thresholds(found, points, truth["categories"])
+    assert [d["score"] for d in kept] == [0.9, 0.8, 0.7, 0.2]
+    nothing = ev.operating_points(truth, [])[0]
+    assert nothing == {"all": {"threshold": 0.5, "precision": 0.0, "recall": 0.0, "f1": 0.0}, "per_class": {}}
+
+
+def test_a_difficult_object_is_no_mistake_at_a_threshold():
+    truth = {"images": [{"id": 1, "width": 100, "height": 100}], "categories": [{"id": 1, "name": "a"}],
+             "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10]},
+                             {"id": 2, "image_id": 1, "category_id": 1, "bbox": [50, 0, 10, 10], "difficult": 1}]}
+    found = [{"image_id": 1, "category_id": 1, "bbox": [x, 0, 10, 10], "score": s} for x, s in ((50, 0.9), (0, 0.8))]
+    points, _ = ev.operating_points(truth, found)
+    assert points["all"] == {"threshold": 0.8, "precision": 1.0, "recall": 1.0, "f1": 1.0}

@@ -21,6 +21,7 @@ import data
 import dupr
 import evaluation
 import figures
+import files
 import run
 import siamese_detr
 import updetr
@@ -301,7 +302,7 @@ def analyse(figure, out, **values):
     with Image.open(out) as sheet:
         assert sheet.format == "PNG" and min(sheet.size) > 200 and len(sheet.convert("RGB").getcolors(1 << 20)) > 20
     written = json.loads(out.with_suffix(".json").read_text())
-    assert written == run.plain(result) and written["figure"] == figure
+    assert written == files.plain(result) and written["figure"] == figure
     return result
 
 

@@ -218,7 +218,7 @@ def test_recipes_of_the_detectors(detector, data, flag, schedule):
     assert ((cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, cfg.pre_norm)
             == (1.0 if detector == "detr" else 2.0, 5, 2, False))
     only = parse(detector=detector, data=data, eval_only="true", init_from="x", **flag)
-    assert (only.out == ("out/finetune-folder-eval" if "/" in data else f"out/finetune-{data}-eval")
+    assert (only.out == ("out/finetune-folder" if "/" in data else f"out/finetune-{data}")
             and only.num_queries == cfg.num_queries)
 
 
@@ -484,6 +484,9 @@ RUN = {"scales": (40, 48), "max_size": 80, "crop_scales": (48,), "crop_range": (
        "batch_size": 2, "max_steps": 2, "num_workers": 0, "dropout": 0.0, "log_every": 1, "lr_backbone": 2e-4}
 
 
+OF_A_RUN = {"steps", "best_step", "val_AP"}  # of its metrics, not of an evaluation's
+
+
 def run_script(out, **values):
     return finetune.main(flags({**RUN, "out": out, **values}))
 
@@ -523,7 +526,9 @@ def test_coco_run(tuned):
     assert metrics["per_class"].keys() == set(NAMES) and {"AP", "AP50", "AP75", "AR100"} <= metrics.keys()
     assert json.loads((out / "metrics.json").read_text()) == plain(metrics)
     assert Image.open(out / "predictions.png").height > 2 * 200
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    *lines, last = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert last.pop("step") == last.pop("epoch") == 1 and last == pytest.approx({k: metrics[k] for k in last}, abs=1e-5)
+    assert {"AP", "AP50", "AR100"} <= last.keys()
     assert [line["step"] for line in lines] == [0, 1] and all(line["loss"] == pytest.approx(
         sum(w * line[k + s] for k, w in (("loss_ce", 2), ("loss_bbox", 5), ("loss_giou", 2)) for s in ("", "_0")),
         rel=1e-4) for line in lines)
@@ -543,7 +548,7 @@ def test_the_same_command_again(tuned, pretrained, capsys):
 def test_evaluation_of_the_run(tuned, tmp_path):
     out, labelled, metrics = tuned
     again = run_script(tmp_path, data=labelled, init_from=out / "last.pt", eval_only="true")
-    assert plain(again) == {k: v for k, v in plain(metrics).items() if k != "steps"} and metrics["steps"] == 2
+    assert plain(again) == {k: v for k, v in plain(metrics).items() if k not in OF_A_RUN} and metrics["steps"] == 2
     assert json.loads((tmp_path / "detections.json").read_text()) == json.loads((out / "detections.json").read_text())
     assert not (tmp_path / "last.pt").exists() and not (tmp_path / "log.jsonl").exists()
 
@@ -580,6 +585,9 @@ def test_image_sizes_of_an_evaluation(tuned, pretrained, tmp_path, capsys):
     assert parse(last, "--eval_only", "--preset", "demo") == (48, 80) and parse(last) == (800, 1333)
     assert parse(pretrained, "--class_agnostic") == (480, 600)  # a pretraining's are those of its probe
     argv = ["--data", tuned[1], "--init_from", last, "--eval_only", "--num_workers", 0]
+    for more, out in (([], "out/finetune-set-eval"), (["--preset", "demo"], "out/finetune-demo-set-eval"),
+                      (["--out", "o"], "o")):  # not the folder of the training, which it would refuse
+        assert finetune.parse(list(map(str, [*argv, *more])))[0].out == out
     metrics = finetune.main(list(map(str, [*argv, "--out", tmp_path / "a"])))
     assert "image sizes: --eval_size 48 --max_size 80 (those of the checkpoint)" in capsys.readouterr().out
     assert plain(metrics)["AR100"] == plain(tuned[2])["AR100"]
@@ -594,10 +602,15 @@ def test_training_images_as_test_images_are_said(tuned, pretrained, tmp_path, ca
     metrics = run_script(tmp_path / "run", data=single, init_from=pretrained)
     assert metrics["warning"].startswith(said)
     table = capsys.readouterr().out.splitlines()
-    assert table.count(metrics["warning"]) == 2  # at the start, and as the table's title
+    assert f"note: WARNING: {single} has no split: all its 4 images are validation and test set" in "\n".join(table)
+    assert table.count(metrics["warning"]) == 1  # as the table's title; at the start stands the note
     assert "AP" in table[len(table) - table[::-1].index(metrics["warning"])]
     again = run_script(tmp_path / "again", data=single, init_from=tmp_path / "run" / "last.pt", eval_only="true")
     assert again["warning"] == metrics["warning"]
+    capsys.readouterr()
+    given = run_script(tmp_path / "given", data=tuned[1], test_data=single, init_from=pretrained, max_steps=1)
+    assert given["warning"] == metrics["warning"]
+    assert capsys.readouterr().out.splitlines().count(given["warning"]) == 2  # at the start, too
     moved = tmp_path / "moved"
     moved.symlink_to(tuned[1])  # another name for the same set
     assert "warning" in run_script(tmp_path / "m", data=moved / "train.json", init_from=tmp_path / "run" / "last.pt",
@@ -702,12 +715,12 @@ def test_run_of_another_detector(detector, tuned, tmp_path):
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert len(found) == 2 * (8 if detector == "detr" else 16)  # DETR: every query once
     anyhow = evaluation.detection_metrics(
-        finetune.open_sets(finetune.Config(data=str(tuned[1])))[1].coco_ground_truth(), found, class_agnostic=True)
+        finetune.open_sets(finetune.Config(data=str(tuned[1]))).test.coco_ground_truth(), found, class_agnostic=True)
     for k in (1, 10, 100):  # Siamese DETR, Table 5
         assert plain(metrics)[f"agnostic_AR{k}"] == pytest.approx(anyhow[f"AR{k}"])
     again = run_script(tmp_path / "again", data=tuned[1], init_from=tmp_path / "out" / "last.pt", eval_only="true")
     assert ({k: v for k, v in plain(again).items()}
-            == {k: v for k, v in plain(metrics).items() if not k.startswith("agnostic") and k != "steps"})
+            == {k: v for k, v in plain(metrics).items() if not k.startswith("agnostic") and k not in OF_A_RUN})
 
 
 def test_voc_run(pretrained, tmp_path):
@@ -723,7 +736,8 @@ def test_resumed_run_is_the_unbroken_one(tuned, pretrained, tmp_path):
         run_script(tmp_path, data=tuned[1], init_from=pretrained, max_steps=steps)
     one, two = (torch.load(p / "last.pt", weights_only=True)["model"] for p in (tuned[0], tmp_path))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], "loss" in line) for line in lines] == [(0, True), (0, False), (1, True), (1, False)]
 
 
 def test_run_killed_before_its_evaluation(tuned, pretrained, tmp_path, monkeypatch):
@@ -741,7 +755,7 @@ def test_share_of_the_labels_depends_on_the_seed_alone(monkeypatch, tmp_path):
         monkeypatch.setattr(common, "rank", lambda: rank)
         torch.manual_seed(rank), np.random.seed(rank)
         return finetune.open_sets(finetune.Config(data=str(tmp_path / "set"),
-                                                  labels_percent=50, seed=seed))[0].image_ids
+                                                  labels_percent=50, seed=seed)).train.image_ids
 
     every = sorted(1000 - 90 * i for i in range(4))
     for seed in range(4):

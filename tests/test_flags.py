@@ -18,6 +18,7 @@ import data
 import detreg
 import figures
 import finetune
+import predict
 import proposals
 import rcnn
 import run
@@ -89,6 +90,7 @@ def test_values_outside_are_refused_before_anything_is_written(script, fails, tm
             assert f"--{name}" in fails(main, [f"--{name}=nothing"])
         if several:
             assert f"--{name}: expected at least one argument" in fails(main, [f"--{name}"])
+        if several and bounds:
             inside, outside = ends(plain, bounds)[0], beyond(plain, bounds)[1]
             assert f"--{name} {inside} {outside}: must be" in fails(main, [f"--{name}", inside, outside])
     for value in ("gpu", "cuda:-1", "cuda:x", "cuda:99999", ""):
@@ -133,7 +135,7 @@ def parsers(main, monkeypatch) -> list[tuple[list[str], argparse.ArgumentParser]
     return [([name], own) for action in commands for name, own in action.choices.items()] or [([], parser)]
 
 
-@pytest.mark.parametrize("module", (figures, convert, proposals), ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", (figures, convert, predict, proposals), ids=lambda m: m.__name__)
 def test_flags_of_the_other_scripts(module, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tried = 0

@@ -26,6 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data as D  # noqa: E402
 import detreg  # noqa: E402
+import files  # noqa: E402
 import proposals as P  # noqa: E402
 import run  # noqa: E402
 from common import UserError  # noqa: E402
@@ -467,7 +468,7 @@ class Disk:
     def __init__(self, room: int, patch: pytest.MonkeyPatch):
         disk, self.room = self, room
 
-        class File(run._File):
+        class File(files._File):
             def write(self, piece):
                 if not disk.room:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
@@ -478,7 +479,7 @@ class Disk:
         def opened(path, mode="r", *args, **kwargs):
             return io.BufferedWriter(File(path, mode)) if mode in ("wb", "ab") else open(path, mode, *args, **kwargs)
         patch.setattr(P, "open", opened, raising=False)
-        patch.setattr(run, "_File", File)
+        patch.setattr(files, "_File", File)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, fails):

@@ -56,7 +56,7 @@ class Knobs:
 
 
 def parse(*argv, recipe=None):
-    presets = {"a": {"rate": 2.0, "flag": True}}
+    presets = {"a": {"rate": 2.0, "flag": True}, "demo": {"data": "own"}}
     return run.parse_config(Knobs, presets, list(argv), script="s", description="d", recipe=recipe)
 
 
@@ -67,9 +67,9 @@ def test_precedence_default_data_preset_flag():
 
     assert parse(recipe=recipe) == Knobs(out="out/s-set")
     assert parse("--data", "big", recipe=recipe) == Knobs("big", "out/s-big", None, 10, 10.0, 10)
-    assert parse("--data=big", "--preset", "a", recipe=recipe) == Knobs("big", "out/s-a", "a", 10, 2.0, 10, True)
+    assert parse("--data=big", "--preset", "a", recipe=recipe) == Knobs("big", "out/s-a-big", "a", 10, 2.0, 10, True)
     assert (parse("--data", "big", "--preset", "a", "--rate", "3", "--limit", "4", recipe=recipe)
-            == Knobs("big", "out/s-a", "a", 10, 3.0, 4, True))
+            == Knobs("big", "out/s-a-big", "a", 10, 3.0, 4, True))
 
 
 def test_flag_spellings():
@@ -97,6 +97,57 @@ def test_help_shows_the_comments(capsys):
         parse("--help")
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "how many, 5 % of them (default: 3)" in text and "sides (default: (1, 2))" in text
+
+
+def test_names_of_output_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--preset", "demo").out == "out/s-demo"  # the preset's own data
+    assert parse("--preset", "demo", "--data", "x/cards").out == "out/s-demo-cards"
+    assert parse("--preset", "a").out == "out/s-a-set" and parse("--data", "imagenet100").out == "out/s-imagenet100"
+    assert parse("--preset", "a", "--out", "mine").out == "mine"
+
+
+@pytest.mark.parametrize(("data", "name"), (
+    ("imagenet", "imagenet"), ("voc", "voc"), ("PHOTOS", "PHOTOS"), ("a/photos/", "photos"),
+    ("a/photos.v2", "photos.v2"), ("a/list.txt", "list"), ("bccd/VOCdevkit", "bccd"), ("cards/images", "cards"),
+    ("cards/train/_annotations.coco.json", "cards"), ("cards/data.yaml", "cards"), ("cards/train/../val", "cards"),
+    ("coco/annotations/instances_train2017.json", "coco"), ("VOC/VOCdevkit/VOC2007/JPEGImages", "VOC"),
+    ("a/b\n\x1b[1m", "b__[1m"), ("a/back\\slash", "back_slash"), ("images", "here"), (".", "here"), ("", "here"),
+    ("train", "train"), ("/data/images", "images"), ("x" * 300, "x" * 60)))
+def test_name_of_a_data_set(data, name, tmp_path, monkeypatch):
+    (tmp_path / "here" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert run.data_name(data) == name
+
+
+@dataclass
+class Lengths(Knobs):
+    epochs: run.Count = 50  # passes
+    steps: run.Count | None = None  # instead
+    lr_drop: run.NonNegative = 40  # epoch
+    lr_drops: tuple[run.NonNegative, ...] = (20, 43.3)  # epochs
+
+
+@dataclass
+class Parts(Lengths):
+    lr_drops: tuple[run.Share, ...] = (0.5, 0.9)  # shares
+
+
+def test_drops_keep_their_share_of_the_run():
+    def lengths(*argv, config=Lengths):
+        presets = {"p": {"steps": 900, "epochs": 20, "lr_drop": 17}}
+        cfg = run.parse_config(config, presets, list(argv), script="s", description="d")
+        return cfg.epochs, cfg.steps, cfg.lr_drop, cfg.lr_drops
+
+    assert lengths() == lengths("--epochs", "50") == (50, None, 40, (20, 43.3))
+    assert lengths("--epochs", "100") == (100, None, 80, (40, 86.6))
+    assert lengths("--epochs", "2") == (2, None, 1.6, (0.8, 1.732))
+    assert lengths("--epochs", "100", "--lr_drop", "40", "--lr-drops", "9") == (100, None, 40, (9,))
+    assert lengths("--steps", "7") == (50, 7, 40, (20, 43.3))
+    assert lengths("--epochs", "100", config=Parts) == (100, None, 80, (0.5, 0.9))
+    assert lengths("--preset", "p") == (20, 900, 17, (20, 43.3))
+    assert lengths("--preset", "p", "--epochs", "40")[:3] == (40, None, 34)  # they are the length
+    assert lengths("--preset", "p", "--epochs", "40", "--steps", "5")[:3] == (40, 5, 34)
 
 
 @dataclass
@@ -583,6 +634,8 @@ class JobConfig(run.RunConfig):
     accumulate: run.Count = 2  # micro-batches
     log_every: run.Count = 1  # steps
     save_every: run.Count = 1  # steps
+    lr_drop: run.NonNegative = 3  # epoch
+    patience: run.Natural = 0  # evaluations
 
 
 class Source:
@@ -638,7 +691,7 @@ def test_a_run_from_its_plan_to_its_end(tmp_path, capsys):
     assert job.end({"score": 7}) == {"steps": 4, "score": 7} == json.loads((out / "metrics.json").read_text())
     printed = capsys.readouterr().out
     assert "10 images, 2 steps per epoch, steps 0..4; batch 4 = 1 processes x 2 x 2; cpu\n" in printed
-    assert f"score 7\nwrote {out}/last.pt, log.jsonl, metrics.json\n" in printed
+    assert f"score 7\nwrote {out}/last.pt, log.jsonl, metrics.json, curves.png\n" in printed
     assert [(line["step"], line["epoch"], line["loss"], line["lr"]) for line in log_of(out)] == [
         (0, 0, 1, 0.5), (1, 0, 1, 0.5), (2, 1, 1, 0.5), (3, 1, 1, 0.5)]
     state = torch.load(out / "last.pt", weights_only=True)
@@ -656,6 +709,7 @@ def test_how_the_backbone_starts_is_told(tmp_path, capsys, values, line):
     job = open_job(tmp_path)
     for name, value in values.items():
         setattr(job.cfg, name, value)
+    job.restore(nn.Linear(2, 1), None)
     next(job.steps())
     printed = capsys.readouterr().out
     assert (f"the backbone starts random: {line}\n" if line else "steps per epoch") in printed
@@ -675,6 +729,155 @@ def test_a_finished_run_is_not_run_again(tmp_path, capsys):
     assert unmeasured.metrics is None and unmeasured.start == 4
     assert train(unmeasured).end({"score": 2}) == {"steps": 4, "score": 2} == open_job(tmp_path).metrics
     assert [line["step"] for line in log_of(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_a_run_may_become_longer(tmp_path, capsys):
+    train(open_job(tmp_path, lr_drop=1.5)).end({"score": 1})
+    capsys.readouterr()
+    for values, text in (({"lr_drop": 1.0}, "lr_drop: 1.5 -> 1.0"), ({"epochs": 1, "lr_drop": 1.5}, "epochs: 2 -> 1"),
+                         ({"steps": 3, "lr_drop": 1.5}, "steps: None -> 3"),
+                         ({"steps": 4, "lr_drop": 1.5}, "steps: None -> 4"),
+                         ({"epochs": 4, "seed": 1}, "configuration (seed: 42 -> 1)")):  # the rest is refused
+        with pytest.raises(UserError, match=re.escape(text)):
+            open_job(tmp_path, **values)
+    job = open_job(tmp_path, epochs=4, lr_drop=3.0)
+    assert job.metrics is None and (job.start, job.total_steps, job.epoch_steps) == (4, 8, 2)
+    assert (f"continuing the run in {tmp_path} at step 4, which becomes 8 steps long (epochs: 2 -> 4; lr_drop: 1.5 -> "
+            "3.0)\n") == capsys.readouterr().out
+    assert train(job).end({"score": 2}) == {"steps": 8, "score": 2} == open_job(tmp_path, epochs=4, lr_drop=3.0).metrics
+    job = open_job(tmp_path, steps=9, epochs=4, lr_drop=3.0)
+    assert (job.start, job.total_steps, job.epoch_steps) == (8, 9, 9 / 4)
+
+
+def test_what_finetune_called_iterations(tmp_path):
+    cfg = JobConfig(out=str(tmp_path), steps=4)
+    old = {k: v for k, v in vars(cfg).items() if k != "steps"} | {"iterations": 4}
+    torch.save({"script": "s", "step": 2, "config": old}, tmp_path / "last.pt")
+    assert not run.open_run(cfg, "s", steps_per_epoch=2)["longer"]
+    assert run.open_run(dataclasses.replace(cfg, steps=5), "s", steps_per_epoch=2)["longer"]
+
+
+def test_a_run_that_stops_early_is_finished(tmp_path, capsys):
+    def stop_after_three(**values):
+        job = open_job(tmp_path, **values)
+        model = nn.Linear(2, 1)
+        job.restore(model, None)
+        for step in job.steps():
+            if step == 3:
+                break
+            job.save(step)
+        assert run._training.saved is None
+        job.save(job.done - 1, again=True)
+        return job.end({"stopped_early": job.cfg.patience})
+
+    assert stop_after_three(patience=5) == {"steps": 3, "stopped_early": 5} == open_job(tmp_path, patience=5).metrics
+    assert "this run is finished (3 steps)" in capsys.readouterr().out
+    for values in ({"patience": 9}, {"patience": 5, "epochs": 3}):  # others
+        job = open_job(tmp_path, **values)
+        assert job.metrics is None and job.start == 3 < job.total_steps
+
+
+@pytest.mark.parametrize("values", ({}, {"steps": 10}))
+def test_schedules_keep_their_shares_of_the_steps(tmp_path, values):
+    """SoCo's and DUPR's cosine, a drop after 3 of 4 epochs; epochs of 2 steps, or 10 steps in all."""
+    job = open_job(tmp_path, epochs=4, **values)
+    length = job.total_steps
+    assert length == (10 if values else 8) and job.epoch_steps == length / 4
+    drops = [common.step_schedule(step, job.epoch_steps, (3,)) for step in range(length)]
+    assert drops.count(1) == math.ceil(0.75 * length)
+    rates = [soco.lr_factor(soco.Config(epochs=4, warmup_epochs=1, lr=8.0), step, job.epoch_steps)
+             for step in range(length + 1)]
+    assert rates[0] == 0.01 and max(rates) == pytest.approx(1, abs=0.03) and rates[-1] == pytest.approx(0, abs=1e-3)
+    rates = [dupr.lr_factor(dupr.Config(epochs=4), step, job.epoch_steps) for step in range(length)]
+    assert sorted(set(rates)) == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 4)) for k in (3, 2, 1, 0)])
+
+
+def test_what_a_start_says(tmp_path, capsys, monkeypatch):
+    """Size of the model at once; after ten steps, of which the first is slow, how long all will take."""
+    job = open_job(tmp_path, steps=1000)
+    clock = itertools.chain([0.0, 5.0], itertools.count(5.5, 0.5))
+    monkeypatch.setattr(run, "Log", lambda *_: None)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))  # 16 + 8 parameters, 8 floats and a counter beside
+    model[0].requires_grad_(False)
+    job.restore(model, None)
+    steps = job.steps()
+    next(steps)
+    assert f"model: 24 parameters, 8 of them trained; {(32 * 4 + 8) / 2**20:.1f} MiB\n" in capsys.readouterr().out
+    monkeypatch.setattr(run.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(run, "peak_memory_gib", lambda device: 1.25)
+    steps.close()
+    next(clock)
+    steps = run.Run.steps(job)
+    for _ in range(11):
+        next(steps)
+    printed = capsys.readouterr().out
+    assert re.search(r"10 steps took [\d.]+ s \(\d+ images/s, peak memory 1.2 GiB\): 1000 steps take about \d", printed)
+    for _ in range(20):
+        next(steps)
+    assert "steps took" not in capsys.readouterr().out
+    steps.close()
+
+
+def test_durations():
+    assert [run.duration(s) for s in (5.4, 119, 130, 1200, 9000, 90000, 400000)] == [
+        "5 seconds", "119 seconds", "2.2 minutes", "20 minutes", "2.5 hours", "25 hours", "4.6 days"]
+
+
+@pytest.mark.parametrize("error", (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), MemoryError(),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), OSError(errno.ENOMEM, "Cannot allocate memory")))
+def test_out_of_memory_names_flags(tmp_path, error, fails):
+    def main(argv):
+        if argv:
+            open_job(tmp_path).cfg.scales = (1, 2)
+        raise error
+
+    assert re.match(r"error: out of memory \(.+\); give fewer or smaller images at a time, or a mach", fails(main, []))
+    line = fails(main, ["in a run"])
+    assert line.endswith("); give a larger --accumulate (now 2) or smaller --batch_size, --scales; what was saved goes "
+                         "on with --allow_config_change")
+
+
+def test_memory_of_the_machine_in_a_step(tmp_path, fails):
+    """A real one: the CPU allocator's."""
+    assert "out of memory (" in fails(lambda argv: torch.empty(2**60, dtype=torch.uint8), [])
+
+
+def test_curves_and_events_of_a_run(tmp_path, monkeypatch):
+    """curves.png at each evaluation and at the end; --tensorboard: the numbers of log.jsonl as events, and where a run
+    continues what was written behind that step is purged."""
+    events = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            events.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            events.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(run, "tensorboard_writer", lambda: Writer)
+    job = train(open_job(tmp_path, tensorboard=True, max_steps=2))
+    job.evaluated(1, {"AP50": 0.25})
+    assert Image.open(tmp_path / "curves.png").width > 500
+    assert log_of(tmp_path)[-1] == {"step": 1, "epoch": 1, "AP50": 0.25}
+    assert events[0] == (str(tmp_path / "tensorboard"), 0)
+    assert ("loss", 1.0, 0) in events and ("AP50", 0.25, 1) in events
+    assert not any(event[0] == "step" for event in events)
+    (tmp_path / "curves.png").unlink()
+    train(open_job(tmp_path, tensorboard=True)).end({})
+    assert (str(tmp_path / "tensorboard"), 2) in events and (tmp_path / "curves.png").exists()
+
+
+def test_tensorboard_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="^--tensorboard: the package is not here; pip install tensorboard"):
+        open_job(tmp_path / "out", tensorboard=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_fallbacks_are_counted_and_restored(tmp_path):

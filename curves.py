@@ -1,0 +1,231 @@
+"""Curves: PNGs of numbers over numbers, drawn with PIL, and curves.png of a run's log.jsonl."""
+from __future__ import annotations
+
+import common  # noqa: F401  first: it tells OpenMP how to wait before torch is loaded
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from files import printable, save_picture
+
+Points = list[tuple[float, float]]
+COLOURS = ("#4363d8", "#e6194b", "#3cb44b", "#f58231", "#9a6bff", "#42d4f4", "#f032e6", "#808000", "#800000", "#808080")
+MOST_LINES = 4000  # of a log that are read for a picture: every n-th; evaluations all
+MOST_POINTS = 1000  # of a curve that are drawn
+PANEL = (560, 330)  # size of a panel, pixels; all is drawn at twice its size and reduced, for smooth lines
+LEGEND = 130  # width of the legend, right of the axes
+
+# ==== 1. One panel ====
+
+
+def _ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """At least two round numbers, 1, 2 or 5 x 10^n apart, from the last before `low` to the first after `high`."""
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step *= next(m for m in (1, 2, 5, 10, 20) if (high - low) / (m * step) <= most)
+    first, last = math.floor(round(low / step, 6)), math.ceil(round(high / step, 6))
+    return [float(f"{k * step:.12g}") for k in range(first, max(last, first + 1) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten around low..high; if these are few, twice and five times them too."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    last = max(last, first + 1)
+    every = range(first, last + 1, max(1, math.ceil((last - first) / 7)))
+    if last - first > 2:
+        return [10.0 ** k for k in (*every, *([last] if every[-1] != last else []))]
+    ticks = [m * 10.0 ** k for k in range(first, last) for m in (1, 2, 5)] + [10.0 ** last]
+    return ([t for t in ticks if t <= low * (1 + 1e-9)][-1:] + [t for t in ticks if low < t < high]
+            + [t for t in ticks if t >= high * (1 - 1e-9)][:1])
+
+
+def _number(value: float) -> str:
+    """Of an axis: 20000 -> "20k"."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10 * size or abs(value) >= 1e6 and abs(value) >= size:
+            return f"{value / size:.6g}{letter}"
+    return f"{value:.6g}"
+
+
+def _drawable(points: Iterable, log: bool) -> Points:
+    """Without what cannot be drawn, and thinned out: of each part of a long curve its least and its largest value."""
+    points = [(x, y) for x, y in points if x is not None and y is not None and abs(x) < 1e100 and abs(y) < 1e100
+              and (y > 1e-100 or not log)]  # nan compares with nothing
+    if len(points) <= MOST_POINTS:
+        return points
+    size = math.ceil(2 * len(points) / MOST_POINTS)
+    kept = []
+    for start in range(0, len(points), size):
+        part = range(start, min(start + size, len(points)))
+        kept += sorted({min(part, key=lambda i: points[i][1]), max(part, key=lambda i: points[i][1])})
+    return [points[i] for i in sorted({0, *kept, len(points) - 1})]
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    text = printable(text)
+    while text and font.getlength(text) > width:
+        text = text[:-2] + "…" if len(text) > 2 else ""
+    return text
+
+
+def panel(curves: dict[str, Iterable], *, title: str = "", x_label: str = "", y_label: str = "",
+          x_range: tuple[float, float] | None = None, y_range: tuple[float, float] | None = None, log: bool = False,
+          size: tuple[int, int] = PANEL, colours: dict[str, str] | None = None) -> Image.Image:
+    """A picture of {name: [(x, y), ...]} at twice `size`, its legend right of the axes. Values that are nan, infinite
+    or None (log: or not positive) are left out; a curve of few points shows them as dots.
+
+    x_range, y_range: of the axes; None: of the values. log: the y axis is logarithmic. colours: by name.
+    """
+    width, height = 2 * size[0], 2 * size[1]
+    legend = 2 * LEGEND if len(curves) > 1 else 30
+    left, top, right, bottom = 120, 64, width - legend - 24, height - 84
+    small, large = ImageFont.load_default(22), ImageFont.load_default(26)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    shown = {name: _drawable(points, log) for name, points in curves.items()}
+    xs, ys = ([point[k] for points in shown.values() for point in points] for k in (0, 1))
+    x_low, x_high = x_range or (min(xs, default=0.0), max(xs, default=1.0))
+    if x_high - x_low <= 1e-9 * abs(x_high) + 1e-100:  # one point
+        x_high = x_low + max(1.0, abs(x_low) / 10)
+    y_low, y_high = y_range or (min(ys, default=0.1), max(ys, default=1.0))
+    if y_high - y_low <= 1e-9 * max(abs(y_low), abs(y_high)) + 1e-100:  # a constant
+        y_low, y_high = y_low - (abs(y_low) / 10 or 0.1), y_high + (abs(y_high) / 10 or 0.1)
+    y_ticks, scale = (_log_ticks(y_low, y_high), math.log10) if log else (_ticks(y_low, y_high), float)
+    bounds = scale(y_ticks[0]), scale(y_ticks[-1])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (left + (x - x_low) / (x_high - x_low) * (right - left),
+                bottom - (scale(y) - bounds[0]) / (bounds[1] - bounds[0]) * (bottom - top))
+
+    for tick in y_ticks:
+        draw.line([place(x_low, tick), place(x_high, tick)], "#dddddd", 2)
+        draw.text((left - 12, place(x_low, tick)[1]), _number(tick), "black", small, anchor="rm")
+    for tick in _ticks(x_low, x_high):
+        if x_low <= tick <= x_high:
+            x = place(tick, y_ticks[0])[0]
+            draw.line([x, bottom, x, bottom + 8], "black", 2)
+            draw.text((x, bottom + 14), _number(tick), "black", small, anchor="mt")
+    draw.line([(left, top), (left, bottom), (right, bottom)], "black", 3)
+    draw.text((right, height - 6), _cut(x_label, small, right - left), "black", small, anchor="rb")
+    draw.text((20, 12), _cut(title or y_label, large, width - 40), "black", large)
+    of = {name: (colours or {}).get(name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(shown)}
+    for name, points in shown.items():
+        places = [place(x, y) for x, y in points]
+        if len(places) > 1:
+            draw.line(places, of[name], 4, joint="curve" if len(places) < 200 else None)
+        for at in places if len(places) <= 30 else ():
+            draw.circle(at, 6, of[name])
+    if len(shown) > 1:
+        _draw_legend(draw, of, right + 20, top, bottom, width, small)
+    return sheet
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, colours: dict[str, str], x: int, top: int, bottom: int, right: int,
+                 font: ImageFont.FreeTypeFont) -> None:
+    fit = max(1, (bottom - top) // 32)
+    names = list(colours)
+    names = names if len(names) <= fit else names[:fit - 1]
+    for i, name in enumerate(names):
+        y = top + 16 + 32 * i
+        draw.line([x, y, x + 30, y], colours[name], 6)
+        draw.text((x + 38, y), _cut(name, font, right - x - 42), "black", font, anchor="lm")
+    if len(names) < len(colours):
+        draw.text((x, top + 16 + 32 * len(names)), f"and {len(colours) - len(names)} more", "black", font, anchor="lm")
+
+
+def _reduced(sheet: Image.Image) -> Image.Image:
+    return sheet.reduce(2)
+
+
+def draw_curves(path: str | Path, curves: dict[str, Iterable], *, x_label: str, y_label: str,
+                x_range: tuple[float, float] | None = None, y_range: tuple[float, float] | None = None) -> None:
+    """PNG of {name: [(x, y), ...]}, one line per name. See panel."""
+    sheet = panel(curves, x_label=x_label, y_label=y_label, x_range=x_range, y_range=y_range, size=(830, 530))
+    save_picture(_reduced(sheet), path)
+
+
+def draw_panels(path: str | Path, panels: list[Image.Image], columns: int = 2) -> None:
+    """PNG of panels of one size, row by row."""
+    width, height = panels[0].size
+    sheet = Image.new("RGB", (width * min(columns, len(panels)), height * math.ceil(len(panels) / columns)), "white")
+    for i, one in enumerate(panels):
+        sheet.paste(one, (i % columns * width, i // columns * height))
+    save_picture(_reduced(sheet), path)
+
+
+# ==== 2. Logs ====
+
+# What stands in a line of training beside the terms of the loss.
+BESIDE = ("step", "epoch", "lr", "momentum", "fallbacks", "grad_norm", "images_per_s", "memory_gib", "seconds")
+
+
+def read_log(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a log.jsonl, those of training thinned out to MOST_LINES; what a kill has cut is left out."""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError:  # not there
+        return []
+    training = [i for i, line in enumerate(lines) if b'"loss"' in line]
+    every = math.ceil(len(training) / MOST_LINES) or 1
+    left_out = set(training) - set(training[::every]) - set(training[-1:])
+    rows = []
+    for i, line in enumerate(lines):
+        if i not in left_out:
+            try:
+                row = json.loads(line)
+            except ValueError:  # also of bytes that are no text
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append({k: v for k, v in row.items() if isinstance(v, (int, float))})
+    return rows
+
+
+def curve_of(rows: list[dict[str, float]], key: str) -> Points:
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+def keys_of(rows: list[dict[str, float]], wanted: Callable[[str], bool] = lambda key: True) -> list[str]:
+    """The names of the values in these lines, in the order in which they occur."""
+    return [key for key in dict.fromkeys(key for row in rows for key in row) if wanted(key)]
+
+
+def is_log_scaled(key: str, curves: Iterable[Points]) -> bool:
+    """Rates always; losses and norms that span more than a factor of 30."""
+    values = [y for points in curves for _, y in points if abs(y) < math.inf]
+    if key == "lr":
+        return any(y > 0 for y in values)
+    return (key.startswith("loss") or key == "grad_norm") and bool(values) and 0 < 30 * min(values) < max(values)
+
+
+def panel_of(key: str, curves: dict[str, Points], *, title: str = "", colours: dict[str, str] | None = None
+             ) -> Image.Image:
+    """A panel over the steps from 0 on; key: what says how it is scaled."""
+    steps = [x for points in curves.values() for x, _ in points]
+    return panel(curves, title=title or key, x_label="step", x_range=(0, max(steps, default=1)), colours=colours,
+                 log=is_log_scaled(key, curves.values()))
+
+
+def draw_run(out: Path) -> bool:
+    """curves.png of the log.jsonl in a run's folder: the loss, its terms of the last layer, the learning rate, AP of
+    evaluations, images/s. False: there is nothing to draw yet."""
+    rows = read_log(out / "log.jsonl")
+    training = [row for row in rows if "loss" in row]
+    terms = keys_of(training, lambda k: k not in (*BESIDE, "loss") and not k.startswith(("class_error", "cardinality"))
+                    and not k[-2:-1] == "_")  # loss_ce_0: of another layer of the decoder
+    evaluated = keys_of(rows, lambda k: bool(re.fullmatch(r"(VOC07_)?AP(50|75)?(_mask)?", k)))
+    groups = {"loss": ["loss"], "loss: terms": terms, "lr": ["lr"], "AP": evaluated, "images_per_s": ["images_per_s"]}
+    titles = {"loss": "loss (weighted sum)", "loss: terms": "terms of the loss", "lr": "learning rate",
+              "AP": "average precision of evaluations", "images_per_s": "images/s"}
+    panels = []
+    for name, keys in groups.items():
+        curves = {key: curve_of(rows, key) for key in keys}
+        curves = {key: points for key, points in curves.items() if any(abs(y) < math.inf for _, y in points)}
+        if curves:
+            panels.append(panel_of(name, curves, title=titles[name]))
+    if panels:
+        draw_panels(out / "curves.png", panels)
+    return bool(panels)
