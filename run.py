@@ -279,8 +279,8 @@ def _moved_drops(base: dict[str, Any], flags: dict[str, Any], hints: dict[str, A
 
 # Names of files and folders that do not tell one data set from another: those of layouts and exports.
 GENERIC = re.compile(r"_annotations\.coco|annotations?|instances_\w+|data|dataset|default|all|images?|imgs|labels?|"
-                     r"train|trainval|valid|validation|val|test|obj_train_data|result|jpegimages|imagesets|main|vocdevkit|"
-                     r"voc\d{4}|(train|val|test|unlabeled)\d{4}", re.I)
+                     r"train|trainval|valid|validation|val|test|obj_train_data|result|jpegimages|imagesets|main|"
+                     r"vocdevkit|voc\d{4}|(train|val|test|unlabeled)\d{4}", re.I)
 
 
 def data_name(data: str) -> str:
