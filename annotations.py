@@ -587,9 +587,6 @@ class _Source:
         found.notes += self.layout.notes
         return found
 
-    def has(self, split: str) -> bool:
-        return split in self.layout.parts
-
 
 def _find_source(data: str, data_root: str | None, split: str, masks: bool, exif: str, flag: str = "--data") -> _Source:
     if data in ("coco", "voc"):
@@ -625,8 +622,8 @@ def open_splits(data: str, data_root: str | None, *, val_data: str | None = None
     """Training, validation and test set of `data`; see open_detection for the arguments that both have. val_data,
     test_data: another set, of which the split of that name is taken where there is one. labels_percent: the share of
     the training images that counts as labelled (DetectionSet.subset). val_percent: so much of these become the
-    validation set (DetectionSet.split). What is not given and not there
-    stands in for one another: test for validation, validation for test, the training set for both, which is said."""
+    validation set (DetectionSet.split). Where one of validation and test is neither given nor there, it is the other;
+    where both are not, both are the training set, which is said."""
     if val_percent and val_data:
         raise UserError(f"--val_percent {val_percent:g} and --val_data {val_data} both give the validation set; leave "
                         "one of them out.")

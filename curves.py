@@ -137,15 +137,11 @@ def _draw_legend(draw: ImageDraw.ImageDraw, colours: dict[str, str], x: int, top
         draw.text((x, top + 16 + 32 * len(names)), f"and {len(colours) - len(names)} more", "black", font, anchor="lm")
 
 
-def _reduced(sheet: Image.Image) -> Image.Image:
-    return sheet.reduce(2)
-
-
 def draw_curves(path: str | Path, curves: dict[str, Iterable], *, x_label: str, y_label: str,
                 x_range: tuple[float, float] | None = None, y_range: tuple[float, float] | None = None) -> None:
     """PNG of {name: [(x, y), ...]}, one line per name. See panel."""
     sheet = panel(curves, x_label=x_label, y_label=y_label, x_range=x_range, y_range=y_range, size=(830, 530))
-    save_picture(_reduced(sheet), path)
+    save_picture(sheet.reduce(2), path)
 
 
 def draw_panels(path: str | Path, panels: list[Image.Image], columns: int = 2) -> None:
@@ -154,7 +150,7 @@ def draw_panels(path: str | Path, panels: list[Image.Image], columns: int = 2) -
     sheet = Image.new("RGB", (width * min(columns, len(panels)), height * math.ceil(len(panels) / columns)), "white")
     for i, one in enumerate(panels):
         sheet.paste(one, (i % columns * width, i // columns * height))
-    save_picture(_reduced(sheet), path)
+    save_picture(sheet.reduce(2), path)
 
 
 # ==== 2. Logs ====

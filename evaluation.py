@@ -32,9 +32,11 @@ from torchvision.ops import box_convert
 import data
 from annotations import DetectionSet, held_out_set, open_detection
 from common import UserError, boxes_to_pixels, rank, world_size
+from files import printable, save_picture
 from proposals import Proposals, image_seed, random_boxes, selective_search
-from run import print_rank0, printable, progress, save_picture
+from run import print_rank0, progress
 
+DEFAULT_THRESHOLD = 0.5  # of scores, where nothing was measured
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 PALETTE = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#9a6bff")
 DARK = ("#e6194b", "#4363d8")  # on these a label is white
@@ -184,7 +186,7 @@ def operating_points(ground_truth: dict, detections: list[dict]) -> tuple[dict[s
     for name, some in parts.items():
         if sum(part[2] for part in some):
             points[name], curves[name] = _best_f1(some)
-    empty = {"threshold": 0.5, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    empty = {"threshold": DEFAULT_THRESHOLD, "precision": 0.0, "recall": 0.0, "f1": 0.0}
     return {"all": points.pop("all", None) or empty, "per_class": {k: v for k, v in points.items() if v}}, curves
 
 
@@ -207,10 +209,20 @@ def _best_f1(parts: list[tuple]) -> tuple[dict[str, float] | None, list[tuple[fl
             "recall": float(recall[best]), "f1": float(f1[best])}, curve
 
 
-def above_thresholds(detections: list[dict], thresholds: dict[str, Any], categories: list[dict]) -> list[dict]:
-    """The detections whose score reaches the threshold of their class, of operating_points."""
-    least = {c["id"]: thresholds["per_class"].get(name, thresholds["all"])["threshold"]
-             for c, name in zip(categories, distinct_names(categories))}
+def class_thresholds(points: dict[str, Any], names: list[str]) -> list[float]:
+    """The score threshold of each class, of operating_points: a class without one has that of all classes. What is no
+    threshold, in a checkpoint of others, is taken as DEFAULT_THRESHOLD."""
+    def value(point: Any, otherwise: float) -> float:
+        number = point.get("threshold") if isinstance(point, dict) else None
+        return float(number) if isinstance(number, (int, float)) and math.isfinite(number) else otherwise
+
+    of_all = value(points.get("all"), DEFAULT_THRESHOLD)
+    return [value((points.get("per_class") or {}).get(name), of_all) for name in names]
+
+
+def above_thresholds(detections: list[dict], points: dict[str, Any], categories: list[dict]) -> list[dict]:
+    """The detections whose score reaches the threshold of their class."""
+    least = dict(zip((c["id"] for c in categories), class_thresholds(points, distinct_names(categories))))
     return [d for d in detections if d["score"] >= least[d["category_id"]]]
 
 

@@ -142,7 +142,7 @@ class Config(own.OwnConfig, run.RunConfig):
     precise_bn: Natural = 200  # R-CNN family: batches for BatchNorm's statistics before an evaluation, 0 = off
     ema: Share = 0.0  # decay of a moving average of the weights, which is what is evaluated; 0 = none
     eval_every: Natural = 10  # epochs between evaluations, 0 = only at the end
-    select: Literal["last", "best"] = "last"  # whose numbers metrics.json has: the best on the validation set
+    select: Literal["last", "best"] = "last"  # weights that metrics.json is of; best: on the validation set
     patience: Natural = 0  # evaluations in a row without a better AP after which the run ends, 0 = it does not
 
 
@@ -173,11 +173,11 @@ DETR_ONLY = {"freeze_detector", "class_agnostic", "stride", "num_feature_levels"
              "lambda_l1", "lambda_giou", "eos_coef", "lr_drop", "lr_backbone", "lr_linear_proj_mult"}
 
 
-def recipe_of(values: dict[str, Any], architecture: dict[str, Any] | None = None, method: str | None = None,
-              given: frozenset[str] = frozenset()) -> dict[str, Any]:
+def recipe_of(values: dict[str, Any], architecture: dict[str, Any] | None = None, method: str | None = None
+              ) -> dict[str, Any]:
     """What follows from the detector, the data set and the share of its labels (docs/methods/finetune.md).
 
-    architecture, method: of the checkpoint behind --init_from (read_init); given: the flags on the command line.
+    architecture, method: of the checkpoint behind --init_from (read_init).
     """
     values = values | (architecture or {})
     if values["protocol"] == "released" and method == "soco":
@@ -186,8 +186,6 @@ def recipe_of(values: dict[str, Any], architecture: dict[str, Any] | None = None
     if values["preset"] == "demo":
         c4 = values["detector"].endswith("_c4")
         recipe |= DEMO["c4" if c4 else "rcnn" if rcnn.is_rcnn(values["detector"]) else "detr"]
-    if "epochs" in given:  # they are the length, not the recipe's steps
-        recipe["steps"] = None
     return recipe
 
 
@@ -775,16 +773,16 @@ def write_results(cfg: Config, labelled: DetectionSet, found: Found, thresholds:
     metrics and the thresholds."""
     if common.rank() != 0:
         return {}
-    out, drawn, title = Path(cfg.out), found.detections, "predictions (best 10)"
+    out, drawn, title, most = Path(cfg.out), found.detections, "predictions (best 10)", 10
     run.write_json(out / "detections.json", found.detections)
     if thresholds:
         drawn = evaluation.above_thresholds(drawn, thresholds, labelled.categories)
-        title = "predictions (from the score of best F1)"
+        title, most = "predictions (from the score of best F1)", 30
         curves.draw_curves(out / "pr.png", found.curves, x_label="recall", y_label="precision at IoU 0.5",
                            x_range=(0, 1), y_range=(0, 1))
     names = {} if cfg.class_agnostic else {c["id"]: c["name"] for c in labelled.categories}
     columns = {"ground truth": labelled.coco_ground_truth()["annotations"], title: drawn}
-    evaluation.draw_detections(out / "predictions.png", labelled, columns, names)
+    evaluation.draw_detections(out / "predictions.png", labelled, columns, names, best=most)
     return found.metrics | ({"thresholds": thresholds} if thresholds else {})
 
 
@@ -798,7 +796,7 @@ class Validation:
     def __init__(self, cfg: Config, job: run.Run, model: nn.Module, average: nn.Module | None, label_map: list[int],
                  sets: Splits, device: torch.device):
         self.cfg, self.job, self.label_map, self.sets, self.device = cfg, job, label_map, sets, device
-        self.model, self.network = model, average or model
+        self.network = average or model
         self.interval = cfg.eval_every * job.steps_per_epoch
         best = job.out / "best.pt"
         self.keeps_best = bool(cfg.eval_every or cfg.ema or cfg.select == "best" or best.exists())
@@ -865,10 +863,10 @@ def evaluate_checkpoint(cfg: Config, init: convert.Checkpoint, train_set: Detect
                         device: torch.device) -> dict[str, Any]:
     """--eval_only and --class_agnostic."""
     model, label_map = build_model(cfg, init, train_set.categories)
-    own = image_sizes(init)
-    theirs = ("the file names none" if not own else "those of the checkpoint"
-              if all(getattr(cfg, name) == size for name, size in own.items())
-              else f"the checkpoint's are {own['eval_size']} and {own['max_size']}")
+    sizes = image_sizes(init)
+    theirs = ("the file names none" if not sizes else "those of the checkpoint"
+              if all(getattr(cfg, name) == size for name, size in sizes.items())
+              else f"the checkpoint's are {sizes['eval_size']} and {sizes['max_size']}")
     run.print_rank0(f"image sizes: --eval_size {cfg.eval_size} --max_size {cfg.max_size} ({theirs})")
     warning = seen_in_training(cfg, init, train_set, test_set)
     out = Path(cfg.out)
@@ -905,7 +903,7 @@ def parse(argv: list[str] | None) -> tuple[Config, frozenset[str], convert.Check
     init, architecture = None, {}
     if flags.init_from:
         init, architecture = read_init(flags.init_from, flags.class_agnostic, flags.detector)
-    recipe = functools.partial(recipe_of, architecture=architecture, method=init and init.method, given=given)
+    recipe = functools.partial(recipe_of, architecture=architecture, method=init and init.method)
     cfg = adopt_architecture(parse_config(recipe=recipe), architecture, given)
     cfg.eval_only |= cfg.class_agnostic
     if cfg.eval_only and "out" not in given:

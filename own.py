@@ -1,7 +1,8 @@
 """A recipe for one's own images, `--preset own`: model, batch, length and image size from what the data are and where
 it runs. What a flag says, or a checkpoint is, stays; each choice is printed with its reason.
 
-The numbers are ours, tried on two small sets (docs/own-images.md); no paper has them.
+The numbers are ours; no paper has them. Those of the small model were tried on two sets (docs/own-images.md), those of
+the papers' model are not tried: there was no GPU.
 """
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import torch
 
 import data
 from annotations import DetectionSet
-from proposals import ProposalConfig, Proposals, image_seed
+from proposals import Proposals, image_seed
 from rcnn import is_rcnn
 from run import given_flags, print_rank0
 
@@ -26,7 +27,7 @@ from run import given_flags, print_rank0
 @dataclass
 class OwnConfig:
     """The knob of --preset own."""
-    size: Literal["auto", "small", "paper"] = "auto"  # of --preset own: a CPU's model, the papers'; auto: by the device
+    size: Literal["auto", "small", "paper"] = "auto"  # model of --preset own: for a CPU, or the paper's
 
 
 PRESET: dict[str, Any] = {"num_workers": 2, "log_every": 20, "save_every": 200}
@@ -39,7 +40,7 @@ SMALL_RCNN = {"arch": "resnet18", "backbone_weights": "imagenet", "backbone_norm
               "head_dim": 256, "proposals_per_image": 200, "rois_per_image": 64, "precise_bn": 0}
 LEAST_PIXELS = 12  # a smaller object is a matter of a few cells of the finest map, of stride 8
 PIXELS = 56  # what an object's side should be in the median
-MEMORY_PER_IMAGE = {"finetune": 4.0, "pretrain": 1.5}  # GiB on a GPU, of the papers' model at their image sizes
+MEMORY_PER_IMAGE = {"finetune": 4.0, "pretrain": 1.5}  # GiB on a GPU, estimated, of the papers' model
 
 
 # ==== 1. What fits ====
@@ -96,13 +97,13 @@ def relative_sides(boxes_xyxy: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
 
 
 def adopt(cfg: Any, values: dict[str, Any], fixed: Collection[str]) -> Any:
-    """cfg with those of the values that it has a knob for and that nothing fixes: a flag, or what a checkpoint is."""
-    knobs = {f.name for f in dataclasses.fields(cfg)} - set(fixed)
-    return dataclasses.replace(cfg, **{k: v for k, v in values.items() if k in knobs})
+    """cfg with those of the values that nothing fixes: a flag, or what a checkpoint is. A length in epochs is one."""
+    fixed = {*fixed, "steps"} if "epochs" in fixed else fixed
+    return dataclasses.replace(cfg, **{k: v for k, v in values.items() if k not in fixed})
 
 
 def fit_pretraining(cfg: Any, argv: list[str] | None, device: torch.device) -> Any:
-    """cfg of a method of the DETR family with the recipe for its images; as it is without --preset own."""
+    """cfg of detreg.py with the recipe for its images; as it is without --preset own."""
     if cfg.preset != "own":
         return cfg
     fixed = given_flags(argv)
@@ -121,20 +122,18 @@ def fit_pretraining(cfg: Any, argv: list[str] | None, device: torch.device) -> A
         values |= SMALL_MODEL | {"lr": 4e-4, "max_prop": 20, "patch_size": 64}
     if cfg.backbone_weights == "random":
         values |= RANDOM_BACKBONE
-    chosen = adopt(cfg, values, fixed | {"steps"} if "epochs" in fixed else fixed)
+    chosen = adopt(cfg, values, fixed)
     say(chosen, images, why, relative, "proposal")
     return chosen
 
 
 def sample_proposals(cfg: Any, source: Any, count: int = 20) -> np.ndarray:
-    """relative_sides of the proposals that a method trains on, of some images; empty where it trains on none."""
-    if not isinstance(cfg, ProposalConfig):
-        return np.zeros(0)
+    """relative_sides of the proposals of some images."""
     rng, generator = np.random.default_rng(cfg.seed), Proposals(cfg).generator
     found = []
     for i in rng.choice(len(source), min(count, len(source)), replace=False):
         image, i = data.load_usable(source, int(i), rng, [])
-        boxes = generator(image, image_seed(cfg.seed, source.key(i)))[:getattr(cfg, "max_prop", None)]
+        boxes = generator(image, image_seed(cfg.seed, source.key(i)))[:cfg.max_prop]
         found.append(relative_sides(boxes, (image.height, image.width)))
     return np.concatenate(found)
 
@@ -161,7 +160,7 @@ def fit_finetuning(cfg: Any, train_set: DetectionSet, device: torch.device, fixe
         smallest = float(np.quantile(relative, 0.05)) * side if len(relative) else 32
         values |= {"crop_scales": (), "warmup_iters": min(100, steps // 5), "lr": cfg.lr * batch / 16,
                    "anchor_size": min(max(2 ** round(math.log2(smallest)), 8), 32)}
-    chosen = adopt(cfg, values, fixed | {"steps"} if "epochs" in fixed else fixed)
+    chosen = adopt(cfg, values, fixed)
     steps_per_epoch = images // chosen.batch_size
     length = chosen.steps or chosen.epochs * max(steps_per_epoch, 1)
     chosen = adopt(chosen, {"eval_every": max(1, round(length / max(steps_per_epoch, 1) / 12))}, fixed)

@@ -54,7 +54,6 @@ Crop = tuple[int, int, int, int]  # x1, y1, x2, y2 of a picture, px
 KNOBS = {"threshold": Share | None, "tile": Annotated[int, run.Range(32, 2**14)] | None,
          "overlap": Annotated[float, run.Range(0, 0.9)], "eval_size": Pixels | None, "max_size": Pixels | None,
          "batch_size": Images, "num_workers": Processes}
-DEFAULT_THRESHOLD = 0.5
 OVERLAP_IOU = 0.5  # of two boxes of one class and two passes: more, and the better one stands for both
 COVERED = 0.7  # share of a cut box that lies in another one of its class: more, and it is a part of that
 EDGE = 0.01  # share of a tile: a box this near to an inner edge is cut by it
@@ -262,17 +261,12 @@ def categories_of(init: convert.Checkpoint, rows: int | None) -> list[dict]:
 
 def thresholds_of(chosen: Any, names: list[str], given: float | None) -> tuple[Tensor, str]:
     """(score threshold of each class, float64, a sentence on them): the given one, or those that finetune.py chose on
-    its validation set: a class without one has that of all classes."""
-    def value(point: Any, otherwise: float) -> float:
-        number = point.get("threshold") if isinstance(point, dict) else None
-        return float(number) if isinstance(number, (int, float)) and math.isfinite(number) else otherwise
-
+    its validation set."""
     if given is not None or not isinstance(chosen, dict):
-        number = DEFAULT_THRESHOLD if given is None else given
+        number = evaluation.DEFAULT_THRESHOLD if given is None else given
         why = " (--threshold)" * (given is not None) or ", as the checkpoint holds none: --threshold T for another"
         return torch.full((len(names),), number, dtype=torch.float64), f"score threshold {number:g}{why}"
-    of_all = value(chosen.get("all"), DEFAULT_THRESHOLD)
-    numbers = [value((chosen.get("per_class") or {}).get(name), of_all) for name in names]
+    numbers = evaluation.class_thresholds(chosen, names)
     shown = finetune.listed([f"{name} {number:.2f}" for name, number in zip(names, numbers)])
     return torch.tensor(numbers, dtype=torch.float64), f"score thresholds of the checkpoint: {shown}"
 
@@ -524,7 +518,7 @@ def ids_of_json(categories: list[dict], names: list[str], theirs: list[dict]) ->
 def default_out(checkpoint: str, inputs: list[str]) -> str:
     path = Path(checkpoint.removeprefix("hf:")).expanduser().resolve()
     if path.is_file():
-        path = path.parent if path.name in ("best.pt", "last.pt", "previous.pt") else path.with_suffix("")
+        path = path.parent if path.name in convert.OF_A_RUN else path.with_suffix("")
     paths = [Path(given).expanduser().resolve() for given in inputs]
     if len(paths) == 1:
         named = paths[0].with_suffix("") if paths[0].is_file() else paths[0]

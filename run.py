@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import curves
-from files import printable, replacing, save_picture, write_atomic, write_json, writing  # noqa: F401  run.save_picture
+from files import printable, replacing, write_atomic, write_json, writing
 
 try:
     import fcntl
@@ -117,7 +117,7 @@ class RunConfig:
     seed: Seed = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     num_workers: Workers = 8  # loader processes per training process
-    steps: Count | None = None  # length of the run in steps, not in --epochs; of these drops and warm-ups are shares
+    steps: Count | None = None  # length of the run instead of --epochs; drops and warm-up keep their shares
     max_steps: Count | None = None  # stop after this many steps
     save_every: Count = 1000  # steps between checkpoints
     log_every: Count = 50  # steps between lines of log.jsonl
@@ -1082,8 +1082,7 @@ class Run:
     @property
     def epoch_steps(self) -> float:
         """Steps of an epoch of the schedule: with --steps, of so many equal parts of the run as there are epochs."""
-        length = self.length()
-        return self.steps_per_epoch if length == self.cfg.epochs * self.steps_per_epoch else length / self.cfg.epochs
+        return self.length() / self.cfg.epochs
 
     def _metrics_of_finished_run(self) -> dict | None:
         """Of a run that has come to its length, or has stopped early with the patience that it has now."""

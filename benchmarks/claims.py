@@ -499,7 +499,7 @@ CLAIMS = claims()
 
 
 def numbers(result: dict, name: str) -> dict[int, float]:
-    """{steps done: loss or AP}; the last AP, which runs before issue 18 have in their metrics alone, is there once."""
+    """{steps done: loss or AP}; the last AP, which old results have in their metrics alone, is there once."""
     found = {line["step"] + 1: line[name] for line in result["curve"] if name in line}
     return found | ({result["metrics"]["steps"]: result["metrics"]["AP"]} if name == "AP" else {})
 

@@ -28,6 +28,7 @@ import common
 import convert
 import detreg
 import dupr
+import files
 import finetune
 import run
 import siamese_detr
@@ -387,7 +388,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("write", (
     lambda path: run.write_json(path, {}),
-    lambda path: run.save_picture(Image.new("RGB", (2, 2)), path),
+    lambda path: files.save_picture(Image.new("RGB", (2, 2)), path),
     lambda path: run.Log(path.parent, 0, CPU),
     lambda path: run.open_folder(path.parent)))
 def test_what_cannot_be_written(tmp_path, write):
