@@ -1071,12 +1071,12 @@ def write_hugging_face(found: Checkpoint, out: Path) -> str:
     DeformableDetrForObjectDetection, ConditionalDetrForObjectDetection, DetrForObjectDetection, and for a pre-norm DETR
     TableTransformerForObjectDetection, which is that. Modules of the pretext task stay out. UserError: no detector of
     the DETR family."""
+    arch = found.architecture()
     try:
         import safetensors.torch
     except ImportError as error:
         raise UserError("--to hf writes the safetensors format: "
                         "pip install safetensors (transformers brings it)") from error
-    arch = found.architecture()
     family = "deformable_detr" if arch["detector"].startswith("deformable") else arch["detector"]
     name = family.title().replace("_", "")  # DeformableDetr
     config = _hugging_face_config(found, arch, family, name)

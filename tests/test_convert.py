@@ -587,6 +587,7 @@ def test_what_a_foreign_detector_says(detector, kind, tmp_path, capsys):
     images, mask = padded_batch()
     with torch.no_grad():
         assert torch.equal(again(images, mask)["pred_boxes"], model(images, mask)["pred_boxes"])
+    pytest.importorskip("safetensors")
     convert.main([str(tmp_path / "f.pth"), "--to", "hf", "--out", str(tmp_path / "hf")])
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["encoder_attention_heads"] == config["decoder_attention_heads"] == 2
@@ -660,6 +661,7 @@ def test_what_was_assumed_is_said(tmp_path, capsys):
 
 
 def test_categories_of_one_name_stay_apart(tmp_path):
+    pytest.importorskip("safetensors")
     cfg = detr_config(detector="detr")
     categories = [{"id": 0, "name": "ball"}, {"id": 1, "name": "ball"}, {"id": 2, "name": "bat"}]
     model = stirred(common.build_detector(cfg, 4, focal=False))

@@ -259,6 +259,7 @@ def test_released_heads(rows, softmax, name, category_id, tmp_path):
 
 
 def test_folders_of_a_run_and_of_hugging_face(tmp_path):
+    pytest.importorskip("safetensors")
     save(tmp_path / "run" / "last.pt", "deformable_detr", [{"id": 1, "name": "old"}])
     path = save(tmp_path / "run" / "best.pt", "deformable_detr", [{"id": 5, "name": "a"}, {"id": 7, "name": "N/A"},
                                                                   {"id": 8, "name": "b"}])
