@@ -286,13 +286,22 @@ def test_signals_in_training(tmp_path):
     run._training.signals.clear()
 
 
-@pytest.mark.parametrize("stream", ("1>&-", "1>&- 2>&-", "| head -1", "2>&1 | head -1", "| true"))
-def test_nobody_reads_what_is_printed(stream):
+def all_at_once(commands, **options):
+    """{command: (exit code, stdout, stderr)}; the interpreters, which take seconds to start, start together."""
+    started = {command: subprocess.Popen(command, shell=True, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE, **options) for command in commands}
+    ended = {command: process.communicate(timeout=60) for command, process in started.items()}
+    return {command: (process.returncode, *ended[command]) for command, process in started.items()}
+
+
+def test_nobody_reads_what_is_printed():
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import run\n"
             "run.cli(lambda: [run.print_rank0(f'line {i}') for i in range(20000)])")
-    done = subprocess.run(f'{sys.executable} -c "$CODE" {stream}', shell=True, capture_output=True, text=True,
-                          timeout=60, env={**os.environ, "CODE": code})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\n" if "head" in stream else "", "")
+    streams = ("1>&-", "1>&- 2>&-", "| head -1", "2>&1 | head -1", "| true")
+    done = all_at_once([f'{sys.executable} -c "$CODE" {stream}' for stream in streams],
+                       env={**os.environ, "CODE": code})
+    for command, result in done.items():
+        assert result == (0, "line 0\n" if "head" in command else "", ""), command
 
 
 def test_standard_output_of_a_notebook(monkeypatch):
@@ -916,9 +925,9 @@ def test_another_data_set_is_refused(tmp_path):
         open_job(tmp_path, other)
 
 
-@pytest.mark.parametrize(("script", "flag"), [("detreg", "--lr_drop"), ("finetune", "--labels_percent"),
-                                              ("proposals", "--grid"), ("convert", "--to")])
-def test_help(script, flag):
-    command = [sys.executable, f"{script}.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout.startswith("usage: ") and flag in done.stdout and not done.stderr
+def test_help():
+    flags = {"detreg": "--lr_drop", "finetune": "--labels_percent", "proposals": "--grid", "convert": "--to",
+             "predict": "--tile"}
+    done = all_at_once([f"{sys.executable} {script}.py --help" for script in flags])
+    for (command, (code, out, errors)), flag in zip(done.items(), flags.values()):
+        assert code == 0 and out.startswith("usage: ") and flag in out and not errors, command
