@@ -62,6 +62,7 @@ from torch import Tensor, nn
 
 import convert
 import data
+import detectors
 import evaluation
 import own
 import proposals
@@ -88,7 +89,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, own.OwnConfig, run.RunCo
     augment: tuple[data.Augmentation, ...] = ()  # beyond the left-right flip: flips, rotate90 (no side is up), colour
     patch_size: Pixels = 128  # side of a region crop (released)
     # model
-    detector: common.DETECTORS = "deformable_detr"  # what is pretrained (the others: Siamese DETR, Tables 1 and 2)
+    detector: detectors.DETECTORS = "deformable_detr"  # what is pretrained (the others: Siamese DETR, Tables 1 and 2)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 6)
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 6)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant (released) or learned
@@ -147,7 +148,7 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 
 def check(cfg: Config) -> None:
     """What a configuration alone can be wrong in."""
-    common.check_detector(cfg)
+    detectors.check_detector(cfg)
     run.check_pair(cfg, "crop_range")
     if cfg.num_classes < 2:
         raise UserError(f"--num_classes {cfg.num_classes}: at least 2 rows are needed, the object is row 1 (D3)")
@@ -309,7 +310,7 @@ def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
     """The detector and the frozen descriptor network, on CPU. Weights follow from the seed and --backbone_weights."""
     torch.manual_seed(cfg.seed)
     focal = cfg.detector != "detr"  # each detector keeps its own classification (D12)
-    model = DETReg(common.build_detector(cfg, cfg.num_classes if focal else cfg.num_classes + 1, focal=focal))
+    model = DETReg(detectors.build_detector(cfg, cfg.num_classes if focal else cfg.num_classes + 1, focal=focal))
     backbone = model.detector.backbone[0]
     convert.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.arch)
     if cfg.embedding_target == "swav_head":

@@ -71,6 +71,7 @@ from torchvision.ops import box_convert, box_iou, roi_align
 import convert
 import curves
 import data
+import detectors
 import dupr
 import evaluation
 import run
@@ -104,7 +105,7 @@ def load_updetr(path: str, num_patches: int) -> tuple[updetr.UPDETR, int]:
     if cfg.num_queries % num_patches:
         raise UserError(f"--num_patches {num_patches}: {path} has {cfg.num_queries} queries, "
                         "which do not divide into so many groups")
-    detector = common.build_detector(cfg, 3, focal=False)
+    detector = detectors.build_detector(cfg, 3, focal=False)
     model = updetr.UPDETR(detector, num_patches, config.get("attention_mask", True),
                           "feature_align.layers.0.weight" in state)
     convert.load_matching(model, state, drop={}, source=path)

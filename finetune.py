@@ -61,6 +61,7 @@ from torch import Tensor, nn
 import convert
 import curves
 import data
+import detectors
 import evaluation
 import own
 import rcnn
@@ -100,7 +101,7 @@ class Config(own.OwnConfig, run.RunConfig):
     augment: tuple[data.Augmentation, ...] = ()  # beyond the left-right flip: flips, rotate90 (no side is up), colour
     eval_size: Pixels = 800  # short side in evaluation, pixels
     # model (read off --init_from when given)
-    detector: Literal[common.DETECTORS, rcnn.RCNN_DETECTORS] = "deformable_detr"  # which one
+    detector: Literal[detectors.DETECTORS, rcnn.RCNN_DETECTORS] = "deformable_detr"  # which one
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file; only without --init_from
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant or learned (R-CNN family: bn)
@@ -232,7 +233,7 @@ def detr_recipe(values: dict[str, Any]) -> dict[str, Any]:
 
 def check(cfg: Config, given: frozenset[str], init: convert.Checkpoint | None) -> None:
     """UserError for values and flags that contradict each other, or flags of the other family."""
-    common.check_detector(cfg)
+    detectors.check_detector(cfg)
     run.check_pair(cfg, "crop_range")
     of_rcnn = rcnn.is_rcnn(cfg.detector)
     if other := sorted(given & (DETR_ONLY if of_rcnn else RCNN_ONLY)):
@@ -509,7 +510,7 @@ def load_detector(cfg: Config, init: convert.Checkpoint, state: dict[str, Tensor
     drop = convert.PRETEXT | (drop or {})
     if len(state["query_embed.weight"]) != cfg.num_queries:  # F6
         drop[r"^query_embed\."] = f"queries of a single-query checkpoint, made anew for {cfg.num_queries} queries"
-    model = common.build_detector(cfg, rows + softmax, focal=not softmax, position_offset=position_offset)
+    model = detectors.build_detector(cfg, rows + softmax, focal=not softmax, position_offset=position_offset)
     convert.print_unused(init.left)
     if init.assumed:
         run.print_rank0(f"note: {init.assumed}")
@@ -520,7 +521,7 @@ def load_detector(cfg: Config, init: convert.Checkpoint, state: dict[str, Tensor
 def detector_from_backbone(cfg: Config, rows: int) -> common.Detector:
     """No checkpoint: all but the backbone starts random."""
     softmax = cfg.detector == "detr"
-    model = common.build_detector(cfg, rows + softmax, focal=not softmax)
+    model = detectors.build_detector(cfg, rows + softmax, focal=not softmax)
     convert.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
     return model
 

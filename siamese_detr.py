@@ -68,6 +68,7 @@ from torchvision.ops import box_convert, roi_align
 
 import convert
 import data
+import detectors
 import evaluation
 import proposals
 import run
@@ -97,7 +98,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     feature_target: Literal["current", "start"] = "current"  # the backbone that describes crops: as it is, or as it was
     shared_queries: bool = False  # queries of image 0 for the whole batch, as released for Deformable DETR (D8)
     # model
-    detector: common.DETECTORS = "conditional_detr"  # what is pretrained (Tables 1 and 2)
+    detector: detectors.DETECTORS = "conditional_detr"  # what is pretrained (Tables 1 and 2)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 4.1)
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 4.1)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant (released) or learned
@@ -162,7 +163,7 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 
 def check(cfg: Config) -> None:
     """What a configuration alone can be wrong in."""
-    common.check_detector(cfg, views=2)
+    detectors.check_detector(cfg, views=2)
     if cfg.num_queries % cfg.num_regions:
         fitting = max(cfg.num_queries // cfg.num_regions, 1) * cfg.num_regions
         raise UserError(f"--num_queries {cfg.num_queries} --num_regions {cfg.num_regions}: every region needs the same "
@@ -484,7 +485,7 @@ def build_models(cfg: Config) -> tuple[SiameseDETR, nn.Module | None]:
     """The model, and the frozen backbone that describes the crops (None: the model's own), on CPU. Weights follow from
     the seed and --backbone_weights."""
     torch.manual_seed(cfg.seed)
-    detector = common.build_detector(cfg, 3, focal=False, position_offset=cfg.position_offset)  # D7, D9
+    detector = detectors.build_detector(cfg, 3, focal=False, position_offset=cfg.position_offset)  # D7, D9
     if cfg.detector.startswith("deformable"):
         nn.init.xavier_uniform_(detector.query_embed.weight.data[:, cfg.hidden_dim:])  # D10: as tgt_embed
     backbone, target_backbone = detector.backbone[0], None

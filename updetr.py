@@ -64,6 +64,7 @@ from torch import Tensor, nn
 
 import convert
 import data
+import detectors
 import evaluation
 import run
 from common import UserError
@@ -88,7 +89,7 @@ class Config(run.ProbeConfig, run.RunConfig):
     aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D13)
     feature_target: Literal["current", "start"] = "current"  # L_rec's backbone: as it is, or as it was (D10)
     # model
-    detector: common.DETECTORS = "detr"  # what is pretrained (Siamese DETR, Tables 1 and 2)
+    detector: detectors.DETECTORS = "detr"  # what is pretrained (Siamese DETR, Tables 1 and 2)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 4)
     backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 4)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant (released) or learned
@@ -142,12 +143,12 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
 
 def check(cfg: Config) -> None:
     """What a configuration alone can be wrong in."""
-    common.check_detector(cfg)
+    detectors.check_detector(cfg)
     if cfg.num_queries % cfg.num_patches:
         fitting = max(cfg.num_queries // cfg.num_patches, 1) * cfg.num_patches
         raise UserError(f"--num_queries {cfg.num_queries} --num_patches {cfg.num_patches}: every patch needs the same "
                         f"number of queries; for example --num_queries {fitting}")
-    if not common.norms_see_enough(cfg, cfg.batch_size * cfg.num_patches, cfg.patch_size):
+    if not detectors.norms_see_enough(cfg, cfg.batch_size * cfg.num_patches, cfg.patch_size):
         raise UserError(f"--batch_size {cfg.batch_size} --num_patches 1: one patch per process and micro-batch, of "
                         f"which --patch_size {cfg.patch_size} leaves BatchNorm one value; give more, or larger ones")
 
@@ -270,7 +271,7 @@ def build_models(cfg: Config) -> tuple[UPDETR, nn.Module | None]:
     """The model, and the frozen backbone whose features are reconstructed (None: the model's own), on CPU. Weights
     follow from the seed and --backbone_weights."""
     torch.manual_seed(cfg.seed)
-    detector = common.build_detector(cfg, 3, focal=False)  # D6
+    detector = detectors.build_detector(cfg, 3, focal=False)  # D6
     backbone, target_backbone = detector.backbone[0], None
     convert.load_backbone_weights(backbone.body, cfg.backbone_weights, cfg.arch)
     if cfg.feature_target == "start" and cfg.reconstruction:

@@ -37,6 +37,7 @@ from torch import nn
 
 import common
 import data
+import detectors
 import finetune
 import proposals
 import rcnn
@@ -217,7 +218,7 @@ def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device:
     flags = ["--data", "coco", "--detector", name, "--backbone_weights", "random", "--lr_backbone", "0", "--amp", amp]
     cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags, script="finetune", description="",
                            recipe=finetune.recipe_of)
-    ours = common.build_detector(cfg, 91 + (name == "detr"), focal=name != "detr").to(device).train()
+    ours = detectors.build_detector(cfg, 91 + (name == "detr"), focal=name != "detr").to(device).train()
     criterion = finetune.build_criterion(cfg)
     mask = torch.zeros_like(images[:, 0], dtype=torch.bool)
     optimizer = common.build_optimizer(cfg, ours)

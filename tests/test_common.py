@@ -16,6 +16,7 @@ from torch import nn
 
 import common
 import convert
+import detectors
 import finetune
 import updetr
 from common import UserError
@@ -182,7 +183,7 @@ def test_backbone_outputs(arch, channels):
 
 def test_build_detector_follows_lr_backbone_and_norm():
     def learning(**values):
-        model = common.build_detector(small_config(finetune.Config, **values), 3, focal=True)
+        model = detectors.build_detector(small_config(finetune.Config, **values), 3, focal=True)
         return {n.split(".")[3] for n, p in model.named_parameters() if n.startswith("backbone.0") and p.requires_grad}
 
     assert learning(lr_backbone=0.0) == learning(lr_backbone=0.0, backbone_norm="bn") == set()
@@ -201,17 +202,17 @@ def batch(*sizes):
 
 @pytest.mark.parametrize(("hidden_dim", "nheads"), ((64, 3), (48, 4)))
 def test_widths_that_do_not_divide_are_refused(hidden_dim, nheads):
-    common.check_detector(small_config(finetune.Config))
+    detectors.check_detector(small_config(finetune.Config))
     with pytest.raises(UserError, match=f"^--hidden_dim {hidden_dim} with --nheads {nheads}: the width must"):
-        common.check_detector(small_config(finetune.Config, hidden_dim=hidden_dim, nheads=nheads))
+        detectors.check_detector(small_config(finetune.Config, hidden_dim=hidden_dim, nheads=nheads))
 
 
 @pytest.mark.parametrize("levels", (1, 2, 4, 5))
 @pytest.mark.parametrize("refine", (False, True))
 def test_detector_outputs_and_initial_values(levels, refine):
     torch.manual_seed(0)
-    model = common.build_detector(small_config(finetune.Config, num_feature_levels=levels, with_box_refine=refine), 3,
-                                  focal=True).eval()
+    cfg = small_config(finetune.Config, num_feature_levels=levels, with_box_refine=refine)
+    model = detectors.build_detector(cfg, 3, focal=True).eval()
     with torch.no_grad():
         outputs = model(*batch((64, 96), (80, 64)))
     assert set(outputs) == {"pred_logits", "pred_boxes", "aux_outputs", "hs", "memory"}
@@ -245,7 +246,8 @@ def test_detector_outputs_and_initial_values(levels, refine):
 
 @pytest.mark.parametrize("refine", (False, True))
 def test_padding(refine):
-    model = filled(common.build_detector(small_config(finetune.Config, with_box_refine=refine), 3, focal=True)).eval()
+    cfg = small_config(finetune.Config, with_box_refine=refine)
+    model = filled(detectors.build_detector(cfg, 3, focal=True)).eval()
     images, mask = batch((32, 40), (64, 48))
     with torch.no_grad():
         both, alone = model(images, mask), model(images[:1], mask[:1])
@@ -310,7 +312,7 @@ DETECTORS = ("detr", "conditional_detr", "deformable_detr_ss", "deformable_detr"
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_queries_that_say_what_to_look_for(name):
-    model = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3), 3,
+    model = detectors.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3), 3,
                                   focal=False).eval()
     table, features = model.query_embed.weight.detach(), tensor("query_features", 2, 6, 64)
     assert table.shape == (8, 128 if name.startswith("deformable") else 64)
@@ -332,7 +334,7 @@ def test_queries_that_say_what_to_look_for(name):
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_query_sees_what_the_mask_lets_it_see(name):
     """A mask that keeps the halves of the queries apart: each half is what it is alone."""
-    model = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3), 3,
+    model = detectors.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3), 3,
                                   focal=False).eval()
     images, mask = tensor("query_images", 2, 3, 32, 48), torch.zeros(2, 32, 48, dtype=torch.bool)
     half = torch.arange(8) // 4
@@ -347,7 +349,7 @@ def test_a_query_sees_what_the_mask_lets_it_see(name):
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_aligned_start(name):
-    model = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=1), 3, focal=False)
+    model = detectors.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=1), 3, focal=False)
     to_query, before = nn.Linear(512, 64), {k: v.clone() for k, v in model.state_dict().items()}
     common.align_start(model, to_query)
     after = model.state_dict()
@@ -389,7 +391,7 @@ def test_pretext_models_keep_the_released_names(name):
 
     def make(seed):
         torch.manual_seed(seed)
-        return Task(common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3,
+        return Task(detectors.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3,
                                                        with_box_refine=True), 3, focal=False))
 
     one, two = make(0), make(1)
@@ -404,8 +406,8 @@ def test_pretext_models_keep_the_released_names(name):
     assert torch.equal(two.detector.query_embed.weight, one.detector.query_embed.weight)
     with pytest.raises(RuntimeError, match="query_embed.weight"):
         two.load_state_dict({k: v for k, v in state.items() if k != "query_embed.weight"})
-    bare = common.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=3, with_box_refine=True),
-                                 3, focal=False)
+    cfg = small_config(updetr.Config, detector=name, num_feature_levels=3, with_box_refine=True)
+    bare = detectors.build_detector(cfg, 3, focal=False)
     convert.load_matching(bare, state, drop={r"^head\.": "pretext"}, source="FILE")
     assert all(torch.equal(v, state[k]) for k, v in bare.state_dict().items())
 
@@ -645,7 +647,7 @@ def test_softmax_detections():
 def test_parameter_groups():
     cfg = small_config(finetune.Config, lr=1e-3, lr_backbone=1e-4, lr_linear_proj_mult=0.5, weight_decay=0.25)
     for lr_backbone in (1e-4, 0.0):
-        model = common.build_detector(dataclasses.replace(cfg, lr_backbone=lr_backbone), 3, focal=True)
+        model = detectors.build_detector(dataclasses.replace(cfg, lr_backbone=lr_backbone), 3, focal=True)
         rest, backbone, linear = common.param_groups(model, 1e-3, lr_backbone, 0.5)
         assert ([g["base_lr"] for g in (rest, backbone, linear)] == [g["lr"] for g in (rest, backbone, linear)]
                 == [1e-3, lr_backbone, 5e-4])
@@ -797,7 +799,7 @@ def test_architecture_of_a_state(values):
     expected = {k: getattr(cfg, k) for k in ("detector", "arch", "backbone_norm", "num_queries", "hidden_dim",
                                              "enc_layers", "dec_layers", "dim_feedforward", *own)}
     for focal in (True, False):
-        assert convert.architecture(common.build_detector(cfg, 3, focal=focal).state_dict(), "file") == expected
+        assert convert.architecture(detectors.build_detector(cfg, 3, focal=focal).state_dict(), "file") == expected
 
 
 def test_architecture_refuses_by_name():
@@ -813,7 +815,7 @@ def test_architecture_refuses_by_name():
         convert.architecture({"encoder_q.conv1.weight": one, "encoder_q.fc.0.weight": one}, "FILE")
     with pytest.raises(UserError, match="FILE: this is an unknown kind of checkpoint"):
         convert.architecture({"a": one}, "FILE")
-    state = common.build_detector(small_config(finetune.Config), 2, focal=True).state_dict()
+    state = detectors.build_detector(small_config(finetune.Config), 2, focal=True).state_dict()
     for other in ({k: v for k, v in state.items() if not k.startswith("backbone")},
                   {**state, "backbone.0.body.layer2.5.conv1.weight": one}):
         with pytest.raises(UserError, match="FILE: .*lacks parts.*resnet18, resnet34"):

@@ -20,6 +20,7 @@ from PIL import Image
 import common
 import convert
 import data
+import detectors
 import detreg
 import dupr
 import finetune
@@ -65,7 +66,7 @@ def finetuned(path, **values):
     """A fine-tuned detector of the DETR family, saved as finetune.py saves it."""
     cfg = detr_config(**values)
     softmax = cfg.detector == "detr"
-    model = stirred(common.build_detector(cfg, len(CATEGORIES) + softmax, focal=not softmax))
+    model = stirred(detectors.build_detector(cfg, len(CATEGORIES) + softmax, focal=not softmax))
     run.save_checkpoint(path, model, None, 12, cfg, script="finetune", categories=CATEGORIES)
     return model
 
@@ -78,9 +79,9 @@ def pretrained(path, method, **values):
     cfg = small_config(PRETRAINING[method].Config, nheads=4, hidden_dim=64, **values)
     if method == "detreg":
         softmax = cfg.detector == "detr"
-        model = detreg.DETReg(common.build_detector(cfg, 2 + softmax, focal=not softmax))
+        model = detreg.DETReg(detectors.build_detector(cfg, 2 + softmax, focal=not softmax))
     else:
-        detector = common.build_detector(cfg, 3, focal=False)
+        detector = detectors.build_detector(cfg, 3, focal=False)
         model = updetr.UPDETR(detector, 2) if method == "updetr" else siamese_detr.SiameseDETR(detector, 2)
     run.save_checkpoint(path, stirred(model), None, 5, cfg, script=method)
     return model
@@ -250,7 +251,7 @@ def test_hugging_face_of_a_pretraining(method, values, tmp_path, capsys):
     assert theirs.config.id2label == {row: "object" if row == 1 else f"unused {row}" for row in range(rows)}
     found = convert.open_checkpoint(tmp_path / "last.pt")
     cfg = dataclasses.replace(finetune.Config(nheads=4), **convert.architecture(found.state, "FILE"))
-    ours = common.build_detector(cfg, rows + (not sigmoid), focal=sigmoid).eval()
+    ours = detectors.build_detector(cfg, rows + (not sigmoid), focal=sigmoid).eval()
     convert.load_matching(ours, found.state, drop=convert.PRETEXT, source="FILE")
     same_predictions(ours, theirs)
     gone = {"detreg": "feature_embed", "updetr": "feature_align, patch2query",
@@ -568,7 +569,7 @@ def foreign(path, options=None, key="args", **values):
     """A detector as another code base saves it, with the options that it says."""
     cfg = detr_config(**values)
     softmax = cfg.detector == "detr"
-    model = stirred(common.build_detector(cfg, 4 + softmax, focal=not softmax))
+    model = stirred(detectors.build_detector(cfg, 4 + softmax, focal=not softmax))
     torch.save({"model": model.state_dict(), **({key: options} if options else {})}, path)
     return model
 
@@ -582,7 +583,7 @@ def test_what_a_foreign_detector_says(detector, kind, tmp_path, capsys):
     init, arch = finetune.read_init(str(tmp_path / "f.pth"))
     assert arch["nheads"] == 2 and init.assumed is None
     cfg = finetune.adopt_architecture(finetune.Config(init_from="f"), arch, frozenset())
-    again = common.build_detector(cfg, 4 + (detector == "detr"), focal=detector != "detr").eval()
+    again = detectors.build_detector(cfg, 4 + (detector == "detr"), focal=detector != "detr").eval()
     again.load_state_dict(init.state)
     images, mask = padded_batch()
     with torch.no_grad():
@@ -664,7 +665,7 @@ def test_categories_of_one_name_stay_apart(tmp_path):
     pytest.importorskip("safetensors")
     cfg = detr_config(detector="detr")
     categories = [{"id": 0, "name": "ball"}, {"id": 1, "name": "ball"}, {"id": 2, "name": "bat"}]
-    model = stirred(common.build_detector(cfg, 4, focal=False))
+    model = stirred(detectors.build_detector(cfg, 4, focal=False))
     run.save_checkpoint(tmp_path / "last.pt", model, None, 1, cfg, script="finetune", categories=categories)
     convert.main([str(tmp_path / "last.pt"), "--to", "hf", "--out", str(tmp_path / "hf")])
     config = json.loads((tmp_path / "hf" / "config.json").read_text())

@@ -14,6 +14,7 @@ from PIL import Image
 
 import common
 import data
+import detectors
 import detreg
 import proposals
 
@@ -272,7 +273,7 @@ def step_case():
     cfg = small_config(detreg.Config, num_classes=3, clip_max_norm=0.0, lr_backbone=2e-5,
                        num_queries=6, num_feature_levels=3)
     torch.manual_seed(0)
-    model = detreg.DETReg(common.build_detector(cfg, cfg.num_classes, focal=True), embedding_dim=5)
+    model = detreg.DETReg(detectors.build_detector(cfg, cfg.num_classes, focal=True), embedding_dim=5)
     for bbox in model.detector.bbox_embed:  # it starts at zero: no gradient below it
         torch.nn.init.normal_(bbox.layers[-1].weight, std=0.05)
     images, mask = tensor("step_images", 4, 3, 32, 48), torch.zeros(4, 32, 48, dtype=torch.bool)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import detectors
 import detreg
 import dupr
 import soco
@@ -206,7 +207,7 @@ def test_fused_optimizer_is_the_plain_one(monkeypatch):
     def trained():
         torch.manual_seed(0)
         cfg = small_config(detreg.Config, num_feature_levels=1, lr_backbone=1e-3)
-        model = common.build_detector(cfg, 3, focal=True)
+        model = detectors.build_detector(cfg, 3, focal=True)
         optimizer = common.build_optimizer(cfg, model)
         for _ in range(3):
             for p in model.parameters():
@@ -307,7 +308,8 @@ def test_sizes_are_not_compiled_one_by_one(monkeypatch):
     results are those without."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    plain = common.build_detector(small_config(detreg.Config, enc_layers=2, num_feature_levels=3), 3, focal=True).eval()
+    cfg = small_config(detreg.Config, enc_layers=2, num_feature_levels=3)
+    plain = detectors.build_detector(cfg, 3, focal=True).eval()
     counter = torch._dynamo.testing.CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     compiled = copy.deepcopy(plain)

@@ -17,6 +17,7 @@ from test_detreg import pieces, same_step
 import common
 import convert
 import data
+import detectors
 import detreg
 import evaluation
 import finetune
@@ -39,7 +40,8 @@ DETECTORS = ("detr", "conditional_detr", "deformable_detr_ss", "deformable_detr"
 
 def build(rows, focal=True, **values):
     torch.manual_seed(5)
-    return common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS, **values), rows, focal=focal)
+    cfg = small_config(finetune.Config, num_feature_levels=LEVELS, **values)
+    return detectors.build_detector(cfg, rows, focal=focal)
 
 
 # ==== Heads, architecture, recipes =================================================================================
@@ -145,7 +147,7 @@ def test_pretext_head_of_91_rows_is_no_coco_head(eval_only):
     coco = [{"id": i, "name": f"c{i}"} for i in COCO_IDS]
     cfg = small_config(finetune.Config, num_feature_levels=LEVELS, init_from="f", eval_only=eval_only)
     torch.manual_seed(0)
-    old = detreg.DETReg(common.build_detector(cfg, 91, focal=True), embedding_dim=16)
+    old = detreg.DETReg(detectors.build_detector(cfg, 91, focal=True), embedding_dim=16)
     torch.nn.init.constant_(old.detector.class_embed[0].bias, 7.0)
     if eval_only:
         with pytest.raises(UserError, match="fine-tune it first"):
@@ -475,7 +477,7 @@ def pretrained(tmp_path_factory):
     path = tmp_path_factory.mktemp("pretrained") / "last.pt"
     cfg = small_config(detreg.Config, num_feature_levels=LEVELS, num_classes=2)
     torch.manual_seed(1)
-    model = detreg.DETReg(common.build_detector(cfg, 2, focal=True), embedding_dim=16)
+    model = detreg.DETReg(detectors.build_detector(cfg, 2, focal=True), embedding_dim=16)
     run.save_checkpoint(path, model, None, 0, cfg, script="detreg")
     return path
 
@@ -667,7 +669,7 @@ def test_class_agnostic_evaluation(tuned, pretrained, tmp_path):
     assert not (tmp_path / "last.pt").exists()  # it is an evaluation: nothing is trained
     found = json.loads((tmp_path / "detections.json").read_text())
     assert "per_class" not in metrics and len(found) == 2 * 8 and {d["category_id"] for d in found} == {1}
-    model = common.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS), 2, focal=True).eval()
+    model = detectors.build_detector(small_config(finetune.Config, num_feature_levels=LEVELS), 2, focal=True).eval()
     model.load_state_dict({k: v for k, v in torch.load(pretrained, weights_only=True)["model"].items()
                            if not k.startswith("feature_embed")})
     samples = [{"image": data.to_normalized_tensor(Image.open(tuned[1] / f"{i}.png")), "target": {}, "skipped": []}

@@ -9,6 +9,7 @@ import torch
 
 import common
 import convert
+import detectors
 import finetune
 import run
 from annotations import open_detection
@@ -194,7 +195,7 @@ def test_a_runs_folder(tmp_path, fails):
     """best.pt, else last.pt, else previous.pt."""
     for step, name in enumerate(("previous.pt", "last.pt", "best.pt")):
         cfg = detr_config(detector="detr")
-        model = common.build_detector(cfg, 4, focal=False)
+        model = detectors.build_detector(cfg, 4, focal=False)
         (tmp_path / "x").mkdir(exist_ok=True)
         run.save_checkpoint(tmp_path / "x" / "y.pt", model, None, step, cfg, script="finetune", categories=CATEGORIES)
         (tmp_path / "x" / "y.pt").rename(tmp_path / name)

@@ -26,6 +26,7 @@ import annotations
 import common
 import convert
 import data
+import detectors
 import detreg
 import dupr
 import evaluation
@@ -135,7 +136,7 @@ def load_released(path, num_groups=1, **overrides):
     cfg = dataclasses.replace(finetune.Config(dropout=0.0), **convert.architecture(state, path) | overrides)
     rows = next(v.shape[0] for name, v in state.items() if re.fullmatch(r"class_embed\.(0\.)?bias", name))
     pretext = {name.split(".")[0] for name in state} & {"feature_embed", "patch2query", "enc_head", "feature_align"}
-    model = common.build_detector(cfg, rows, focal=cfg.detector != "detr" and "patch2query" not in pretext)
+    model = detectors.build_detector(cfg, rows, focal=cfg.detector != "detr" and "patch2query" not in pretext)
     if "feature_embed" in pretext:
         last = max(name for name in state if name.startswith("feature_embed.") and name.endswith("bias"))
         model = detreg.DETReg(model, embedding_dim=state[last].shape[0])
@@ -414,7 +415,7 @@ def deformable_entries(case, listed):
     manifest of the released model, has."""
     c = case["config"]
     cfg = finetune.Config(**fields_of(c), dropout=0.0)
-    model, width = common.build_detector(cfg, c["num_classes"], focal=True), embedding_width(c)
+    model, width = detectors.build_detector(cfg, c["num_classes"], focal=True), embedding_width(c)
     entries = entries_of(detreg.DETReg(model, embedding_dim=width) if width else model)
     kinds, theirs = ({re.sub(r"\d+", "#", name) for name, *_ in names} for names in (entries, listed))
     assert kinds == theirs
@@ -469,7 +470,7 @@ def train_steps(case, arrays, seen):
         "hidden_dim": c["hidden"], "lr": c["lr"], "lr_backbone": c["lr_backbone"],
         "lr_linear_proj_mult": c["linear_mult"], "weight_decay": c["weight_decay"], "clip_max_norm": c["clip"]}
     cfg = (detreg.Config if pretrain else finetune.Config)(**values, dropout=0.0)
-    model = common.build_detector(cfg, c["num_classes"], focal=True)
+    model = detectors.build_detector(cfg, c["num_classes"], focal=True)
     model = detreg.DETReg(model, embedding_dim=width) if pretrain else model
     model, _ = load_released(released_file(seen.tmp, released_state(entries_of(model), case)),
                              lr_backbone=c["lr_backbone"], nheads=cfg.nheads)
@@ -521,7 +522,7 @@ def groups(case, arrays, _):
         cfg = run.parse_config(script.Config, script.PRESETS, list(map(str, argv)), script="x", description="",
                                recipe=script.recipe_of)
         assert cfg.lr == rates[0]
-        model = common.build_detector(cfg, 21 if name.endswith("voc") else 91 + vanilla, focal=not vanilla)
+        model = detectors.build_detector(cfg, 21 if name.endswith("voc") else 91 + vanilla, focal=not vanilla)
         model = detreg.DETReg(model, embedding_dim=512) if pretrain else model
         mine = common.param_groups(model, rates[0], rates[1], rates[2] / rates[0] if rates[0] else 0.0)
         for group, wanted, count, numel in zip(mine, expected["groups"], expected["counts"],
@@ -533,7 +534,7 @@ def groups(case, arrays, _):
         if "loading_from_pretrain" in expected:
             rule = expected["loading_from_pretrain"]
             frozen = dataclasses.replace(cfg, lr_backbone=0.0)
-            pretrained = detreg.DETReg(common.build_detector(frozen, 91, focal=True), embedding_dim=512).state_dict()
+            pretrained = detreg.DETReg(detectors.build_detector(frozen, 91, focal=True), embedding_dim=512).state_dict()
             dropped = {r"^feature_embed\.": "pretext head", r"^class_embed\.": "class head"}
             convert.load_matching(model, pretrained, drop=dropped, source=name)
             own = model.state_dict()
@@ -1095,7 +1096,7 @@ def siamese_model(case, seen, **overrides):
                               lambda_global=w["loss_enc_global_contra"], lambda_cls=w["loss_ce"],
                               lambda_l1=w["loss_bbox"], lambda_giou=w["loss_giou"], **overrides)
     with torch.no_grad():
-        detector = common.build_detector(cfg, 3, focal=False, position_offset=0.0)
+        detector = detectors.build_detector(cfg, 3, focal=False, position_offset=0.0)
         if detector.backbone[0].num_channels != c["backbone_channels"]:     # given features of other widths
             backbone = detector.backbone[0]
             backbone.num_channels = c["backbone_channels"]
@@ -1108,7 +1109,7 @@ def siamese_model(case, seen, **overrides):
 
 
 def rebuilt(cfg, backbone):
-    """common.build_detector around a backbone of prescribed widths."""
+    """detectors.build_detector around a backbone of prescribed widths."""
     shared = (cfg.hidden_dim, cfg.nheads, cfg.enc_layers, cfg.dec_layers, cfg.dim_feedforward, cfg.dropout)
     if cfg.detector.startswith("deformable"):
         levels = 1 if cfg.detector == "deformable_detr_ss" else cfg.num_feature_levels

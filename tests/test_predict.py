@@ -16,6 +16,7 @@ from test_rcnn import coco_json
 
 import common
 import convert
+import detectors
 import detreg
 import evaluation
 import finetune
@@ -108,7 +109,7 @@ def save(path, detector, categories, **content):
         model = rcnn.build_rcnn(cfg, len(categories))
     else:
         cfg = small_config(finetune.Config, detector=detector, num_feature_levels=3, eval_size=48, max_size=64)
-        model = common.build_detector(cfg, len(categories) + (detector == "detr"), focal=detector != "detr")
+        model = detectors.build_detector(cfg, len(categories) + (detector == "detr"), focal=detector != "detr")
     run.save_checkpoint(path, model, None, 5, cfg, script="finetune", categories=categories, **content)
     return path
 
@@ -249,7 +250,7 @@ def test_threshold_without_one_is_said(tmp_path, capsys):
                          ((91, False, "person", 1), (91, True, "person", 1), (21, False, "aeroplane", 1)))
 def test_released_heads(rows, softmax, name, category_id, tmp_path):
     cfg = small_config(finetune.Config, num_feature_levels=3, detector="detr" if softmax else "deformable_detr")
-    model = common.build_detector(cfg, rows + softmax, focal=not softmax)
+    model = detectors.build_detector(cfg, rows + softmax, focal=not softmax)
     torch.save({"model": model.state_dict(), "args": {"nheads": 4}}, tmp_path / "released.pth")
     detect = predict.load(tmp_path / "released.pth", "cpu", eval_size=40, max_size=60, threshold=0)
     assert detect.names[0] == name and detect.categories[0]["id"] == category_id
@@ -273,7 +274,7 @@ def test_folders_of_a_run_and_of_hugging_face(tmp_path):
 
 def test_a_pretrained_detector_finds_objects(tmp_path):
     cfg = small_config(detreg.Config, num_feature_levels=3, num_classes=2, scales=(40, 48), max_size=60)
-    model = detreg.DETReg(common.build_detector(cfg, 2, focal=True), embedding_dim=16)
+    model = detreg.DETReg(detectors.build_detector(cfg, 2, focal=True), embedding_dim=16)
     run.save_checkpoint(tmp_path / "last.pt", model, None, 0, cfg, script="detreg")
     detect = predict.load(tmp_path / "last.pt", "cpu", threshold=0)
     found = detect(Image.new("RGB", (60, 40), RED))
@@ -297,7 +298,7 @@ def test_files_that_hold_no_detector_of_known_classes(tmp_path, fails):
     assert "torchvision detector, ResNet-50: no detector whose classes are known" in refused(
         "frcnn.pt", coco.state_dict())
     cfg = small_config(finetune.Config, num_feature_levels=3)
-    model = common.build_detector(cfg, 13, focal=True)
+    model = detectors.build_detector(cfg, 13, focal=True)
     line = refused("rows.pt", model.state_dict(), args={"nheads": 4})
     assert "its class head has 13 rows, and nothing says which classes they are; fine-tune" in line
     broken = save(tmp_path / "nan.pt", "deformable_detr", [{"id": 1, "name": "a"}])
