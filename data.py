@@ -59,6 +59,7 @@ IMAGENET100 = tuple((
     "n04229816 n02100583 n03642806 n04336792 n03259280 n02116738 n02108089 n03424325 n01855672 n02090622").split())
 _LAYOUT = {"imagenet": "<root>/{split}/<wnid>/*.JPEG",
            "coco": "<root>/{split}2017/*.jpg (+ annotations/instances_{split}2017.json to fine-tune)",
+           "coco_unlabeled": "<root>/train2017/*.jpg and <root>/unlabeled2017/*.jpg",
            "voc": "<root>/VOC2007|VOC2012/{{JPEGImages,Annotations,ImageSets/Main}}"}
 # Below --data_root; the folder itself comes first: what is given wins over what is guessed.
 _SUBFOLDERS = {"imagenet": ("", "imagenet", "ILSVRC/Data/CLS-LOC"), "coco": ("", "coco"),
@@ -283,7 +284,7 @@ class FileFinder:
 def named_root(data: str, data_root: str | None, split: str, accept: Callable[[Path], bool]) -> Path:
     """The first place where a named set's layout is found: --data_root, else $DATA_ROOT, else data/<set>; UserError
     lists all tried."""
-    family = "imagenet" if data.startswith("imagenet") else data
+    family = data.removesuffix("100").removesuffix("_unlabeled")
     given, origin = (data_root, "--data_root") if data_root else (os.environ.get("DATA_ROOT"), "$DATA_ROOT")
     root = Path(given or f"data/{family}").expanduser()
     places = [root / s for s in _SUBFOLDERS[family]]
@@ -292,7 +293,8 @@ def named_root(data: str, data_root: str | None, split: str, accept: Callable[[P
             return place
     raise UserError(f"--data {data}: not found in {', '.join(map(str, places))} (root "
                     f"from {origin if given else 'the default'}). Expected layout: "
-                    f"{_LAYOUT[family].format(split=split)}. Set --data_root or $DATA_ROOT, or give --data a path.")
+                    f"{_LAYOUT.get(data, _LAYOUT[family]).format(split=split)}. Set --data_root or $DATA_ROOT, or give "
+                    "--data a path.")
 
 
 def _open_imagenet(data: str, data_root: str | None, split: str) -> ImageFiles:
@@ -413,9 +415,9 @@ SYNTHETIC_OFFSET = {"images/train": 0, "images/val": 10_000_000, "detection/trai
 
 def open_images(data: str, data_root: str | None, *, split: str = "train", synthetic_images: int = 800,
                 synthetic_size: int = 160, seed: int = 0) -> ImageFiles | SyntheticScenes:
-    """`data`: imagenet100 | imagenet | coco | voc | synthetic | a .txt with one path per line | a folder of images (a
-    name wins over a folder called the same). `split`: train, or val/test = the held-out part of a named set. Raises
-    UserError where nothing usable is found."""
+    """`data`: imagenet100 | imagenet | coco | coco_unlabeled | voc | synthetic | a .txt with one path per line | a
+    folder of images (a name wins over a folder called the same). `split`: train, or val/test = the held-out part of a
+    named set. Raises UserError where nothing usable is found."""
     part = "train" if split == "train" else "val"
     if data == "synthetic":
         return SyntheticScenes(synthetic_images, synthetic_size, seed, SYNTHETIC_OFFSET[f"images/{part}"])
@@ -424,6 +426,10 @@ def open_images(data: str, data_root: str | None, *, split: str = "train", synth
     elif data == "coco":
         root = named_root(data, data_root, part, lambda place: (place / f"{part}2017").is_dir()) / f"{part}2017"
         images = ImageFiles(data, root, find_images(root))
+    elif data == "coco_unlabeled":  # SoCo, Table 9: both together; held out is COCO's val
+        folders = ("train2017", "unlabeled2017") if part == "train" else ("val2017",)
+        root = named_root(data, data_root, part, lambda place: all((place / name).is_dir() for name in folders))
+        images = ImageFiles(data, root, find_images(root, folders))
     elif data == "voc":
         root = named_root(data, data_root, part, lambda place: bool(voc_years(place)))
         images = ImageFiles(data, root, [f"{year.relative_to(root).as_posix()}/JPEGImages/{name}"
@@ -434,21 +440,25 @@ def open_images(data: str, data_root: str | None, *, split: str = "train", synth
         images = ImageFiles(root.resolve().name, root, find_images(root))
     else:
         raise UserError(f"--data {data}: no such folder. Give a folder of images, a .txt list, or imagenet100, "
-                        "imagenet, coco, voc, synthetic.")
+                        "imagenet, coco, coco_unlabeled, voc, synthetic.")
     if not len(images):
         raise UserError(f"--data {data}: no images in {images.root}. "
                         f"Looked for {' '.join(EXTENSIONS)} in it and below; give another folder or list.")
     return images
 
 
-def hold_out(source: ImageFiles | SyntheticScenes, count: int, seed: int, data: str) -> tuple[np.ndarray, np.ndarray]:
-    """-> (indices to train on, `count` indices kept for the probe), both sorted. UserError when the probe would take
-    half or more."""
+def hold_out(source: ImageFiles | SyntheticScenes, count: int, seed: int, data: str, train_images: int = 0
+             ) -> tuple[np.ndarray, np.ndarray]:
+    """-> (indices to train on, `count` indices kept for the probe), both sorted. train_images: so many of the others to
+    train on, 0 = all. UserError when the probe would take half or more, or there are not so many."""
     if count and len(source) <= 2 * count:
         raise UserError(f"{data}: {len(source)} images are too few to hold out {count}; give "
                         "--probe_images N below half of them, or 0")
-    order = np.random.default_rng(seed).permutation(len(source)) if count else np.arange(len(source))
-    return np.sort(order[count:]), np.sort(order[:count])
+    if train_images > len(source) - count:
+        raise UserError(f"--train_images {train_images}: {data} has {len(source) - count} images to train on")
+    drawn = count or train_images
+    order = np.random.default_rng(seed).permutation(len(source)) if drawn else np.arange(len(source))
+    return np.sort(order[count:][:train_images or None]), np.sort(order[:count])
 
 
 def open_training_images(cfg: Any) -> tuple[ImageFiles | SyntheticScenes, np.ndarray, np.ndarray]:
@@ -459,7 +469,7 @@ def open_training_images(cfg: Any) -> tuple[ImageFiles | SyntheticScenes, np.nda
     source = open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images,
                          synthetic_size=cfg.synthetic_size, seed=cfg.seed)
     count = 0 if cfg.probe_data or cfg.data == "synthetic" else cfg.probe_images
-    return source, *hold_out(source, count, cfg.seed, cfg.data)
+    return source, *hold_out(source, count, cfg.seed, cfg.data, cfg.train_images)
 
 
 def open_pretraining(cfg: Any) -> tuple:

@@ -226,6 +226,12 @@ def above_thresholds(detections: list[dict], points: dict[str, Any], categories:
     return [d for d in detections if d["score"] >= least[d["category_id"]]]
 
 
+def count_difficult(ground_truth: dict) -> dict:
+    """A copy in which difficult objects are ordinary ones (UP-DETR, Table 1; Siamese DETR, Table 2)."""
+    plain = [{k: v for k, v in a.items() if k not in ("difficult", "ignore")} for a in ground_truth["annotations"]]
+    return ground_truth | {"annotations": plain}
+
+
 # ==== 2. VOC07 ====
 
 
@@ -503,7 +509,8 @@ def open_class_agnostic_probe(cfg: Any, source: Any, held_out: np.ndarray) -> De
     images with their own proposals. cfg: DETReg's."""
     if cfg.probe_data:
         # --data_root is that of --data where this is a named set; a file or folder of the probe has its own
-        other = cfg.data in ("imagenet", "imagenet100", "coco", "voc") and cfg.probe_data not in ("coco", "voc")
+        named = ("imagenet", "imagenet100", "coco", "coco_unlabeled", "voc")
+        other = cfg.data in named and cfg.probe_data not in ("coco", "voc")
         root = None if other else cfg.data_root
         labelled = open_detection(cfg.probe_data, root, "test", seed=cfg.seed, exif=cfg.exif)
         labelled.print_notes()

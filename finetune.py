@@ -27,7 +27,7 @@ Schedules (epochs / drop; with shares of labels and `--protocol` in full in docs
 Deviations (released code / here; in full in docs/methods/finetune.md):
     F1  Class rows: 91 for COCO, 21 for VOC / one per category; a released head is still evaluated.
     F2  Shares of labels: each process drew its own until 2022-04 / one, from --seed alone.
-    F3  VOC: one metric each / COCO-style AP and VOC07 are both printed, difficult objects ignored.
+    F3  VOC: one metric each / COCO-style AP and VOC07 are both printed, difficult objects ignored and counted.
     F4  DETR's cross-entropy: weighted mean of each process / over all processes and micro-batches.
     F5  UP-DETR: no VOC; batch 16, backbone rate 1e-5 or 5e-4 / the paper's 32 and 5e-5.
     F6  UP-DETR's single-query checkpoints hold 3 queries: they are made anew.
@@ -72,7 +72,8 @@ from run import Count, Depth, Images, Natural, NonNegative, Pixels, Positive, Sh
 
 # ==== 1. Hyperparameters ====
 
-PROTOCOLS = Literal["released", "semi_supervised", "low_data", "updetr_long", "siamese", "soco", "dupr"]
+PROTOCOLS = Literal["released", "semi_supervised", "low_data", "updetr_long", "detr_long", "siamese", "siamese_long",
+                    "soco", "dupr"]
 Percent = Annotated[float, run.Range(0, 100, open=True)]
 PartOfRun = Annotated[float, run.Range(0, 1, open=True)]
 
@@ -84,6 +85,7 @@ class Config(own.OwnConfig, run.RunConfig):
     test_data: str | None = None  # labelled set that the final numbers are of; else --data's own, or validation
     val_percent: Annotated[float, run.Range(0, 99)] = 0.0  # of the training images that become the validation set
     exif: Literal["auto", "stored", "rotated"] = "auto"  # pixels the boxes lie on: as stored, or as EXIF rotates them
+    difficult: Literal["ignore", "count"] = "ignore"  # VOC's difficult objects in AP (F3: --data voc of DETR: count)
     synthetic_images: Images = 40  # labelled synthetic images
     synthetic_test_images: Images = 100  # test images of the synthetic set
     labels_percent: Percent = 100  # use this share of the training images, the same on every process (DETReg, Sec. 6.1)
@@ -130,7 +132,7 @@ class Config(own.OwnConfig, run.RunConfig):
     # optimisation (schedules: docs/methods/finetune.md)
     batch_size: Images = 32  # images per step over all processes (released: 4 per GPU x 8; R-CNN family: 16)
     epochs: Count = 50  # length of the run
-    schedule: Literal["1x", "2x", "4x"] = "1x"  # R-CNN family: how many times the length of its schedule
+    schedule: Literal["1x", "2x", "3x", "4x", "9x"] = "1x"  # R-CNN family: how many times the length of its schedule
     lr_drop: NonNegative = 40  # epoch after which the rate is x 0.1
     lr_drops: tuple[PartOfRun, ...] = (2 / 3, 8 / 9)  # R-CNN family: shares of the run after which the rate is x 0.1
     warmup_iters: Natural = 1000  # R-CNN family: steps in which the rate rises from lr / 1000
@@ -184,6 +186,11 @@ def recipe_of(values: dict[str, Any], architecture: dict[str, Any] | None = None
     if values["protocol"] == "released" and method == "soco":
         values["protocol"] = "soco"
     recipe = rcnn_recipe(values) if rcnn.is_rcnn(values["detector"]) else detr_recipe(values)
+    # UP-DETR's and Siamese DETR's numbers: everything on VOC but DETReg's and the R-CNN family's (F3)
+    if values["data"] == "voc" and not rcnn.is_rcnn(values["detector"]) and (
+            method in ("updetr", "siamese_detr") or values["protocol"].startswith("siamese")
+            or not values["detector"].startswith("deformable")):
+        recipe["difficult"] = "count"
     if values["preset"] == "demo":
         c4 = values["detector"].endswith("_c4")
         recipe |= DEMO["c4" if c4 else "rcnn" if rcnn.is_rcnn(values["detector"]) else "detr"]
@@ -201,6 +208,8 @@ def rcnn_recipe(values: dict[str, Any]) -> dict[str, Any]:
     if name == "coco":
         steps = 90000 if share == 100 or soco else 15000 if share <= 2 else 60000
         decay = {"weight_decay": 2.5e-5} if soco else {}
+        if times in (3, 9):  # detectron2: the drops come 60k and 20k steps before the end
+            recipe["lr_drops"] = tuple((times * 9 - before) / (times * 9) for before in (6, 2))
         return recipe | decay | {"scales": (640, 672, 704, 736, 768, 800), "steps": steps * times}
     if name == "voc":
         return recipe | {"steps": 24000 * times, "lr_drops": (3 / 4, 11 / 12), "warmup_iters": 100}
@@ -216,10 +225,12 @@ def detr_recipe(values: dict[str, Any]) -> dict[str, Any]:
         recipe |= {"lambda_f": 1.0, "epochs": 150, "lr_drop": 100}
     if values["eval_only"] or values["class_agnostic"]:
         return recipe
-    if protocol == "updetr_long" and detector == "detr":
+    if protocol == "updetr_long":
         return recipe | {"epochs": 300, "lr_drop": 200}
-    if protocol == "siamese":
-        long = detector == "detr" and name == "coco"
+    if protocol == "detr_long":
+        return recipe | {"epochs": 500, "lr_drop": 400, "batch_size": 64, "lr_backbone": 1e-5}
+    if protocol.startswith("siamese"):
+        long = detector == "detr" and (name == "coco" or protocol == "siamese_long")
         return recipe | ({"epochs": 150, "lr_drop": 120} if long else {"epochs": 50, "lr_drop": 40})
     if name == "voc" and detector.startswith("deformable"):
         return {"epochs": 200, "lr_drop": 150, "batch_size": 8} if share == 10 else {"epochs": 100, "lr_drop": 70}
@@ -254,8 +265,8 @@ def check(cfg: Config, given: frozenset[str], init: convert.Checkpoint | None) -
     if (cfg.protocol in ("soco", "dupr")) != of_rcnn and cfg.protocol != "released":
         raise UserError(f"--protocol {cfg.protocol} is a schedule of the {'DETR' if of_rcnn else 'R-CNN'} family, "
                         f"not of {cfg.detector}")
-    if cfg.protocol == "updetr_long" and cfg.detector != "detr":
-        raise UserError(f"--protocol updetr_long is a schedule of detr, not of {cfg.detector}")
+    if cfg.protocol in ("updetr_long", "detr_long", "siamese_long") and cfg.detector != "detr":
+        raise UserError(f"--protocol {cfg.protocol} is a schedule of detr, not of {cfg.detector}")
     if cfg.protocol in ("semi_supervised", "low_data") and not (cfg.data == "coco" and cfg.labels_percent < 100):
         raise UserError(f"--protocol {cfg.protocol} is a schedule of shares of COCO: give --data coco "
                         "--labels_percent P")
@@ -402,6 +413,8 @@ def adopt_evaluation(cfg: Config, init: convert.Checkpoint | None, given: frozen
     theirs = image_sizes(init) if cfg.eval_only and init else {}
     if cfg.eval_only and init and init.rcnn:
         theirs |= {"proposals_per_image": init.config["proposals_per_image"]}
+    if cfg.eval_only and init and "difficult" in init.config:
+        theirs["difficult"] = init.config["difficult"]
     return dataclasses.replace(cfg, **{name: value for name, value in theirs.items() if name not in given})
 
 
@@ -754,14 +767,20 @@ def evaluate(cfg: Config, model: nn.Module, label_map: list[int], labelled: Dete
     detections = evaluation.gather(detect(cfg, model, label_map, labelled, device))
     if common.rank() != 0:
         return Found({}, [], {}, {})
-    truth = labelled.coco_ground_truth()
+    ignored = labelled.coco_ground_truth()
+    counted = evaluation.count_difficult(ignored)
+    truth, other = (ignored, counted) if cfg.difficult == "ignore" else (counted, ignored)
     metrics = evaluation.detection_metrics(truth, detections, class_agnostic=cfg.class_agnostic,
                                            per_class=not cfg.class_agnostic)
+    if any("difficult" in a for a in ignored["annotations"]):  # F3
+        otherwise = evaluation.detection_metrics(other, detections, class_agnostic=cfg.class_agnostic)
+        name = "counted" if cfg.difficult == "ignore" else "ignored"
+        metrics |= {f"{k}_difficult_{name}": otherwise[k] for k in ("AP", "AP50", "AP75")}
     if cfg.detector.startswith("mask"):
         masks = evaluation.detection_metrics(truth, detections, iou_type="segm")
         metrics |= {f"{k}_mask": masks[k] for k in ("AP", "AP50", "AP75")}
     if labelled.voc and not cfg.class_agnostic:
-        metrics |= evaluation.voc07_metrics(truth, detections)  # F3
+        metrics |= evaluation.voc07_metrics(ignored, detections)  # by its definition
     if cfg.freeze_detector:  # Siamese DETR, Table 5: class-agnostic or not is not said, so both
         boxes_only = evaluation.detection_metrics(truth, detections, class_agnostic=True)
         metrics |= {f"agnostic_AR{k}": boxes_only[f"AR{k}"] for k in (1, 10, 100)}

@@ -105,7 +105,7 @@ Share = Annotated[float, Range(0, 1)]
 @dataclass
 class RunConfig:
     """The knobs of a run, the same in all scripts."""
-    data: str = "imagenet"  # imagenet100, imagenet, coco, voc, synthetic, a folder of images, or a .txt of paths
+    data: str = "imagenet"  # imagenet100, imagenet, coco, coco_unlabeled, voc, synthetic, a folder, or a .txt of paths
     data_root: str | None = None  # where a named data set lies; else $DATA_ROOT, else data/<name>
     synthetic_images: Images = 800  # size of the synthetic pool
     synthetic_size: Pixels = 160  # side of a synthetic scene, pixels
@@ -127,7 +127,8 @@ class RunConfig:
 
 @dataclass
 class ProbeConfig:
-    """The knobs of a pretraining's before/after table."""
+    """The knobs of a pretraining's images and of its before/after table."""
+    train_images: Annotated[int, Range(0, 10**9)] = 0  # train on so many images, drawn once (SoCo, Table 9); 0 = all
     probe_data: str | None = None  # other images to probe on, as --data (DETReg: a labelled set); else held-out ones
     probe_images: Annotated[int, Range(0, 10**7)] = 0  # images of the probe, held out from training; 0 = no probe
 

@@ -277,10 +277,21 @@ def test_real_images():
         D.open_images("imagenet100", str(REAL / "imagenet_sample"))
 
 
+def test_coco_with_its_unlabelled_images(tmp_path):
+    for folder in ("train2017", "unlabeled2017", "val2017"):
+        picture(tmp_path / folder / "0.jpg")
+    images = D.open_images("coco_unlabeled", str(tmp_path))
+    assert [images.key(i) for i in range(len(images))] == ["train2017/0.jpg", "unlabeled2017/0.jpg"]
+    assert D.open_images("coco_unlabeled", str(tmp_path), split="val").key(0) == "val2017/0.jpg"
+    (tmp_path / "unlabeled2017").rename(tmp_path / "test2017")
+    with pytest.raises(UserError, match="<root>/unlabeled2017"):
+        D.open_images("coco_unlabeled", str(tmp_path))
+
+
 def open_sets(**values):
     """open_training_images and open_pretraining of a configuration with these values."""
     cfg = SimpleNamespace(**{"data": "synthetic", "data_root": None, "synthetic_images": 6, "synthetic_size": 40,
-                             "seed": 1, "probe_data": None, "probe_images": 2, **values})
+                             "seed": 1, "probe_data": None, "probe_images": 2, "train_images": 0, **values})
     return D.open_training_images(cfg), D.open_pretraining(cfg)
 
 
@@ -293,6 +304,11 @@ def test_images_to_train_and_to_probe_on(tmp_path):
     assert held_out.tolist() == sorted(order[:2]) and indices.tolist() == sorted(order[2:]) and len(source) == 6
     assert probe is same and train.tolist() == indices.tolist() and probed.tolist() == held_out.tolist()
     assert open_sets(data=str(tmp_path / "six"), probe_images=0)[0][1].tolist() == list(range(6))
+    # a part of them (SoCo, Table 9)
+    few = open_sets(data=str(tmp_path / "six"), train_images=3)[0]
+    assert few[1].tolist() == sorted(order[2:5]) and few[2].tolist() == held_out.tolist()
+    few = open_sets(data=str(tmp_path / "six"), train_images=6, probe_images=0)[0]
+    assert few[1].tolist() == list(range(6))
     # other images: further scenes, or --probe_data
     (_, indices, held_out), (train, _, probe, probed) = open_sets()
     assert len(indices) == 6 and len(held_out) == 0 and probed.tolist() == [0, 1] and len(probe) == 2
@@ -302,7 +318,8 @@ def test_images_to_train_and_to_probe_on(tmp_path):
     picture(tmp_path / "one" / "0.jpg")
     for values, message in (({"probe_images": 1}, "--probe_images 1"),
                             ({"probe_data": str(tmp_path / "one")}, "one image"),
-                            ({"data": str(tmp_path / "six"), "probe_images": 3}, "6 images are too few to hold out 3")):
+                            ({"data": str(tmp_path / "six"), "probe_images": 3}, "6 images are too few to hold out 3"),
+                            ({"data": str(tmp_path / "six"), "train_images": 5}, "has 4 images to train on")):
         with pytest.raises(UserError, match=message):
             open_sets(**values)
 

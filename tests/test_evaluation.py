@@ -83,6 +83,8 @@ def test_difficult_object_is_ignored(flag):
     dt = found((0, 1, A), (0, 1, A), (0, 1, B))  # both boxes on the difficult object are no mistakes
     assert ev.detection_metrics(gt, dt)["AP"] == pytest.approx(1)
     assert ev.detection_metrics(gt, dt[2:])["AR100"] == 1  # nor is not finding it
+    assert ev.detection_metrics(ev.count_difficult(gt), dt[2:])["AR100"] == 0.5  # where it is an ordinary object
+    assert gt["annotations"][0][flag] == 1
     gt["annotations"][0][flag] = 0
     assert ev.detection_metrics(gt, dt)["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
 

@@ -190,6 +190,25 @@ def test_recipes(values, expected):
     assert (cfg.epochs, cfg.lr_drop, cfg.batch_size) == expected
 
 
+def test_long_schedules_and_difficult_objects():
+    def recipe(method=None, **values):
+        return finetune.recipe_of(dataclasses.asdict(finetune.Config()) | values, method=method)
+
+    long = recipe(data="coco", detector="detr", protocol="detr_long")
+    assert [long[k] for k in ("epochs", "lr_drop", "batch_size", "lr", "lr_backbone")] == [500, 400, 64, 1e-4, 1e-5]
+    for schedule, steps, drops in (("1x", 90, None), ("2x", 180, None), ("4x", 360, None), ("3x", 270, (210, 250)),
+                                   ("9x", 810, (750, 790))):
+        found = recipe(data="coco", detector="faster_rcnn_fpn", schedule=schedule)
+        drops = drops or (steps * 2 / 3, steps * 8 / 9)
+        shares = found.get("lr_drops", finetune.Config().lr_drops)
+        assert found["steps"] == 1000 * steps and [share * steps for share in shares] == pytest.approx(drops)
+    # Deformable DETR on VOC is DETReg's, but for the checkpoints of UP-DETR and Siamese DETR
+    assert [recipe(method, data="voc").get("difficult", "ignore") for method in ("detreg", "updetr", "siamese_detr")
+            ] == ["ignore", "count", "count"]
+    for values in ({"data": "voc", "detector": "faster_rcnn_c4"}, {"data": "coco", "detector": "detr"}):
+        assert "difficult" not in recipe("updetr", **values)
+
+
 DETR, DEFORMABLE = (1e-4, 5e-5, 2048, 100), (2e-4, 2e-5, 1024, 300)  # rates, feed-forward width, queries
 
 
@@ -198,6 +217,7 @@ DETR, DEFORMABLE = (1e-4, 5e-5, 2048, 100), (2e-4, 2e-5, 1024, 300)  # rates, fe
     ("detr", "coco", {"protocol": "updetr_long"}, (300, 200)), ("detr", "voc", {"protocol": "updetr_long"}, (300, 200)),
     ("detr", "coco", {"protocol": "siamese"}, (150, 120)), ("detr", "voc", {"protocol": "siamese"}, (50, 40)),
     ("detr", "voc", {"protocol": "siamese", "labels_percent": 30}, (50, 40)),
+    ("detr", "voc", {"protocol": "siamese_long"}, (150, 120)),
     ("conditional_detr", "coco", {}, (50, 40)), ("conditional_detr", "voc", {}, (50, 40)),
     ("conditional_detr", "coco", {"protocol": "siamese"}, (50, 40)),
     ("conditional_detr", "voc", {"protocol": "siamese"}, (50, 40)), ("deformable_detr", "coco", {}, (50, 40)),
@@ -219,6 +239,8 @@ def test_recipes_of_the_detectors(detector, data, flag, schedule):
             == (DEFORMABLE if detector.startswith("deformable") else DETR))
     assert ((cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, cfg.pre_norm)
             == (1.0 if detector == "detr" else 2.0, 5, 2, False))
+    by_detreg = detector.startswith("deformable") and "protocol" not in flag
+    assert cfg.difficult == ("count" if data == "voc" and not by_detreg else "ignore")
     only = parse(detector=detector, data=data, eval_only="true", init_from="x", **flag)
     assert (only.out == ("out/finetune-folder" if "/" in data else f"out/finetune-{data}")
             and only.num_queries == cfg.num_queries)
@@ -731,6 +753,11 @@ def test_voc_run(pretrained, tmp_path):
     check_detections(tmp_path / "run", {1: SIZES[0], 2: SIZES[1]}, (1, 2))
     assert {"AP", "VOC07_AP", "VOC07_AP50"} <= metrics.keys() and metrics["per_class"].keys() == set(NAMES)
     assert (tmp_path / "run" / "predictions.png").exists()
+    other = run_script(tmp_path / "eval", data=labelled, init_from=tmp_path / "run", eval_only="true",
+                       difficult="count")
+    for k in ("AP", "AP50", "AP75"):  # both are printed, whichever is asked for
+        assert other[k] == metrics[f"{k}_difficult_counted"] and other[f"{k}_difficult_ignored"] == metrics[k]
+    assert other["VOC07_AP"] == metrics["VOC07_AP"]
 
 
 def test_resumed_run_is_the_unbroken_one(tuned, pretrained, tmp_path):
