@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+import cityscapes
 from common import UserError
 from data import SYNTHETIC_OFFSET, ImageFiles, SyntheticScenes, UnreadableImage, decode_image, image_header
 from formats import LOOKED_FOR, LabelledImage, Labels, Layout, find_layout, named_layout, what_is_there
@@ -53,6 +54,8 @@ class DetectionSet:
     # May the boxes lie on the picture as its EXIF rotates it (True), as stored (False)? The first of the size that the
     # annotation says is it.
     frames: tuple[bool, ...] = (True, False)
+    # LVIS: annotated for some categories of an image only. formats.read_federated, with ids of `categories`
+    federated: dict[str, dict] | None = None
 
     @property
     def image_ids(self) -> list[int | str]:
@@ -124,11 +127,13 @@ class DetectionSet:
     def coco_ground_truth(self) -> dict:
         """COCO-format dict for pycocotools: original category ids, annotation ids from 1 (its matching reads 0 as
         'unmatched'), the boxes of load(), RLE segmentations where there are masks. Difficult objects carry "ignore": 1
-        and "difficult": 1; pycocotools overwrites "ignore" by iscrowd, so an evaluation reads "difficult"."""
-        images, annotations = [], []
+        and "difficult": 1; pycocotools overwrites "ignore" by iscrowd, so an evaluation reads "difficult". Images and
+        categories of a federated set have LVIS's fields."""
+        images, annotations, federated = [], [], self.federated or {"images": {}, "frequency": {}}
         for r in self.records:
             file = Path(r.image).name if isinstance(r.image, Path) else f"{r.image:08d}"
-            images.append({"id": r.id, "width": r.hw[1], "height": r.hw[0], "file_name": file})
+            images.append({"id": r.id, "width": r.hw[1], "height": r.hw[0], "file_name": file,
+                           **federated["images"].get(r.id, {})})
             for k, (x1, y1, x2, y2) in enumerate(r.boxes.tolist()):
                 annotations.append({"id": len(annotations) + 1, "image_id": r.id,
                                     "category_id": self.categories[r.labels[k]]["id"], "area": float(r.areas[k]),
@@ -137,7 +142,10 @@ class DetectionSet:
                     annotations[-1] |= {"ignore": 1, "difficult": 1}
                 if r.segments is not None:
                     annotations[-1]["segmentation"] = segment_rle(r.segments[k], r.hw)
-        return {"images": images, "annotations": annotations, "categories": [dict(c) for c in self.categories]}
+        frequency = federated["frequency"]
+        return {"images": images, "annotations": annotations,
+                "categories": [c | ({"frequency": frequency[c["id"]]} if c["id"] in frequency else {})
+                               for c in self.categories]}
 
     def subset(self, percent: float, seed: int) -> DetectionSet:
         """The labelled `percent` of low-data fine-tuning, order as drawn by label_subset; the same on all processes."""
@@ -241,7 +249,9 @@ def _usable_segment(segmentation: Any, hw: tuple[int, int]) -> list | dict | Non
         # as detectron2 does: the polygons that are none are left out
         polygons = [p for p in segmentation or [] if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
         far = 10 * max(hw)
-        return polygons if polygons and all(-far < v < far for p in polygons for v in p) else None
+        inside = polygons and all(-far < v < far for p in polygons for v in p)
+        # arrays: LVIS's 120 million numbers would take four times the memory as Python's
+        return [np.array(p, np.float64) for p in polygons] if inside else None
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -515,7 +525,16 @@ def _labelled_set(labels: Labels, name: str, categories: list[dict] | None, mask
     if masks:
         _check_segments(records, labels.source)
     notes = [*builder.notes(labels.source), *labels.notes, *class_notes, *size_notes, *exif_notes]
-    return DetectionSet(name, categories, records, notes, voc=labels.form == "corners", frames=frames)
+    federated = labels.federated and _renamed(labels.federated, {c: categories[k]["id"] for c, k in numbers.items()})
+    return DetectionSet(name, categories, records, notes, voc=labels.form == "corners", frames=frames,
+                        federated=federated)
+
+
+def _renamed(federated: dict[str, dict], ids: dict[int | str, int | str]) -> dict[str, dict]:
+    """Labels.federated with the category ids of a set; categories that it lacks are left out."""
+    return {"images": {image: {key: [ids[c] for c in some if c in ids] for key, some in lists.items()}
+                       for image, lists in federated["images"].items()},
+            "frequency": {ids[c]: frequency for c, frequency in federated["frequency"].items() if c in ids}}
 
 
 # ==== 5. Sets whose boxes are not in a file ====
@@ -589,12 +608,15 @@ class _Source:
 
 
 def _find_source(data: str, data_root: str | None, split: str, masks: bool, exif: str, flag: str = "--data") -> _Source:
-    if data in ("coco", "voc"):
+    if data in ("coco", "lvis", "voc"):
         return _Source(data, data, named_layout(data, data_root), masks, exif, flag)
     path = Path(data).expanduser()
+    if data == "cityscapes" or cityscapes.is_cityscapes(path):
+        return _Source(data, path.resolve().name, cityscapes.open_layout(data, data_root), masks, exif, flag)
     if (layout := find_layout(path, data_root)) is None:
         raise UserError(f"{flag} {data}: no labelled set for the {split} split there. {what_is_there(path)}. Looked "
-                        f"for {LOOKED_FOR}. Give such a folder, the json or yaml itself, or coco, voc or synthetic.")
+                        f"for {LOOKED_FOR}. Give such a folder, the json or yaml itself, or coco, "
+                        "lvis, voc, cityscapes or synthetic.")
     name = path.stem if path.suffix.lower() == ".json" else path.resolve().name
     return _Source(data, name, layout, masks, exif, flag)
 
@@ -602,12 +624,12 @@ def _find_source(data: str, data_root: str | None, split: str, masks: bool, exif
 def open_detection(data: str, data_root: str | None, split: str, *, categories: list[dict] | None = None,
                    synthetic_images: int = 40, synthetic_size: int = 160, seed: int = 0, masks: bool = False,
                    exif: str = "auto", rotated: bool = True) -> DetectionSet:
-    """`data`: coco | voc | synthetic | a file or folder in one of the layouts of docs/labels.md (of one without splits,
-    `split` plays no part). `data_root`: where a named set, or the images of a json, lie; they are looked for there
-    alone. `split`: train | val | test; val and test stand in for each other. `categories`: the train set's (or a
-    checkpoint's) when opening another. masks: every object must have a segmentation (COCO, polygons of YOLO,
-    synthetic), which DetectionSet.masks() gives. exif: auto | stored | rotated, where boxes lie; rotated: what auto
-    takes where no image tells (_choose_frames). Raises UserError for all that is wrong."""
+    """`data`: coco | lvis | voc | cityscapes | synthetic | a file or folder in one of the layouts of docs/labels.md (of
+    one without splits, `split` plays no part). `data_root`: where a named set, or the images of a json, lie; they are
+    looked for there alone. `split`: train | val | test; val and test stand in for each other. `categories`: the train
+    set's (or a checkpoint's) when opening another. masks: every object must have a segmentation (COCO, Cityscapes,
+    polygons of YOLO, synthetic), which DetectionSet.masks() gives. exif: auto | stored | rotated, where boxes lie;
+    rotated: what auto takes where no image tells (_choose_frames). Raises UserError for all that is wrong."""
     if data == "synthetic":
         return _open_synthetic("train" if split == "train" else "test", synthetic_images, synthetic_size, seed, masks)
     source = _find_source(data, data_root, split, masks, exif)
@@ -618,12 +640,14 @@ def open_detection(data: str, data_root: str | None, split: str, *, categories: 
 def open_splits(data: str, data_root: str | None, *, val_data: str | None = None, test_data: str | None = None,
                 val_percent: float = 0.0, labels_percent: float = 100.0, synthetic_images: int = 40,
                 synthetic_test_images: int = 40, synthetic_size: int = 160, seed: int = 0, masks: bool = False,
-                exif: str = "auto") -> Splits:
+                exif: str = "auto", layout: Layout | None = None,
+                choose: Callable[[DetectionSet], DetectionSet] | None = None) -> Splits:
     """Training, validation and test set of `data`; see open_detection for the arguments that both have. val_data,
     test_data: another set, of which the split of that name is taken where there is one. labels_percent: the share of
     the training images that counts as labelled (DetectionSet.subset). val_percent: so much of these become the
-    validation set (DetectionSet.split). Where one of validation and test is neither given nor there, it is the other;
-    where both are not, both are the training set, which is said."""
+    validation set (DetectionSet.split). layout: of `data`, where it is known. choose: takes the labelled part of the
+    training set (few shots); val_percent then counts images that it leaves. Where one of validation and test is neither
+    given nor there, it is the other; where both are not, both are the training set, which is said."""
     if val_percent and val_data:
         raise UserError(f"--val_percent {val_percent:g} and --val_data {val_data} both give the validation set; leave "
                         "one of them out.")
@@ -634,7 +658,8 @@ def open_splits(data: str, data_root: str | None, *, val_data: str | None = None
         source, own = None, {"test"}
         train = open_detection(data, None, "train", synthetic_images=synthetic_images, **drawn)
     else:
-        source = _find_source(data, data_root, "train", masks, exif)
+        source = (_Source(data, data, layout, masks, exif, "--data") if layout else
+                  _find_source(data, data_root, "train", masks, exif))
         own = {"val", "test"} & set(source.layout.parts)
         train = source.open("train")
     shared = {"categories": train.categories, "rotated": train.frames[0]}
@@ -654,9 +679,15 @@ def open_splits(data: str, data_root: str | None, *, val_data: str | None = None
     val = given(val_data, "--val_data", "val", "test", "train")
     test = given(test_data, "--test_data", "test", "val", "train")
     whole = train
+    if choose:
+        train = choose(train)
     if labels_percent < 100:
         train = train.subset(labels_percent, seed)
-    if val_percent:
+    if val_percent and choose:
+        taken = {record.image for record in train.records}
+        rest, val = replace(whole, records=[r for r in whole.records if r.image not in taken]).split(val_percent, seed)
+        train.notes.append(rest.notes[-1])
+    elif val_percent:
         train, val = train.split(val_percent, seed)
     if val is None and "val" in own:
         val = open_own("val")
@@ -677,7 +708,7 @@ def _fill_splits(train: DetectionSet, val: DetectionSet | None, test: DetectionS
         return Splits(train, whole, whole)
     if val is not None and test is not None:
         return Splits(train, val, test)
-    if data not in ("coco", "voc", "synthetic"):
+    if data not in ("coco", "lvis", "voc", "cityscapes", "synthetic"):
         one = test if val is None else val
         one.notes.append("one set is validation and test set: the best checkpoint and the score thresholds are chosen "
                          "on the test images (--val_percent, --val_data or --test_data give another)")

@@ -614,7 +614,11 @@ class DeformableDecoderLayer(nn.Module):
 
 
 class DeformableTransformer(nn.Module):
-    """Encoder over all pixels of all levels, decoder over object queries (Deformable DETR, Sec. 4.1)."""
+    """Encoder over all pixels of all levels, decoder over object queries (Deformable DETR, Sec. 4.1).
+
+    begin and position are what another kind of query has otherwise, logit_eps how close to 0 and 1 a reference counts.
+    """
+    logit_eps = 1e-5
 
     def __init__(self, d_model: int = 256, nhead: int = 8, enc_layers: int = 6, dec_layers: int = 6,
                  dim_feedforward: int = 1024, dropout: float = 0.1, num_feature_levels: int = 4, n_points: int = 4):
@@ -649,11 +653,22 @@ class DeformableTransformer(nn.Module):
             x = layer(x, pos, reference_points, shapes, mask)
         return x
 
+    def begin(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, Q, 2D] -> (content [B, Q, D], position [B, Q, D], reference [B, Q, 2])."""
+        position, content = queries.chunk(2, -1)
+        with torch.autocast(queries.device.type, enabled=False):
+            return content, position, self.reference_points(position.float()).sigmoid()
+
+    def position(self, layer: int, content: Tensor, position: Tensor, places: Tensor) -> Tensor:
+        """What is added to the content [B, Q, D] in a decoder layer. position: of `begin`; places [B, Q, L, 2 or 4]:
+        the references on the map of each level."""
+        return position
+
     def forward(self, sources: list[Tensor], masks: list[Tensor], positions: list[Tensor], query_embed: Tensor,
                 self_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sources, positions: [B, D, H_l, W_l] per level; masks [B, H_l, W_l]; query_embed [Q, 2D] or, per image,
         [B, Q, 2D]: position half, then initial content; self_mask [Q, Q] True = query i may not look at j. Returns
-        hs [layers, B, Q, D], initial reference [B, Q, 2], references after each layer [layers, B, Q, 2 or 4],
+        hs [layers, B, Q, D], initial reference [B, Q, 2 or 4], references after each layer [layers, B, Q, 2 or 4],
         memory [B, S, D]."""
         shapes = [tuple(s.shape[-2:]) for s in sources]
         # the part of each map that is image, as (x, y) fractions, read off the first column and row: [B, L, 2]
@@ -664,30 +679,30 @@ class DeformableTransformer(nn.Module):
         mask = torch.cat([m.flatten(1) for m in masks], 1)  # [B, S]
         memory = self.encode(x, pos, valid_ratios, shapes, mask)
 
-        query_pos, query = query_embed.expand(len(x), *query_embed.shape[-2:]).chunk(2, -1)
-        with torch.autocast(x.device.type, enabled=False):
-            reference = initial = self.reference_points(query_pos.float()).sigmoid()  # [B, Q, 2]
+        query, query_pos, reference = self.begin(query_embed.expand(len(x), *query_embed.shape[-2:]))
+        initial = reference
         hs, references = [], []
         for i, layer in enumerate(self.decoder.layers):
             scale = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
-            query = layer(query, query_pos, reference[:, :, None] * scale[:, None], memory, shapes, mask, self_mask)
+            places = reference[:, :, None] * scale[:, None]  # [B, Q, L, 2 or 4]
+            query = layer(query, self.position(i, query, query_pos, places), places, memory, shapes, mask, self_mask)
             if self.decoder.bbox_embed is not None:  # the next layer looks around this layer's box
                 with torch.no_grad():
-                    reference = predict_boxes(self.decoder.bbox_embed[i], query, reference)
+                    reference = predict_boxes(self.decoder.bbox_embed[i], query, reference, self.logit_eps)
             hs.append(query)
             references.append(reference)
         return torch.stack(hs), initial, torch.stack(references), memory
 
 
-def predict_boxes(head: nn.Module, query: Tensor, reference: Tensor | None) -> Tensor:
+def predict_boxes(head: nn.Module, query: Tensor, reference: Tensor | None, eps: float = 1e-5) -> Tensor:
     """Boxes [..., Q, 4] cxcywh: the head's output is an offset to the reference, if any, in logit space (Deformable
-    DETR, Sec. A.4); fp32."""
+    DETR, Sec. A.4); fp32. eps: see inverse_sigmoid."""
     with torch.autocast(query.device.type, enabled=False):
         delta = head(query.float())
         if reference is None:  # DETR
             return delta.sigmoid()
         n = reference.shape[-1]  # 2: only the centre has a reference
-        return torch.cat([delta[..., :n] + inverse_sigmoid(reference), delta[..., n:]], -1).sigmoid()
+        return torch.cat([delta[..., :n] + inverse_sigmoid(reference, eps), delta[..., n:]], -1).sigmoid()
 
 
 # ==== 6. Detectors ====
@@ -718,10 +733,14 @@ class Detector(nn.Module):
         True = query i may not look at j. `detect` is the same after the backbone."""
         return self.detect(self.backbone[0](images), mask, queries, self_mask)
 
+    def queries(self) -> Tensor:
+        """The learned object queries [Q, query width]."""
+        return self.query_embed.weight
+
     def conditioned_queries(self, features: Tensor, order: Tensor | None = None) -> Tensor:
         """Object queries that say what to look for: features [B, n, D] are added to the position half of the first n
         queries (of `order`), which is all of a query in DETR and Conditional DETR. Returns [B, n, query width]."""
-        queries = self.query_embed.weight if order is None else self.query_embed.weight[order]
+        queries = self.queries() if order is None else self.queries()[order]
         return queries[:features.shape[1]] + F.pad(features, (0, queries.shape[1] - features.shape[2]))
 
     @staticmethod
@@ -755,7 +774,7 @@ class DETR(Detector):
         source = self.input_proj(features[-1])  # [B, D, H, W]
         mask = F.interpolate(mask[:, None].float(), size=source.shape[-2:])[:, 0].bool()
         position = self.position(mask).to(source.dtype)
-        queries = self.query_embed.weight if queries is None else queries
+        queries = self.queries() if queries is None else queries
         hs, reference, memory = self.transformer(source, mask, position, queries, self_mask)
         layers = [{"pred_logits": self.class_embed(x).float(),
                    "pred_boxes": predict_boxes(self.bbox_embed, x, reference), "hs": x.float()} for x in hs]
@@ -802,11 +821,12 @@ class DeformableDETR(Detector):
             sources.append(proj(features[-1] if len(sources) == len(features) else sources[-1]))
         masks = [F.interpolate(mask[:, None].float(), size=s.shape[-2:])[:, 0].bool() for s in sources]
         positions = [self.position(m).to(sources[0].dtype) for m in masks]
-        queries = self.query_embed.weight if queries is None else queries
+        queries = self.queries() if queries is None else queries
         hs, initial, references, memory = self.transformer(sources, masks, positions, queries, self_mask)
         layers = []
         for i, x in enumerate(hs):  # layer i corrects the reference it was given
-            boxes = predict_boxes(self.bbox_embed[i], x, initial if i == 0 else references[i - 1])
+            boxes = predict_boxes(self.bbox_embed[i], x, initial if i == 0 else references[i - 1],
+                                  self.transformer.logit_eps)
             layers.append({"pred_logits": self.class_embed[i](x).float(), "pred_boxes": boxes, "hs": x.float()})
         shapes = [s.shape[-2:] for s in sources]
         maps = [m.transpose(1, 2).unflatten(2, shape)
@@ -879,6 +899,7 @@ class HungarianMatcher:
             l1 = torch.cdist(boxes, target["boxes"], p=1)
             giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"),
                                        box_convert(target["boxes"], "cxcywh", "xyxy"))
+            # DETReg, Eq. (2): L_match; Siamese DETR, Eq. (18): H
             matrices.append(self.cost_class * class_cost + self.cost_bbox * l1 - self.cost_giou * giou)
         return matrices
 
@@ -894,6 +915,7 @@ class HungarianMatcher:
         costs = [c.unflatten(0, (len(layers), len(c) // len(layers))) for c in self.costs(together, targets)]
         flat = torch.cat([c.flatten() for c in costs]).cpu().nan_to_num(-1e6, -1e6, -1e6)
         costs_on_cpu = [part.view(c.shape).numpy() for part, c in zip(flat.split([c.numel() for c in costs]), costs)]
+        # sigma: DETReg, Eq. (2); UP-DETR, Eq. (1); Siamese DETR, Eq. (18)
         solved = [indices for layer in range(len(layers)) for cost in costs_on_cpu
                   for indices in linear_sum_assignment(cost[layer])]
         indices = to_device(torch.from_numpy(np.concatenate(solved)), costs[0].device).split([len(i) for i in solved])
@@ -941,9 +963,9 @@ class SetCriterion(nn.Module):
                        "loss_feature": weight_feature}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """Weighted sum over all layers; a name that has no weight is a log value."""
+        """Weighted sum over all layers, of denoising queries too (tgt_); a name that has no weight is a log value."""
         weighted = [value * self.weight[name]
-                    for key, value in losses.items() if (name := re.sub(r"_\d+$", "", key)) in self.weight]
+                    for key, value in losses.items() if (name := re.sub(r"^tgt_|_\d+$", "", key)) in self.weight]
         return torch.stack(weighted).sum()
 
     def class_weight_sum(self, counts: list[int], num_queries: int) -> float:
@@ -972,6 +994,7 @@ class SetCriterion(nn.Module):
         matched = boxes[index]
         giou = torch.diag(generalized_box_iou(box_convert(matched, "cxcywh", "xyxy"),
                                               box_convert(target_boxes, "cxcywh", "xyxy")))
+        # DETReg, Eq. (3); UP-DETR, Eq. (1); Siamese DETR, Eq. (9)
         losses = {
             "loss_ce": self.class_loss(logits, index, labels, num_boxes, class_weight),
             "loss_bbox": F.l1_loss(matched, target_boxes, reduction="sum") / num_boxes,
@@ -996,7 +1019,7 @@ class SetCriterion(nn.Module):
         if self.matcher.focal:
             onehot = torch.zeros_like(logits)
             onehot[(*index, labels)] = 1.0
-            return sigmoid_focal_loss(logits, onehot, alpha=0.25, gamma=2).sum() / num_boxes
+            return sigmoid_focal_loss(logits, onehot, alpha=0.25, gamma=2).sum() / num_boxes  # DETReg, Eq. (3)
         target_classes = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)
         target_classes[index] = labels
         weight = logits.new_ones(logits.shape[-1])

@@ -212,7 +212,9 @@ def has(state: dict[str, Tensor], marks: str) -> bool:
 
 
 _QUERY = "encoder_q.conv1.weight -predictor* -queue2 -queues*"
-_SOCO_PARTS = "encoder.conv1.weight projector.linear1.weight projector_k.linear1.weight predictor.linear1.weight"
+# PixPro, whose code SoCo's is made of, has more: a value_transform, with its instance branch a second projector
+_SOCO_PARTS = ("encoder.conv1.weight projector.linear1.weight projector_k.linear1.weight predictor.linear1.weight "
+               "-value_transform* -projector_instance*")
 _BOTTOM_UP = "backbone.bottom_up.stem.conv1.weight"
 # What a file is: its family, the tensors that tell it and, with a minus, those that it cannot have, the table to our
 # names (None: ours). The first that fits counts. A file of none of them is a backbone if one ResNet is in it
@@ -258,7 +260,8 @@ PRETRAININGS = (
 )
 METHODS = {"detreg": "DETReg", "updetr": "UP-DETR", "siamese_detr": "Siamese DETR", "soco": "SoCo", "dupr": "DUPR"}
 NAMES = {"detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_detr_ss": "single-scale Deformable DETR",
-         "deformable_detr": "Deformable DETR", "mask_rcnn_fpn": "Mask R-CNN (FPN)",
+         "deformable_detr": "Deformable DETR", "dab_deformable_detr": "DAB-Deformable DETR",
+         "dn_deformable_detr": "DN-DAB-Deformable DETR", "mask_rcnn_fpn": "Mask R-CNN (FPN)",
          "faster_rcnn_fpn": "Faster R-CNN (FPN)", "mask_rcnn_c4": "Mask R-CNN (C4)",
          "faster_rcnn_c4": "Faster R-CNN (C4)", "retinanet_fpn": "RetinaNet", "fcos_fpn": "FCOS"}
 RESNET_BLOCKS = {"resnet18": (False, (2, 2, 2)), "resnet34": (False, (3, 4, 6)), "resnet50": (True, (3, 4, 6)),
@@ -270,6 +273,9 @@ DECODER = "transformer.decoder.layers.0.linear1.weight"  # all of the DETR famil
 SOCO_PYRAMID = "neck.lateral_convs.0.conv.weight"  # SoCo has it but for C4
 ENCODER_NORM = "transformer.encoder.norm.weight"  # a pre-norm DETR has it
 CONDITIONAL = "transformer.decoder.ref_point_head.layers.0.weight"  # Conditional DETR has it
+# DAB- and DN-DAB-Deformable DETR have them rather than query_embed
+ANCHORS = ("tgt_embed.weight refpoint_embed.weight transformer.level_embed "
+           "transformer.decoder.query_scale.layers.0.weight")
 OFFSETS = {"enc": "transformer.encoder.layers.0.self_attn.sampling_offsets.bias",
            "dec": "transformer.decoder.layers.0.cross_attn.sampling_offsets.bias"}  # Deformable DETR has them
 # Where files of other code bases keep the options that they were made with.
@@ -309,7 +315,9 @@ class Checkpoint:
             return None
         encoder_norm, pre_norm = ENCODER_NORM in state, settings.get("pre_norm")
         dilation = settings.get("dilation", "dc5" in Path(self.path).name.lower())
-        activation = settings.get("activation") or settings.get("transformer_activation") or "relu"
+        # in DAB's files of this name it is that of another detector, which the same program trains
+        of_transformer = None if has(state, ANCHORS) else settings.get("transformer_activation")
+        activation = settings.get("activation") or of_transformer or "relu"
         points = {part: _sampling_points(state, settings, part) for part in ("enc", "dec")}
         reasons = {
             "a dilated last stage (DC5)": dilation,
@@ -372,7 +380,8 @@ class Checkpoint:
     @property
     def what(self) -> str:
         """What the file is, in words: model, ResNet, step. UserError: a detector's checkpoint that lacks parts."""
-        if DECODER in self.state and (self.not_built or "query_embed.weight" not in self.state):
+        queries = "query_embed.weight" in self.state or has(self.state, ANCHORS)
+        if DECODER in self.state and (self.not_built or not queries):
             words = [f"detector with {self.not_built or 'other queries'}, which is not built here"]
         elif DECODER in self.state:
             arch = architecture(self.state, self.path)
@@ -403,9 +412,11 @@ class Checkpoint:
 
 
 def state_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, out of the wrappers in use ({"model"}, {"state_dict"} or none) and without
-    DistributedDataParallel's `module.`"""
-    for wrapper in ("model", "state_dict"):
+    """The tensors of a file, out of the wrappers in use ({"model"}, {"state_dict"}, DINO's {"teacher", "student"}, of
+    which the teacher is what counts, or none) and without DistributedDataParallel's `module.`"""
+    if "experiment_state" in content:
+        raise UserError(f"{path}: {OF_BYOL}")
+    for wrapper in ("model", "state_dict", "teacher", "student"):
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     arrays = {k: torch.from_numpy(np.array(v, v.dtype.newbyteorder("="))) for k, v in content.items()
@@ -430,6 +441,9 @@ def resnet_prefix(state: dict[str, Tensor], path: str | Path) -> str | None:
     return found[0] if found else None
 
 
+OF_BYOL = ("BYOL's own file, a pickle of JAX modules, whose kernels lie in another order and whose convolutions pad "
+           "otherwise than PyTorch's; convert it with github.com/ajtejankar/byol-convert, or give a BYOL file of "
+           "PyTorch's")
 OF_A_RUN = ("best.pt", "last.pt", "previous.pt")  # a run's folder stands for the first of them that is there
 
 
@@ -445,7 +459,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise UserError(f"{place}: no checkpoint in this folder, neither {', '.join(OF_A_RUN)} of a run, nor "
                             "config.json and model.safetensors or pytorch_model.bin of Hugging Face transformers; give "
                             "a file")
-    content = run.read_checkpoint(path)
+    try:
+        content = run.read_checkpoint(path)
+    except UserError as error:
+        if re.search(r"would run code \(\S*(byol|haiku|jax|dill)", str(error)):
+            raise UserError(f"{path}: {OF_BYOL}") from error
+        raise
     theirs = state_of(content, path)
     if any(k.startswith("model.backbone.conv_encoder.") for k in theirs) and is_hugging_face(place.parent):
         return open_hugging_face(place.parent)  # one file of the folder
@@ -731,7 +750,8 @@ def resnet_name(state: dict[str, Tensor], prefix: str, path: str | Path) -> str:
 def architecture(state: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
     """Flags of the detector a state dict belongs to (names as in finetune.py), read off its names and shapes, from
     which the number of heads cannot be told: see Checkpoint.architecture. UserError: it is none."""
-    if not has(state, f"{DECODER} query_embed.weight"):
+    dab = has(state, f"{DECODER} {ANCHORS}")
+    if not dab and not has(state, f"{DECODER} query_embed.weight"):
         known = next((family for family, marks, _ in KNOWN if has(state, marks)), None)
         hint = ("; give a bare backbone with --backbone_weights, or fine-tune the R-CNN family from it: "
                 "--detector faster_rcnn_fpn" if known else "")
@@ -743,8 +763,9 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
         found = {
             "arch": resnet_name(state, body, path),
             "backbone_norm": "bn" if any(re.search(BACKBONE_COUNTERS, k) for k in state) else "frozen",
-            "num_queries": state["query_embed.weight"].shape[0],
-            "hidden_dim": state["query_embed.weight"].shape[1] // (2 if deformable else 1),
+            "num_queries": state["tgt_embed.weight" if dab else "query_embed.weight"].shape[0],
+            "hidden_dim": (state["transformer.level_embed"].shape[1] if dab else
+                           state["query_embed.weight"].shape[1] // (2 if deformable else 1)),
             "enc_layers": _count(state, "transformer.encoder.layers."),
             "dec_layers": _count(state, "transformer.decoder.layers."),
             "dim_feedforward": state["transformer.encoder.layers.0.linear1.weight"].shape[0],
@@ -753,6 +774,11 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: a detector's checkpoint that lacks parts") from error
     if deformable:
         levels = state["transformer.level_embed"].shape[0]
+        if dab:
+            found["num_feature_levels"] = levels
+            return found | ({"detector": "dn_deformable_detr"} if "label_enc.weight" in state else
+                            {"detector": "dab_deformable_detr",
+                             "num_patterns": len(state.get("patterns_embed.weight", ()))})
         return found | {"detector": "deformable_detr_ss" if levels == 1 else "deformable_detr",
                         "num_feature_levels": levels,
                         "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state}
@@ -764,9 +790,23 @@ def architecture(state: dict[str, Tensor], path: str | Path) -> dict[str, Any]:
 
 # ==== 3. Into our models ====
 
+# --backbone_weights by name: epochs of MoCo v2 in its name; swav has 800. Of SwAV's three files of 400 epochs, that of
+# batch 4096 with multi-crop.
 BACKBONE_URLS = {
-    "swav": "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",
-    "moco_v2": "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+    **{name: f"https://dl.fbaipublicfiles.com/deepcluster/swav_{epochs}ep_pretrain.pth.tar"
+       for name, epochs in (("swav", 800), ("swav_400", 400))},
+    **{f"moco_v2_{epochs}": "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
+       f"moco_v2_{epochs}ep/moco_v2_{epochs}ep_pretrain.pth.tar" for epochs in (200, 800)},
+}
+BACKBONES = ("random", "imagenet", *BACKBONE_URLS)
+# What is called so, and no name here: what to give instead.
+NO_NAMES = {
+    "moco_v2": "give moco_v2_200 (200 epochs, the baseline of DUPR's tables) or moco_v2_800 (800 epochs)",
+    **{name: f"is not fetched here; get {file} from {project} and give the file" for name, file, project in (
+        ("byol", "byol_r50_bs256_accmulate16_ep300-5df46722.pth", "github.com/open-mmlab/mmselfsup (openselfsup)"),
+        ("densecl", "densecl_r50_imagenet_200ep.pth", "github.com/WXinlong/DenseCL"),
+        ("pixpro", "pixpro_base_r50_100ep or _400ep", "github.com/zdaxie/PixPro"),
+        ("infomin", "InfoMin_200.pth or InfoMin_800.pth", "github.com/HobbitLong/PyContrast"))},
 }
 COUNTERS = {r"num_batches_tracked$": "counters that only momentum-free BatchNorm reads"}
 
@@ -804,15 +844,27 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], *, drop: dict[str,
     run.print_rank0(f"loaded {len(kept)} tensors from {source}{new}")
 
 
+def into_dab(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A Deformable DETR for DAB- or DN-DAB-Deformable DETR (Siamese DETR, Table 6): (tensors, `drop` of load_matching).
+    All but the queries fits; one box head for all layers becomes the first of each layer's own."""
+    heads = {f"transformer.decoder.{k}": v for k, v in state.items() if k.startswith("bbox_embed.")}
+    return state | heads, {
+        r"^query_embed\.|^transformer\.reference_points\.": "queries of Deformable DETR, which has no anchors",
+        r"^(tgt|refpoint|patterns)_embed\.|^label_enc\.|\.(ref_point_head|query_scale)\.": "anchors and their content, "
+        "made anew"}
+
+
 def load_backbone_weights(body: nn.Module, weights: str, arch: str) -> None:
-    """Fill a ResNet body from `--backbone_weights swav|imagenet|moco_v2|random|FILE`."""
+    """Fill a ResNet body from `--backbone_weights`, one of BACKBONES or a file."""
     if weights != "random":
         load_backbone(body, backbone_file(weights, arch))
 
 
 def backbone_file(weights: str, arch: str) -> Path:
-    """The file behind `--backbone_weights swav|imagenet|moco_v2|FILE`: in PyTorch's hub cache, or downloaded there.
-    UserError: the download failed; it says what to fetch, from where, and where to put it."""
+    """The file behind `--backbone_weights`, one of BACKBONES or a file: in PyTorch's hub cache, or downloaded there.
+    UserError: the download failed; it says what to fetch, from where, and where to put it. A name of NO_NAMES."""
+    if weights in NO_NAMES and not Path(weights).exists():
+        raise UserError(f"--backbone_weights {weights}: {NO_NAMES[weights]}")
     if weights not in BACKBONE_URLS and weights != "imagenet":
         return Path(weights)
     if weights in BACKBONE_URLS and arch != "resnet50":
@@ -830,6 +882,23 @@ def backbone_file(weights: str, arch: str) -> Path:
                             "--backbone_weights random") from error
     barrier()
     return path
+
+
+def split_name(text: str) -> tuple[str | None, str]:
+    """[NAME=]PLACE -> (NAME or None, PLACE)."""
+    return (None, text) if Path(text).exists() else re.fullmatch("(?s)(?:([^=/]+)=)?(.*)", text).groups()
+
+
+def name_checkpoint(text: str) -> tuple[str, str]:
+    """[NAME=]CHECKPOINT -> (what figures call it, CHECKPOINT): without NAME one of BACKBONES, else a file as itself or,
+    when that is a run's (OF_A_RUN), as its folder."""
+    name, what = split_name(text)
+    if name or what in BACKBONES:
+        return name or what, what
+    path = Path(what)
+    if path.name in OF_A_RUN:
+        return path.resolve().parent.name, what
+    return path.resolve().name if path.is_dir() else Path(path.name.removesuffix(".tar")).stem, what
 
 
 def load_backbone(body: nn.Module, path: str | Path) -> None:
@@ -938,6 +1007,9 @@ def official(found: Checkpoint) -> dict[str, Any]:
 
 
 def _official_siamese_detr(found: Checkpoint, state: dict[str, Tensor]) -> dict[str, Any]:
+    if has(state, ANCHORS):
+        raise UserError(f"{found.path}: the released code of Siamese DETR has no DAB-Deformable DETR; fine-tune it "
+                        "first, or give --to torchvision --backbone_only for its ResNet")
     if "transformer.level_embed" in state:  # position and content queries apart, as released
         position, content = state["query_embed.weight"].chunk(2, 1)
         state = state | {"query_embed.weight": position.contiguous(),
@@ -1072,12 +1144,15 @@ def write_hugging_face(found: Checkpoint, out: Path) -> str:
     TableTransformerForObjectDetection, which is that. Modules of the pretext task stay out. UserError: no detector of
     the DETR family."""
     arch = found.architecture()
+    if has(found.state, ANCHORS):
+        raise UserError(f"{found.path}: transformers has no {NAMES[arch['detector']]}; give --to official for the "
+                        "released code, or --to torchvision --backbone_only for its ResNet")
     try:
         import safetensors.torch
     except ImportError as error:
         raise UserError("--to hf writes the safetensors format: "
                         "pip install safetensors (transformers brings it)") from error
-    family = "deformable_detr" if arch["detector"].startswith("deformable") else arch["detector"]
+    family = "deformable_detr" if "deformable" in arch["detector"] else arch["detector"]
     name = family.title().replace("_", "")  # DeformableDetr
     config = _hugging_face_config(found, arch, family, name)
     size = {"shortest_edge": found.config.get("eval_size", 800), "longest_edge": found.config.get("max_size", 1333)}

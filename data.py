@@ -60,9 +60,17 @@ IMAGENET100 = tuple((
 _LAYOUT = {"imagenet": "<root>/{split}/<wnid>/*.JPEG",
            "coco": "<root>/{split}2017/*.jpg (+ annotations/instances_{split}2017.json to fine-tune)",
            "coco_unlabeled": "<root>/train2017/*.jpg and <root>/unlabeled2017/*.jpg",
-           "voc": "<root>/VOC2007|VOC2012/{{JPEGImages,Annotations,ImageSets/Main}}"}
+           "voc": "<root>/VOC2007|VOC2012/{{JPEGImages,Annotations,ImageSets/Main}}",
+           "places365": "<root>/train/<class>/*.jpg and val/<class>/*.jpg, or places365_train_standard.txt and "
+                        "places365_val.txt with data_256/ and val_256/ (from data.csail.mit.edu/places/places365)",
+           "lvis": "<root>/lvis_v1_{split}.json (from lvisdataset.org) and COCO's train2017/ and val2017/ (from "
+                   "cocodataset.org), in <root>, or in coco/ in it or beside it",
+           "cityscapes": "<root>/leftImg8bit/{split}/CITY/*_leftImg8bit.png, <root>/gtFine/{split}/CITY/*_gtFine_* "
+                         "(both from cityscapes-dataset.com)"}
 # Below --data_root; the folder itself comes first: what is given wins over what is guessed.
 _SUBFOLDERS = {"imagenet": ("", "imagenet", "ILSVRC/Data/CLS-LOC"), "coco": ("", "coco"),
+               "cityscapes": ("", "cityscapes"), "lvis": ("", "lvis", "annotations"),
+               "places365": ("", "places365_standard", "places365"),
                "voc": ("", "VOCdevkit", "voc/VOCdevkit", "voc")}
 _PREDICTIONS = {"predictions.json", "predictions.csv"}  # of predict.py, which draws into pictures/ beside them
 # A folder that holds all of one of these is an output of this project: a run, an evaluation, a proposal store.
@@ -887,37 +895,59 @@ class StepSampler:
     start_step on. UserError: see run.check_batch_size.
 
     An epoch's order depends on (seed, epoch) alone; a step's global batch is the same piece of it whatever world and
-    accumulate are. Micro-batch a of rank r is its piece a * world + r of world * accumulate. The last n % batch_size
-    images of an epoch's order are left out.
+    accumulate are. Micro-batch a of rank r is its piece a * world + r of world * accumulate. What is left of an epoch's
+    order after its last whole batch is left out.
+
+    repeats [n]: how often each image is in an epoch, in the mean (detectron2's RepeatFactorTrainingSampler): the whole
+    part, and once more with the chance of the rest. Epochs then differ in length. The copies of an image have numbers
+    of their own in place of the epoch's, from which their augmentations follow.
     """
 
     def __init__(self, n: int, batch_size: int, total_steps: int, *, start_step: int = 0, world: int = 1, rank: int = 0,
-                 accumulate: int = 1, seed: int = 0, shuffle: bool = True):
-        check_batch_size(n, batch_size, world, accumulate)
+                 accumulate: int = 1, seed: int = 0, shuffle: bool = True, repeats: np.ndarray | None = None):
+        length = images_per_epoch(n, repeats)
+        check_batch_size(length, batch_size, world, accumulate)
         self.n, self.batch_size, self.total_steps, self.start_step = n, batch_size, total_steps, start_step
         self.world, self.rank, self.accumulate, self.seed, self.shuffle = world, rank, accumulate, seed, shuffle
-        self.steps_per_epoch = n // batch_size
+        self.steps_per_epoch, self.repeats = length // batch_size, repeats
 
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.n)
-        current = -1
         size = self.batch_size // (self.world * self.accumulate)
-        for step in range(self.start_step, self.total_steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != current and self.shuffle:
-                order = np.random.default_rng([1, self.seed, epoch]).permutation(self.n)
-            current = epoch
-            for a in range(self.accumulate):
-                first = place * self.batch_size + (a * self.world + self.rank) * size
-                yield [(epoch, int(i)) for i in order[first:first + size]]
+        # with repeats only the epochs before tell where one begins
+        epoch = 0 if self.repeats is not None else self.start_step // self.steps_per_epoch
+        begin = epoch * self.steps_per_epoch
+        while begin < self.total_steps:
+            numbers, order = self.epoch_order(epoch)
+            end = begin + len(order) // self.batch_size
+            for step in range(max(begin, self.start_step), min(end, self.total_steps)):
+                for a in range(self.accumulate):
+                    first = (step - begin) * self.batch_size + (a * self.world + self.rank) * size
+                    yield list(zip(numbers[first:first + size].tolist(), order[first:first + size].tolist()))
+            epoch, begin = epoch + 1, end
+
+    def epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(what stands for the epoch, index) of each sample of an epoch, in order."""
+        rng = np.random.default_rng([1, self.seed, epoch])
+        if self.repeats is None:
+            return np.full(self.n, epoch), rng.permutation(self.n) if self.shuffle else np.arange(self.n)
+        whole = np.floor(self.repeats).astype(np.int64)
+        counts = whole + (rng.random(self.n) < self.repeats - whole)
+        copy = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = rng.permutation(len(copy))
+        return epoch * (int(whole.max()) + 1) + copy[order], np.repeat(np.arange(self.n), counts)[order]
+
+
+def images_per_epoch(n: int, repeats: np.ndarray | None = None) -> int:
+    """Of n images; with StepSampler's repeats in the mean."""
+    return n if repeats is None else round(float(repeats.sum()))
 
 
 def collate(samples: list[dict]) -> dict:
     """[{"image" [3, h, w], "target", "skipped", "index" if known}] -> images [B, 3, H, W] zero-padded bottom/right,
-    mask bool [B, H, W] True = padding, lists."""
+    mask bool [B, H, W] True = padding, lists; "fallback", where samples have it, is their sum."""
     heights, widths = zip(*(s["image"].shape[-2:] for s in samples))
     images = samples[0]["image"].new_zeros(len(samples), 3, max(heights), max(widths))
     mask = torch.ones(len(samples), max(heights), max(widths), dtype=torch.bool)
@@ -926,7 +956,8 @@ def collate(samples: list[dict]) -> dict:
         mask[k, :h, :w] = False
     return {"images": images, "mask": mask, "targets": [s["target"] for s in samples],
             "skipped": [p for s in samples for p in s["skipped"]],
-            **({"index": [s["index"] for s in samples]} if "index" in samples[0] else {})}
+            **({"index": [s["index"] for s in samples]} if "index" in samples[0] else {}),
+            **({"fallback": sum(s["fallback"] for s in samples)} if "fallback" in samples[0] else {})}
 
 
 def load_usable(source: ImageFiles | SyntheticScenes | Any, index: int, rng: np.random.Generator, skipped: list,
@@ -981,14 +1012,30 @@ class _Loader(DataLoader):
         except OSError as error:
             raise UserError(f"{self.num_workers} loader processes cannot be started ({error.strerror or error}); give "
                             "a lower --num_workers, or more memory") from error
-        for batch in batches:
-            if isinstance(batch, UserError):
-                message = str(batch)
-                break
-            yield batch
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    message = str(batch)
+                    break
+                yield batch
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # PyTorch's own sentence comes too late where a worker dies while a tensor of its batch is fetched from it
+            if not self.num_workers or "Caught " in str(error):  # what a worker raised itself
+                raise
+            raise RuntimeError(f"DataLoader worker {_first_dead(self._iterator._workers)}") from error
         if message:
             self._iterator = None  # ends the workers now; held by the traceback they would end only after a 5 s wait
             raise UserError(message)
+
+
+def _first_dead(workers: list[multiprocessing.Process]) -> str:
+    """As PyTorch says it."""
+    for worker in workers:
+        worker.join(1)  # it may not have ended entirely
+        if worker.exitcode:
+            reason = f"killed by signal: {signal.strsignal(-worker.exitcode)}" if worker.exitcode < 0 else "exited"
+            return f"(pid {worker.pid}) is {reason}."
+    return f"(pid {', '.join(str(worker.pid) for worker in workers)}) cannot be reached."
 
 
 def _start_worker(_: int) -> None:
@@ -1069,9 +1116,9 @@ def make_loader(dataset, sampler, *, num_workers: int, collate: Callable) -> Dat
                    generator=torch.Generator())
 
 
-def train_loader(job: Run, dataset, collate: Callable) -> Iterator[dict]:
-    """The micro-batches of all steps of a run that are left, in order."""
+def train_loader(job: Run, dataset, collate: Callable, repeats: np.ndarray | None = None) -> Iterator[dict]:
+    """The micro-batches of all steps of a run that are left, in order. repeats: see StepSampler."""
     cfg = job.cfg
     sampler = StepSampler(len(dataset), cfg.batch_size, job.total_steps, start_step=job.start, world=world_size(),
-                          rank=rank(), accumulate=cfg.accumulate, seed=cfg.seed)
+                          rank=rank(), accumulate=cfg.accumulate, seed=cfg.seed, repeats=repeats)
     return iter(make_loader(dataset, sampler, num_workers=cfg.num_workers, collate=collate))

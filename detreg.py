@@ -22,6 +22,7 @@ Run:
     python detreg.py --preset demo                                     # CPU, nothing downloaded, about 4 minutes
     torchrun --nproc_per_node=8 detreg.py --data imagenet100           # the published recipe
     python finetune.py --data coco --init_from out/detreg-imagenet100/last.pt
+    python docs/annotate.py                                            # beside its equations: site/detreg.html
     Your own images, one GPU, the rows of the paper's tables: docs/methods/detreg.md
 
 Hyperparameters: in Config below, each with its place in the paper. `--preset paper`: what is printed where the released
@@ -91,7 +92,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, own.OwnConfig, run.RunCo
     # model
     detector: detectors.DETECTORS = "deformable_detr"  # what is pretrained (the others: Siamese DETR, Tables 1 and 2)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 6)
-    backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 6)
+    backbone_weights: str = "swav"  # swav, swav_400, imagenet, moco_v2_200, moco_v2_800, random or a file (Sec. 6)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant (released) or learned
     stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see
     num_feature_levels: Depth = 4  # of deformable_detr (Sec. 5)
@@ -141,7 +142,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
     """What the released configurations change with the data set and the detector (D12)."""
     recipe: dict[str, Any] = {"epochs": 5, "lr_drop": 40} if values["data"] == "imagenet" else {}
-    if not values["detector"].startswith("deformable"):
+    if "deformable" not in values["detector"]:
         recipe |= {"epochs": 60, "lr": 1e-4, "dim_feedforward": 2048, "num_queries": 100}
     return recipe | {"lambda_f": 1.0} if values["detector"] == "detr" else recipe
 
@@ -152,7 +153,7 @@ def check(cfg: Config) -> None:
     run.check_pair(cfg, "crop_range")
     if cfg.num_classes < 2:
         raise UserError(f"--num_classes {cfg.num_classes}: at least 2 rows are needed, the object is row 1 (D3)")
-    if cfg.embedding_target == "swav_head" and cfg.backbone_weights in ("random", "imagenet", "moco_v2"):
+    if cfg.embedding_target == "swav_head" and cfg.backbone_weights in set(convert.BACKBONES) - {"swav", "swav_400"}:
         raise UserError(f"--embedding_target swav_head: --backbone_weights {cfg.backbone_weights} has no such head; "
                         "give swav or a file of SwAV's")
 
@@ -248,10 +249,6 @@ def jittered_full_boxes(hw: tuple[int, int], rng: np.random.Generator) -> Tensor
     return torch.from_numpy(corners) * torch.tensor([hw[1], hw[0]] * 2, dtype=torch.float32)
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    return {**data.collate(samples), "fallback": sum(s["fallback"] for s in samples)}
-
-
 # ==== 3. Model ====
 
 
@@ -334,7 +331,7 @@ def build_models(cfg: Config) -> tuple[DETReg, nn.Module]:
 def build_criterion(cfg: Config) -> common.SetCriterion:
     # Eq. (2): L_match, without z
     matcher = common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, focal=cfg.detector != "detr")
-    return common.SetCriterion(matcher, cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou)
+    return common.SetCriterion(matcher, cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou)  # Eq. (3): lambda_f, lambda_b
 
 
 def embedding_loss(features: Tensor, targets: list[dict], pairs: list, num_elements: float) -> Tensor:
@@ -353,7 +350,7 @@ def detreg_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targ
 
     num_boxes, num_pairs, class_weight: this process's normalisers (common.normalizer).
     """
-    # sigma of Eq. (2); lambda_f L_focal + lambda_b L_box of Eq. (3)
+    # Eq. (2): sigma; Eq. (3): lambda_f L_focal + lambda_b L_box
     losses, pairs = criterion(outputs, targets, num_boxes, class_weight)
     if cfg.embedding_mean == "local":
         num_pairs = max(sum(len(q) for q, _ in pairs), 1) * cfg.accumulate
@@ -434,7 +431,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     optimizer, criterion = common.build_optimizer(cfg, model), build_criterion(cfg)
     job.restore(model, optimizer, target=descriptor)
     wrapped = common.wrap_model(model, device, compiled=cfg.compile)
-    loader = data.train_loader(job, train_set, collate)
+    loader = data.train_loader(job, train_set, data.collate)
     for step in job.steps():
         wrapped.train()
         lr = common.set_lr(optimizer, common.step_schedule(step, job.epoch_steps, (cfg.lr_drop,)))

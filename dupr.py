@@ -22,6 +22,7 @@ Run:
     python dupr.py --preset demo                                       # CPU, nothing downloaded, about 4 minutes
     torchrun --nproc_per_node=8 dupr.py --data imagenet                # the published recipe, batch 256
     torchrun --nproc_per_node=8 finetune.py --data voc --detector faster_rcnn_c4 --init_from out/dupr-imagenet/last.pt
+    python docs/annotate.py                                            # beside its equations: site/dupr.html
     Your own images, the paper's figures, the rows of its tables: docs/methods/dupr.md
 
 Hyperparameters: in Config below, each with its place in the paper. `--preset paper`: as printed (D1, D2).
@@ -93,7 +94,7 @@ class Config(run.ProbeConfig, run.RunConfig):
     logit_rows: Count = 2048  # queries compared with a queue at once: bounds the memory, changes nothing else
     # model
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Implementation Details)
-    backbone_weights: str = "random"  # start: random, imagenet, moco_v2, swav or a file
+    backbone_weights: str = "random"  # start: random, imagenet, moco_v2_200, moco_v2_800, swav, swav_400 or a file
     # optimisation
     batch_size: Images = 256  # images per step over all processes (Implementation Details)
     epochs: Count = 200  # Implementation Details (Table 6, COCO: 2000)
@@ -253,7 +254,7 @@ class Encoder(nn.Module):
         maps = self.features(images)
         embeddings = {}
         for level, head in self.image_heads.items():
-            embeddings[f"image_{level}"] = F.normalize(head(maps[level].mean((2, 3))).float(), dim=1)
+            embeddings[f"image_{level}"] = F.normalize(head(maps[level].mean((2, 3))).float(), dim=1)  # Eq. (6): v
         strides = {level: stride for level, _, stride in self.levels.values()}
         for level, head in self.patch_heads.items():  # MLP(RoIAlign(f, B)), Eq. (3) of view 1, Eq. (4) of view 2; D7
             patches = roi_align(maps[level].float(), list(boxes[:, None]), self.roi_sizes[level], 1 / strides[level],
@@ -307,9 +308,9 @@ class DUPR(nn.Module):
 
         Returns queries of view 1 and keys of view 2, as Encoder.forward: (i, j) of both is the same place.
         """
-        queries = mirror_patches(self.encoder_q(views[:, 0], boxes[:, 0]), flips[:, 0])
+        queries = mirror_patches(self.encoder_q(views[:, 0], boxes[:, 0]), flips[:, 0])  # Eq. (3): r_1
         with torch.no_grad():
-            keys = mirror_patches(self.encode_keys(views[:, 1], boxes[:, 1], permutation), flips[:, 1])
+            keys = mirror_patches(self.encode_keys(views[:, 1], boxes[:, 1], permutation), flips[:, 1])  # Eq. (4)
         return queries, keys
 
     def encode_keys(self, images: Tensor, boxes: Tensor, permutation: Tensor | None) -> dict[str, Tensor]:
@@ -413,7 +414,7 @@ def dupr_loss(cfg: Config, queries: dict[str, Tensor], keys: dict[str, Tensor], 
             losses = losses.view(len(valid), -1)  # [B, S * S]
             pairs = losses.mean(1) if cfg.patch_reduction == "mean" else losses.sum(1)  # D2
             terms[name] = (pairs * valid).sum() / num_valid  # Eq. (5)
-            total = total + beta * terms[name]
+            total = total + beta * terms[name]  # Eq. (2)
     return total, terms
 
 

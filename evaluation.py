@@ -12,6 +12,7 @@ boxes per image).
 """
 import contextlib
 import io
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -30,10 +31,12 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 import data
+import run
 from annotations import DetectionSet, held_out_set, open_detection
 from common import UserError, boxes_to_pixels, rank, world_size
 from files import printable, save_picture
-from proposals import Proposals, image_seed, random_boxes, selective_search
+from proposals import (Generator, Proposals, add_generator_flags, compute_rects, generator_of, image_seed,
+                       random_boxes, rects_to_boxes, selective_search)
 from run import print_rank0, progress
 
 DEFAULT_THRESHOLD = 0.5  # of scores, where nothing was measured
@@ -70,7 +73,7 @@ def _is_difficult(annotation: dict) -> bool:
     return bool(annotation.get("difficult", 0) or annotation.get("ignore", 0))
 
 
-def _check_detections(ground_truth: dict, detections: list[dict]) -> None:
+def check_detections(ground_truth: dict, detections: list[dict]) -> None:
     """UserError for detections of images that the ground truth lacks, and for boxes or scores that are not finite."""
     known = {image["id"] for image in ground_truth["images"]}
     if unknown := sorted({str(d["image_id"]) for d in detections if d["image_id"] not in known}):
@@ -89,7 +92,7 @@ def distinct_names(categories: list[dict]) -> list[str]:
     return distinct if len(set(distinct)) == len(distinct) else longer
 
 
-def _coco(ground_truth: dict, items: list[dict], class_agnostic: bool, iou_type: str) -> COCO:
+def coco_index(ground_truth: dict, items: list[dict], class_agnostic: bool, iou_type: str) -> COCO:
     """Objects or detections as an indexed COCO, in copies, without those outside the images and categories of the
     ground truth. All ids are numbers from 1 in here: COCOeval sorts ids, which may be of any kind, and marks
     "unmatched" with 0. Images in the order of their ids, numbers first; categories as they are listed."""
@@ -121,26 +124,28 @@ def _coco(ground_truth: dict, items: list[dict], class_agnostic: bool, iou_type:
     return coco
 
 
-def _valid_mean(values: np.ndarray) -> float:
+def valid_mean(values: np.ndarray) -> float:
     """Mean without pycocotools' -1 (no ground truth of that kind); nan if nothing is left."""
     values = values[values > -1]
     return float(values.mean()) if values.size else math.nan
 
 
 def detection_metrics(ground_truth: dict, detections: list[dict], *, class_agnostic: bool = False,
-                      max_dets: tuple = (1, 10, 100), per_class: bool = False, iou_type: str = "bbox"
-                      ) -> dict[str, float]:
+                      max_dets: tuple = (1, 10, 100), per_class: bool = False, iou_type: str = "bbox",
+                      per_iou: bool = False, groups: dict[str, list] = {}) -> dict[str, float]:
     """COCO metrics of boxes, or (iou_type "segm") of masks, then every item has a "segmentation": AP, AP50, AP75, APs,
     APm, APl, one AR<k> per k of `max_dets`, ARs, ARm, ARl. AP and the size rows use the largest k.
 
     class_agnostic: all categories are one (DETReg Table 6: COCOeval with useCats = 0). per_class adds "per_class":
-    {name: AP}, names as in distinct_names(). Ids of images are numbers or strings. A missing `area` is that of the box.
-    Inputs are not modified. UserError: see _check_detections.
+    {name: AP}, names as in distinct_names(); per_iou "per_iou": {AP, APs, APm, APl: a value for each of
+    IOU_THRESHOLDS}; groups, {prefix: category ids}, the AP rows over these categories alone, as bAP, bAP50, ...
+    Ids of images are numbers or strings. A missing `area` is that of the box.
+    Inputs are not modified. UserError: see check_detections.
     """
-    _check_detections(ground_truth, detections)
+    check_detections(ground_truth, detections)
     categories = [{"id": 1, "name": "object"}] if class_agnostic else ground_truth["categories"]
     with contextlib.redirect_stdout(io.StringIO()):
-        objects, found = (_coco(ground_truth, items, class_agnostic, iou_type)
+        objects, found = (coco_index(ground_truth, items, class_agnostic, iou_type)
                           for items in (ground_truth["annotations"], detections))
         coco_eval = _DifficultEval(objects, found, iou_type)
         coco_eval.params.maxDets = sorted(max_dets)
@@ -149,14 +154,25 @@ def detection_metrics(ground_truth: dict, detections: list[dict], *, class_agnos
         coco_eval.accumulate()
     precision = coco_eval.eval["precision"]  # [IoU, recall, class, area, max_dets]
     recall = coco_eval.eval["recall"]  # [IoU, class, area, max_dets]
-    metrics = {f"AP{name}": _valid_mean(precision[i, ..., 0, -1]) for name, i in (("", slice(None)), (50, 0), (75, 5))}
-    metrics |= {f"AP{size}": _valid_mean(precision[..., i, -1]) for i, size in enumerate("sml", 1)}
-    metrics |= {f"AR{k}": _valid_mean(recall[:, :, 0, i]) for i, k in enumerate(sorted(max_dets))}
-    metrics |= {f"AR{size}": _valid_mean(recall[..., i, -1]) for i, size in enumerate("sml", 1)}
+    metrics = _mean_precisions(precision)
+    metrics |= {f"AR{k}": valid_mean(recall[:, :, 0, i]) for i, k in enumerate(sorted(max_dets))}
+    metrics |= {f"AR{size}": valid_mean(recall[..., i, -1]) for i, size in enumerate("sml", 1)}
     if per_class:
-        metrics["per_class"] = {name: _valid_mean(precision[:, :, i, 0, -1])
+        metrics["per_class"] = {name: valid_mean(precision[:, :, i, 0, -1])
                                 for i, name in enumerate(distinct_names(categories))}
+    for prefix, ids in groups.items():
+        rows = [i for i, c in enumerate(categories) if c["id"] in ids]
+        metrics |= {prefix + name: value for name, value in _mean_precisions(precision[:, :, rows]).items()}
+    if per_iou:
+        metrics["per_iou"] = {f"AP{size}": [valid_mean(one[..., i, -1]) for one in precision]
+                              for i, size in enumerate(("", "s", "m", "l"))}
     return metrics
+
+
+def _mean_precisions(precision: np.ndarray) -> dict[str, float]:
+    """precision: COCOeval's [IoU, recall, class, area, max_dets]."""
+    metrics = {f"AP{name}": valid_mean(precision[i, ..., 0, -1]) for name, i in (("", slice(None)), (50, 0), (75, 5))}
+    return metrics | {f"AP{size}": valid_mean(precision[..., i, -1]) for i, size in enumerate("sml", 1)}
 
 
 def operating_points(ground_truth: dict, detections: list[dict]) -> tuple[dict[str, Any], dict[str, list[tuple]]]:
@@ -168,19 +184,28 @@ def operating_points(ground_truth: dict, detections: list[dict]) -> tuple[dict[s
     none is found, has no point. A curve is [(recall, precision), ...] from the highest score down.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        objects, found = (_coco(ground_truth, items, False, "bbox")
+        objects, found = (coco_index(ground_truth, items, False, "bbox")
                           for items in (ground_truth["annotations"], detections))
         coco_eval = _DifficultEval(objects, found, "bbox")
         coco_eval.params.iouThrs, coco_eval.params.maxDets = np.array([0.5]), [100]
         coco_eval.params.areaRng, coco_eval.params.areaRngLbl = [[0, 1e10]], ["all"]
         coco_eval.evaluate()
     names = distinct_names(ground_truth["categories"])
-    matches = {name: [] for name in names}  # of each image: scores, whether they match an object; then objects
+    matches: dict[str, list[Match]] = {name: [] for name in names}
     for image in filter(None, coco_eval.evalImgs):
         counts = ~image["dtIgnore"][0].astype(bool)
         matches[names[image["category_id"] - 1]].append((
             np.array(image["dtScores"])[counts], (image["dtMatches"][0] > 0)[counts],
             int((np.array(image["gtIgnore"]) == 0).sum())))
+    return points_and_curves(matches)
+
+
+# Of the detections of a class in an image that count: scores [n], whether they match an object [n]; how many objects.
+Match = tuple[np.ndarray, np.ndarray, int]
+
+
+def points_and_curves(matches: dict[str, list[Match]]) -> tuple[dict[str, Any], dict[str, list[tuple]]]:
+    """operating_points, of the matches of each class at IoU 0.5."""
     parts = {"all": [part for some in matches.values() for part in some]} | matches
     points, curves = {}, {}
     for name, some in parts.items():
@@ -190,9 +215,9 @@ def operating_points(ground_truth: dict, detections: list[dict]) -> tuple[dict[s
     return {"all": points.pop("all", None) or empty, "per_class": {k: v for k, v in points.items() if v}}, curves
 
 
-def _best_f1(parts: list[tuple]) -> tuple[dict[str, float] | None, list[tuple[float, float]]]:
-    """parts: (scores, whether they match, objects) of images -> the point of best F1 (None: nothing is found) and the
-    curve. The threshold lies half-way to the next score below: rounding elsewhere does not cross it."""
+def _best_f1(parts: list[Match]) -> tuple[dict[str, float] | None, list[tuple[float, float]]]:
+    """Of the matches of images -> the point of best F1 (None: nothing is found) and the curve. The threshold lies
+    half-way to the next score below: rounding elsewhere does not cross it."""
     scores, hits = (np.concatenate([part[k] for part in parts]) for k in (0, 1))
     objects = sum(part[2] for part in parts)
     order = np.argsort(-scores, kind="stable")
@@ -288,7 +313,7 @@ def voc07_metrics(ground_truth: dict, detections: list[dict], thresholds: tuple 
     plain IoU of the 0-based xywh boxes. rounded: scores to 3 decimals and corners to 1, as the released DETReg and
     detectron2 write them to text (this makes ties).
     """
-    _check_detections(ground_truth, detections)
+    check_detections(ground_truth, detections)
     images = {image["id"] for image in ground_truth["images"]}
     objects, boxes = defaultdict(list), defaultdict(list)
     for a in ground_truth["annotations"]:
@@ -298,7 +323,7 @@ def voc07_metrics(ground_truth: dict, detections: list[dict], thresholds: tuple 
         boxes[d["category_id"]].append(d)
     per_class = np.array([_voc07_class_ap(objects[c["id"]], boxes[c["id"]], (*thresholds, 0.5, 0.75), rounded)
                           for c in ground_truth["categories"]]).reshape(-1, len(thresholds) + 2)
-    means = [_valid_mean(np.nan_to_num(column, nan=-1)) for column in per_class.T]
+    means = [valid_mean(np.nan_to_num(column, nan=-1)) for column in per_class.T]
     return {"VOC07_AP": float(np.mean(means[:-2])), "VOC07_AP50": means[-2], "VOC07_AP75": means[-1]}
 
 
@@ -349,6 +374,33 @@ def boxes_as_detections(boxes_xyxy, image_id: int | str, scores=None, category_i
         raise UserError(f"image {image_id}: {len(scores)} scores for {len(boxes_xywh)} boxes")
     return [{"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
             for box, score in zip(boxes_xywh, scores)]
+
+
+def matched_errors(matcher: Any, logits: Tensor, boxes_xyxy: Tensor, target: dict, label_map: list[int]) -> list[float]:
+    """Of the objects of one image, each with the query that is matched to it: [objects, those whose query has another
+    class, sum of the L1 distances between their boxes (cxcywh in 0..1)]. Crowds and difficult objects are left out.
+
+    matcher: common.HungarianMatcher; logits [Q, C], boxes_xyxy [Q, 4] px; target: DetectionSet.load's; label_map: the
+    label of each row of the head, -1 for none.
+    """
+    row_of = {label: row for row, label in enumerate(label_map) if label >= 0}
+    chosen = [i for i, label in enumerate(target["labels"].tolist()) if label in row_of and not target["ignore"][i]]
+    if not chosen:
+        return [0, 0, 0]
+    hw = tuple(target["orig_size"].tolist())
+    rows = torch.tensor([row_of[label] for label in target["labels"][chosen].tolist()])
+    found, true = (data.normalized_cxcywh(boxes, hw) for boxes in (boxes_xyxy.float(), target["boxes_xyxy"][chosen]))
+    outputs = {"pred_logits": logits.float()[None], "pred_boxes": found[None]}
+    queries, objects = matcher([outputs], [{"labels": rows, "boxes": true}])[0][0]
+    wrong = logits[queries].argmax(-1) != rows[objects]
+    return [len(queries), int(wrong.sum()), float((found[queries] - true[objects]).abs().sum())]
+
+
+def mean_errors(errors: list[list[float]]) -> dict[str, float]:
+    """DETReg's Table 5, of matched_errors of all images: class_error in percent, box_error the mean L1 distance of a
+    box. Empty where there are no objects. Released: means over batches."""
+    objects, wrong, distance = np.sum(errors, 0) if errors else (0, 0, 0)
+    return {"class_error": 100 * float(wrong / objects), "box_error": float(distance / objects)} if objects else {}
 
 
 def shuffled(detections: list[dict], image_ids: list, sizes: dict) -> list[dict]:
@@ -510,7 +562,7 @@ def open_class_agnostic_probe(cfg: Any, source: Any, held_out: np.ndarray) -> De
     if cfg.probe_data:
         # --data_root is that of --data where this is a named set; a file or folder of the probe has its own
         named = ("imagenet", "imagenet100", "coco", "coco_unlabeled", "voc")
-        other = cfg.data in named and cfg.probe_data not in ("coco", "voc")
+        other = cfg.data in named and cfg.probe_data not in ("coco", "lvis", "voc")
         root = None if other else cfg.data_root
         labelled = open_detection(cfg.probe_data, root, "test", seed=cfg.seed, exif=cfg.exif)
         labelled.print_notes()
@@ -754,3 +806,50 @@ def draw_class_agnostic(cfg: Any, labelled: DetectionSet, proposals_of: Proposal
             del box["score"]  # its rank, nothing to show
         columns = {"ground truth": truth, "proposals (first 10)": proposed}
     draw_detections(Path(cfg.out) / "predictions.png", labelled, columns | found, rows=images)
+
+
+# ==== 7. Proposals by themselves ====
+
+
+def proposal_detections(labelled: DetectionSet, generator: Generator, *, ones: bool = False, workers: int = 0,
+                        limit: int | None = None) -> list[dict]:
+    """The first 100 boxes of each image as detections. ones: see boxes_as_detections. An unreadable image is an error,
+    as everywhere in an evaluation."""
+    count = min(len(labelled), limit or len(labelled))
+    rects = compute_rects(labelled, generator, "int32", range(count), workers)
+    found = []
+    for i, (some, problem) in enumerate(progress(itertools.chain.from_iterable(rects), total=count, desc="proposals")):
+        if some is None:
+            raise UserError(f"cannot be evaluated: {problem}")
+        boxes = rects_to_boxes(some[:100], labelled.records[i].hw, generator.units)
+        found += boxes_as_detections(boxes, labelled.image_ids[i], [1.0] * len(boxes) if ones else None)
+    return found
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    parser = run.Parser(prog="evaluation.py", description="Class-agnostic AP and AR of proposals on a labelled set, at "
+                        "most 100 of an image (DETReg, Table 6).")
+    parser.add_argument("--data", required=True, help="coco, voc, synthetic, or labels of your own; of its test part, "
+                        "else the validation part")
+    parser.add_argument("--data_root", "--data-root", help="where a named data set lies (default $DATA_ROOT)")
+    add_generator_flags(parser)
+    parser.add_argument("--scores", default="rank", choices=["rank", "ones"],
+                        help="of the boxes: 1 / rank, or 1 (released: AP then hangs on the order of the images)")
+    parser.add_argument("--limit", type=run.Images, help="only the first LIMIT images")
+    parser.add_argument("--out", help="file for the numbers, json")
+    args = parser.parse_args(argv)
+    labelled = open_detection(args.data, args.data_root, "test", seed=args.seed)
+    labelled.print_notes()
+    detections = proposal_detections(labelled, generator_of(args), ones=args.scores == "ones", workers=args.workers,
+                                     limit=args.limit)
+    truth = labelled.coco_ground_truth()
+    metrics = detection_metrics(truth | {"images": truth["images"][:args.limit]}, detections, class_agnostic=True)
+    print(metrics_table({args.method: metrics}, ["AP", "AP50", "AP75", "AR1", "AR10", "AR100"],
+                        f"class-agnostic, {labelled.name}, scores: {args.scores}"))
+    if args.out:
+        run.write_json(Path(args.out), metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run.cli(main)

@@ -5,24 +5,40 @@
         from the image itself, or from --patch_image: the same object in another picture. Boxes below the confidence
         --threshold (paper: 0.9) are not drawn; every result is printed.
 
-    python figures.py iou-similarity --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 random --data coco
+    python figures.py iou-similarity --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2_200 random --data coco
         DUPR (arXiv 2103.04814), Sec. 4.7, Fig. 5: how alike the conv4 features of an object and of boxes around it are,
         by their IoU. A detector wants a steep curve.
-    python figures.py affinity --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data coco
+    python figures.py affinity --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2_200 --data coco
         DUPR, Fig. 9: to which place of an object in view 1 each of its places in view 2 is most alike, on conv5. Ideal:
         the identity.
-    python figures.py match --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data imagenet
+    python figures.py match --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2_200 --data imagenet
         DUPR, Fig. 10: which conv4 patch of view 2 is most alike to each patch of view 1, and how far that is from the
         true one.
-    python figures.py neighbours --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2 --data imagenet
+    python figures.py neighbours --checkpoint dupr=out/dupr-imagenet/last.pt moco_v2_200 --data imagenet
         DUPR, Sec. 4.8, Fig. 6: the images whose conv5 maps are most alike to a query's, place by place.
 
-    python figures.py curves out/finetune-a out/finetune-b [--keys loss AP50]
-        Several runs side by side, from their log.jsonl: a panel per quantity, a colour per run.
+    python figures.py slots --checkpoint supervised=FILE detreg=out/detreg-imagenet/last.pt --data coco
+        DETReg (arXiv 2106.04550), Fig. 4: where each query's boxes lie, coloured by size and shape.
+    python figures.py gradients --checkpoint out/detreg-imagenet/last.pt --image A.jpg B.jpg
+        DETReg, Fig. 5: which pixels the predicted x, y, w, h and the embedding z depend on.
+    python figures.py boxes --checkpoint detreg=FILE updetr=FILE --image A.jpg B.jpg
+        DETReg, Fig. 1; Siamese DETR (arXiv 2303.18144), Figs. 5, 11: the best boxes of several checkpoints.
+    python figures.py attention --checkpoint siamese=FILE updetr=FILE --image A.jpg B.jpg
+        Siamese DETR, Figs. 5, 11: where the decoder's best queries look; of Deformable DETR the sampling points.
+    python figures.py ap-iou siamese=out/finetune-coco updetr=out/finetune-updetr
+        Siamese DETR, Fig. 4: AP of fine-tuned runs over the IoU threshold, by size of the objects.
 
-DUPR's four take any file with a ResNet in it, and random, imagenet, moco_v2, swav; all see the same images and draws.
+    python figures.py curves [DETR=]out/finetune-a [UP-DETR=]out/finetune-b [--keys loss AP50] [--over labels_percent]
+        Several runs side by side, from their log.jsonl: a panel per quantity, a colour per run (UP-DETR, Figs. 1, 3, 4,
+        6). --over: their final metrics over a flag instead, runs of one NAME in one line (DETReg, Fig. 3).
+    python figures.py mean out/finetune-seed1 out/finetune-seed2 [...]
+        Mean and standard deviation of the runs' metrics, for example of seeds (DETReg, Table 4).
+
+DUPR's four take any file with a ResNet in it, and the names of --backbone_weights (DUPR's baseline: moco_v2_200, of as
+many epochs as the paper's DUPR); all see the same images and draws.
 NAME=FILE names a checkpoint; else it is called as its file or, when that is last.pt, as its folder. Each command writes
-a picture and, beside it, its numbers as json.
+a picture and, beside it, its numbers as json. What the figures of detectors choose where their papers are silent:
+detector_figures.py.
 
 Deviations of `localize` (paper / released notebook / here):
     threshold       0.9 / none / 0.9
@@ -71,6 +87,7 @@ from torchvision.ops import box_convert, box_iou, roi_align
 import convert
 import curves
 import data
+import detector_figures
 import detectors
 import dupr
 import evaluation
@@ -100,7 +117,8 @@ def load_updetr(path: str, num_patches: int) -> tuple[updetr.UPDETR, int]:
         what = (f" but of {found.method}.py" if "patch2query.weight" in state
                 else " (no patch2query: it was fine-tuned, or is another method's)")
         raise UserError(f"{path}: not a checkpoint of UP-DETR's pretraining{what}")
-    cfg = SimpleNamespace(**{"nheads": 8, "dropout": 0.0, "lr_backbone": 0.0, **found.architecture()})
+    others = {"nheads": 8, "dropout": 0.0, "lr_backbone": 0.0, "num_feature_levels": 1}  # of DETR one, and not said
+    cfg = SimpleNamespace(**others | found.architecture())
     num_patches = config.get("num_patches", min(num_patches, cfg.num_queries))
     if cfg.num_queries % num_patches:
         raise UserError(f"--num_patches {num_patches}: {path} has {cfg.num_queries} queries, "
@@ -143,14 +161,8 @@ def parse_box(text: str) -> tuple[float, ...]:
 
 def localize(args: argparse.Namespace) -> dict[str, Any]:
     """Draw args.out; returns {"scores" [n], "boxes" [n, 4] xyxy px}."""
-    for path in (args.image, args.patch_image):
-        if path and not Path(path).is_file():
-            raise UserError(f"{path}: no such image file")
-    try:
-        image = data.decode_image(args.image)
-        origin = data.decode_image(args.patch_image) if args.patch_image else image
-    except data.UnreadableImage as error:
-        raise UserError(str(error)) from error
+    pictures = detector_figures.read_pictures([path for path in (args.image, args.patch_image) if path])
+    image, origin = pictures[args.image], pictures[args.patch_image or args.image]
     boxes = [parse_box(text) for text in args.patches]
     for text, (x1, y1, x2, y2) in zip(args.patches, boxes):
         if x1 < 0 or y1 < 0 or x2 > origin.width or y2 > origin.height:
@@ -184,13 +196,8 @@ def open_backbones(args: argparse.Namespace, stage: str) -> dict[str, common.Bac
     found: dict[str, tuple[str | None, dict, str]] = {}
     layer = STAGES[stage][0]
     for text in args.checkpoint:
-        name, weights = (None, text) if Path(text).exists() else re.fullmatch("(?s)(?:([^=/]+)=)?(.*)", text).groups()
+        name, weights = convert.name_checkpoint(text)
         path = convert.backbone_file(weights, args.arch or "resnet50")
-        if not name and weights in ("random", "imagenet", *convert.BACKBONE_URLS):
-            name = weights
-        elif not name:
-            name = path.resolve().parent.name if path.name in convert.OF_A_RUN else (
-                path.resolve().name if path.is_dir() else Path(path.name.removesuffix(".tar")).stem)
         if name in found:
             raise UserError(f"--checkpoint {text}: another one is called {name} too; "
                             f"give it a name with NAME={weights}")
@@ -225,17 +232,17 @@ def region_features(feature: Tensor, boxes: Sequence[Tensor], stage: str) -> Ten
 
 def iou_similarity(q: Tensor, k: Tensor) -> Tensor:
     """Eq. (8): mean over positions of the cosines of features [..., C, P]. [...]"""
-    return (F.normalize(q, dim=-2) * F.normalize(k, dim=-2)).sum(-2).mean(-1)
+    return (F.normalize(q, dim=-2) * F.normalize(k, dim=-2)).sum(-2).mean(-1)  # Eq. (8)
 
 
 def cosines(f1: Tensor, f2: Tensor) -> Tensor:
     """sim of Eq. (9): features [C, P1], [C, P2] -> [P1, P2]."""
-    return F.normalize(f1, dim=0).T @ F.normalize(f2, dim=0)
+    return F.normalize(f1, dim=0).T @ F.normalize(f2, dim=0)  # Eq. (9): sim
 
 
 def affinity(f1: Tensor, f2: Tensor, tau: float) -> Tensor:
     """Eq. (9): [P1, P2]. The softmax runs over the positions of view 1: every column sums to 1."""
-    return (cosines(f1, f2) / tau).softmax(0)
+    return (cosines(f1, f2) / tau).softmax(0)  # Eq. (9)
 
 
 def match(f1: Tensor, f2: Tensor) -> Tensor:
@@ -535,7 +542,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 def map_similarity(q: Tensor, k: Tensor) -> Tensor:
     """Eq. (8) of all pairs of maps [Q, C, P], [K, C, P]. [Q, K]"""
-    return F.normalize(q, dim=1).flatten(1) @ F.normalize(k, dim=1).flatten(1).T / q.shape[2]
+    return F.normalize(q, dim=1).flatten(1) @ F.normalize(k, dim=1).flatten(1).T / q.shape[2]  # Eq. (8)
 
 
 def same_folder(keys: dict[int, str], neighbours: dict[int, list[int]]) -> float | None:
@@ -616,36 +623,120 @@ def draw_neighbours(args: argparse.Namespace) -> dict[str, Any]:
 KEYS = ("loss", "lr", "AP", "AP50", "VOC07_AP50", "AP_mask", "images_per_s")
 
 
+def open_runs(texts: list[str]) -> list[tuple[str, Path]]:
+    """[NAME=]FOLDER, each once -> (name, folder); without NAME it is the folder's, with as much of the path before it
+    as tells it from the others."""
+    given = {Path(place).resolve(): name for name, place in map(convert.split_name, texts)}
+    plain = [folder for folder, name in given.items() if not name]
+    depth = next(k for k in itertools.count(1) if len({f.parts[-k:] for f in plain}) == len(plain))
+    return [(name or "/".join(folder.parts[-depth:]), folder) for folder, name in given.items()]
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """All numbers with a point in a run's metrics.json; those of its tables as "ROW COLUMN", null as nan."""
+    def numbers(metrics: dict, row: str = "") -> dict[str, float]:
+        found = {}
+        for key, value in metrics.items():
+            if isinstance(value, dict):
+                found |= numbers(value, f"{row}{key} ")
+            elif isinstance(value, float) or value is None:
+                found[row + key] = math.nan if value is None else value
+        return found
+
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder}: has no metrics.json; give the --out of runs that are finished")
+    metrics = detector_figures.read_json(folder / "metrics.json")
+    return numbers(metrics) if isinstance(metrics, dict) else {}
+
+
+def choose_keys(args: argparse.Namespace, there: list[str], usual: list[str], where: str) -> list[str]:
+    """--keys, else the usual ones of those that are there. UserError: one is not, or none is."""
+    keys = args.keys or [key for key in usual if key in there]
+    if missing := [key for key in keys if key not in there]:
+        raise UserError(f"--keys {' '.join(missing)}: {where} that; there is {', '.join(there)}")
+    if not keys:
+        raise UserError(f"--keys: {where} {', '.join(usual)}; choose of {', '.join(there) or 'other runs'}")
+    return keys
+
+
 def draw_runs(args: argparse.Namespace) -> dict[str, Any]:
-    """{"runs": {name: {"folder", "curves": {key: [(step, value)]}}}, ...}; a name is the folder's, with as much of the
-    path before it as tells it from the others."""
-    check_out(args)
-    folders = list(dict.fromkeys(Path(folder).resolve() for folder in args.runs))
-    depth = next(k for k in itertools.count(1) if len({f.parts[-k:] for f in folders}) == len(folders))
-    logs = {"/".join(folder.parts[-depth:]): (folder, curves.read_log(folder / "log.jsonl")) for folder in folders}
+    """{"runs": {name: {"folder", "curves": {key: [(step, value)]}}}, ...}."""
+    if args.over:
+        return draw_over(args)
+    runs = open_runs(args.runs)
+    if twice := [name for name, count in Counter(name for name, _ in runs).items() if count > 1]:
+        raise UserError(f"{twice[0]}: two runs are called so; give each a name with NAME=FOLDER, or --over KNOB")
+    logs = {name: (folder, curves.read_log(folder / "log.jsonl")) for name, folder in runs}
     for folder, rows in logs.values():
         if not rows:
             raise UserError(f"{folder}: has no log.jsonl with a line in it; give the --out of runs that have begun")
     there = curves.keys_of([row for _, rows in logs.values() for row in rows], lambda key: key not in ("step", "epoch"))
-    if missing := [key for key in args.keys or () if key not in there]:
-        raise UserError(f"--keys {' '.join(missing)}: none of these runs has logged that; there is {', '.join(there)}")
-    keys = args.keys or [key for key in KEYS if key in there]
+    keys = choose_keys(args, there, list(KEYS), "none of these runs has logged")
     found = {name: {key: points for key in keys if (points := curves.curve_of(rows, key))}
              for name, (_, rows) in logs.items()}
     colours = {name: curves.COLOURS[i % len(curves.COLOURS)] for i, name in enumerate(found)}
     panels = [curves.panel_of(key, {name: of[key] for name, of in found.items() if key in of}, colours=colours)
               for key in keys]
     curves.draw_panels(args.out, panels)
-    path = args.out.with_suffix(".json")
-    numbers = {"figure": "curves", "runs": {name: {"folder": str(logs[name][0]), "curves": of}
-                                            for name, of in found.items()}}
-    run.write_json(path, numbers)
     last = {run.printable(name): {"steps": curves.curve_of(logs[name][1], "step")[-1][1] + 1,
                                   **{key: f"{points[-1][1]:.4g}" for key, points in of.items()}}
             for name, of in found.items()}
+    numbers = {"runs": {name: {"folder": str(logs[name][0]), "curves": of} for name, of in found.items()}}
     table = evaluation.metrics_table(last, ["steps", *keys], "last values")
-    run.print_rank0(f"{table}\nwrote {args.out}, {path}")
-    return numbers
+    return detector_figures.write_numbers(args, numbers, table)
+
+
+def draw_over(args: argparse.Namespace) -> dict[str, Any]:
+    """curves --over: {"over", "runs": {name: {"folders", "curves": {key: [(value of the flag, mean of the metric)]}}}}.
+    """
+    found: dict[str, list[tuple[float, dict]]] = {}
+    folders: dict[str, list[str]] = {}
+    for name, folder in open_runs(args.runs):
+        config = convert.open_checkpoint(folder).config
+        value = config.get(args.over)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"--over {args.over}: {folder} has no number of that name among its flags")
+        found.setdefault(name, []).append((value, read_metrics(folder)))
+        folders.setdefault(name, []).append(str(folder))
+    every = [set(metrics) for runs in found.values() for _, metrics in runs]
+    keys = choose_keys(args, sorted(set.intersection(*every)), [key for key in KEYS if "AP" in key],
+                       "not all of these runs have measured")
+
+    def curve(name: str, key: str) -> list[tuple[float, float]]:
+        values = sorted({value for value, _ in found[name]})
+        return [(x, float(np.mean([metrics[key] for value, metrics in found[name] if value == x]))) for x in values]
+
+    numbers = {name: {"folders": folders[name], "curves": {key: curve(name, key) for key in keys}} for name in found}
+    curves.draw_panels(args.out, [curves.panel({name: of["curves"][key] for name, of in numbers.items()}, title=key,
+                                               x_label=args.over) for key in keys])
+    rows = {f"{run.printable(name)}, {args.over} {x:g}": {key: dict(of["curves"][key])[x] for key in keys}
+            for name, of in numbers.items() for x, _ in of["curves"][keys[0]]}
+    return detector_figures.write_numbers(args, {"over": args.over, "runs": numbers},
+                                          evaluation.metrics_table(rows, keys))
+
+
+def mean_of_runs(args: argparse.Namespace) -> dict[str, Any]:
+    """{"runs": [folder], "metrics": {key: {"mean", "std": of a sample (n - 1), "values"}}}, of all metrics that the
+    runs share."""
+    if args.out.suffix != ".json":
+        raise UserError(f"--out {args.out}: give a name that ends in .json")
+    runs = open_runs(args.runs)
+    if len(runs) < 2:
+        raise UserError("a mean needs at least two different runs; give several output folders")
+    found = [read_metrics(folder) for _, folder in runs]
+    there = [key for key in found[0] if all(key in one for one in found)]
+    usual = [key for key in there if " " not in key or key.startswith("pretrained ")]
+    keys = choose_keys(args, there, usual, "not all of these runs have measured")
+    values = {key: [one[key] for one in found] for key in (args.keys or there)}
+    numbers = {key: {"mean": float(np.mean(some)), "std": float(np.std(some, ddof=1)), "values": some}
+               for key, some in values.items()}
+    names = [f"{i}: {run.printable(name)}" for i, (name, _) in enumerate(runs, 1)]
+    rows = {key: {"mean": numbers[key]["mean"], "std": numbers[key]["std"], **dict(zip(names, values[key]))}
+            for key in keys}
+    run.write_json(args.out, {"figure": "mean", "runs": [str(folder) for _, folder in runs], "metrics": numbers})
+    table = evaluation.metrics_table(rows, ["mean", "std", *names], f"{len(runs)} runs, std of a sample (n - 1)")
+    run.print_rank0(f"{table}\nwrote {args.out}")
+    return {"runs": [str(folder) for _, folder in runs], "metrics": numbers}
 
 
 # ==== 8. Main ====
@@ -655,9 +746,9 @@ def add_analysis(commands: Any, figure: str, draw: Callable, text: str, images: 
                  ) -> argparse.ArgumentParser:
     """A subcommand on backbones, with the flags that all of them have."""
     command = commands.add_parser(figure, help=text)
-    command.set_defaults(draw=draw, figure=figure)
+    command.set_defaults(draw=draw, figure=figure, check=check)
     command.add_argument("--checkpoint", required=True, nargs="+", metavar="[NAME=]FILE",
-                         help="or random, imagenet, moco_v2, swav; any number")
+                         help=f"or {', '.join(convert.BACKBONES)}; any number")
     command.add_argument("--data", required=True,
                          help="as finetune.py's (iou-similarity, affinity) or dupr.py's (match, neighbours)")
     command.add_argument("--data_root", "--data-root",
@@ -696,7 +787,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = run.Parser(prog="figures.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
     command = commands.add_parser("localize", help="UP-DETR, Fig. 5: find query patches in an image")
-    command.set_defaults(draw=localize)
+    command.set_defaults(draw=localize, check=lambda args: None)
     command.add_argument("--checkpoint", required=True, help="last.pt of updetr.py, or the released file")
     command.add_argument("--image", required=True, help="where to look")
     command.add_argument("--patches", required=True, nargs="+", metavar="X1,Y1,X2,Y2",
@@ -720,17 +811,31 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                            "DUPR, Fig. 6: nearest neighbours of images", images=5000, size=224)
     command.add_argument("--top", type=run.Width, default=4, help="neighbours of a query (default: 4)")
     command.add_argument("--queries", type=run.Width, default=8, help="how many of the images are queries (default: 8)")
+    detector_figures.add_commands(commands)
+    _add_runs(commands)
+    args = parser.parse_args(argv)
+    getattr(args, "check", check_out)(args)
+    return args.draw(args)
+
+
+def _add_runs(commands: Any) -> None:
+    """The subcommands on output folders."""
     command = commands.add_parser("curves", help="losses, rates and AP of several runs side by side")
-    command.set_defaults(draw=draw_runs)
-    command.add_argument("runs", nargs="+", metavar="OUT", help="output folders of runs")
+    command.set_defaults(draw=draw_runs, figure="curves")
     command.add_argument("--keys", nargs="+", metavar="KEY",
                          help=f"what to draw, as log.jsonl calls it (default: of {', '.join(KEYS)} what is there)")
+    command.add_argument("--over", metavar="FLAG", help="draw the final metrics over this flag of the runs, for "
+                         "example labels_percent, one line per NAME; several runs at one value: their mean")
     command.add_argument("--out", type=Path, default=Path("out/curves.png"),
                          help="picture to write (default: out/curves.png)")
-    args = parser.parse_args(argv)
-    if args.draw not in (localize, draw_runs):
-        check(args)
-    return args.draw(args)
+    mean = commands.add_parser("mean", help="mean and standard deviation of the metrics of several runs")
+    mean.set_defaults(draw=mean_of_runs, check=lambda args: None)
+    mean.add_argument("--keys", nargs="+", metavar="KEY", help="metrics to print and write, as metrics.json calls "
+                      "them; those of a table 'ROW COLUMN' (default: all; printed are AP and the like)")
+    mean.add_argument("--out", type=Path, default=Path("out/mean.json"),
+                      help="file to write (default: out/mean.json)")
+    for one in (command, mean):
+        one.add_argument("runs", nargs="+", metavar="[NAME=]OUT", help="output folders of runs")
 
 
 if __name__ == "__main__":

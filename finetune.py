@@ -22,6 +22,7 @@ Schedules (epochs / drop; with shares of labels and `--protocol` in full in docs
     detr                  150 / 100                      lr 1e-4, backbone 5e-5      UP-DETR, Sec. 4
     conditional_detr      50 / 40                        lr 1e-4, backbone 5e-5      Siamese DETR, Sec. 4
     deformable_detr(_ss)  50 / 40, VOC 100 / 70          lr 2e-4, backbone 2e-5      DETReg, released
+    dab_, dn_deformable_detr  50 / 40                    lr 1e-4, backbone 1e-5      DAB-DETR, DN-DETR, released
     R-CNN family          COCO 90k steps, VOC 24k steps  SGD 0.02, one-stage 0.01    MoCo, SoCo, DUPR: detectron2
 
 Deviations (released code / here; in full in docs/methods/finetune.md):
@@ -37,7 +38,9 @@ Deviations (released code / here; in full in docs/methods/finetune.md):
     F10 R-CNN losses and BatchNorm: means of each process / and of each micro-batch.
     F11 SoCo's length on VOC, DUPR's rates on shares of COCO: not in the papers / MoCo's, those of 1x.
     F12 PreciseBN: training goes on with its statistics / they are put back, and kept after the last step.
-    F13 SoCo's cutout and LVIS recipe: - / not built.
+    F13 SoCo's cutout: - / not built.
+    F14 DN-DETR's denoising losses: means of each process / over all; DAB from a Deformable DETR: all but its queries.
+    F15 Few shots (few_shot.py): TFA's records have one box each / those of an image together; new class head.
 
 Expected: the demo from DETReg's demo checkpoint ends with AP 0.056 (AR100 0.378), from scratch with 0.022 (0.264).
     The papers' own numbers need COCO or VOC and were not rerun here.
@@ -58,11 +61,14 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+import cityscapes
 import convert
 import curves
 import data
 import detectors
 import evaluation
+import few_shot
+import lvis_v1
 import own
 import rcnn
 import run
@@ -73,14 +79,14 @@ from run import Count, Depth, Images, Natural, NonNegative, Pixels, Positive, Sh
 # ==== 1. Hyperparameters ====
 
 PROTOCOLS = Literal["released", "semi_supervised", "low_data", "updetr_long", "detr_long", "siamese", "siamese_long",
-                    "soco", "dupr"]
+                    "soco", "dupr", "few_shot"]
 Percent = Annotated[float, run.Range(0, 100, open=True)]
 PartOfRun = Annotated[float, run.Range(0, 1, open=True)]
 
 
 @dataclass
-class Config(own.OwnConfig, run.RunConfig):
-    data: str = "coco"  # coco, voc, synthetic, a COCO json, a YOLO data.yaml or a folder (layouts: docs/labels.md)
+class Config(own.OwnConfig, few_shot.FewShotConfig, run.RunConfig):
+    data: str = "coco"  # coco, lvis, voc, cityscapes, synthetic, a json, a YOLO data.yaml or a folder (docs/labels.md)
     val_data: str | None = None  # labelled set that best.pt and thresholds are chosen on; else --data's own, or test
     test_data: str | None = None  # labelled set that the final numbers are of; else --data's own, or validation
     val_percent: Annotated[float, run.Range(0, 99)] = 0.0  # of the training images that become the validation set
@@ -88,6 +94,7 @@ class Config(own.OwnConfig, run.RunConfig):
     difficult: Literal["ignore", "count"] = "ignore"  # VOC's difficult objects in AP (F3: --data voc of DETR: count)
     synthetic_images: Images = 40  # labelled synthetic images
     synthetic_test_images: Images = 100  # test images of the synthetic set
+    repeat_threshold: Share = 0.0  # images with a category that a smaller share has come more often; LVIS: 0.001
     labels_percent: Percent = 100  # use this share of the training images, the same on every process (DETReg, Sec. 6.1)
     # what to do
     init_from: str | None = None  # file, folder of a run or hf:FOLDER of a detector; else --backbone_weights alone
@@ -105,10 +112,10 @@ class Config(own.OwnConfig, run.RunConfig):
     # model (read off --init_from when given)
     detector: Literal[detectors.DETECTORS, rcnn.RCNN_DETECTORS] = "deformable_detr"  # which one
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone
-    backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file; only without --init_from
+    backbone_weights: str = "swav"  # swav, swav_400, imagenet, moco_v2_200, moco_v2_800, random or a file
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant or learned (R-CNN family: bn)
     stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see
-    num_feature_levels: Depth = 4  # of deformable_detr
+    num_feature_levels: Depth = 4  # of deformable_detr, dab_ and dn_deformable_detr
     pre_norm: bool = False  # LayerNorm before each block, of detr (DETR: off)
     hidden_dim: Width = 256  # transformer width
     nheads: Width = 8  # attention heads
@@ -118,17 +125,23 @@ class Config(own.OwnConfig, run.RunConfig):
     dropout: Share = 0.1  # in the transformer
     num_queries: Width = 300  # object queries (detr, conditional_detr: 100)
     with_box_refine: bool = False  # iterative box refinement of deformable_detr (its Sec. 4.2)
+    num_patterns: Natural = 0  # dab_deformable_detr: contents that every anchor has, 0 = its own alone
     box_head: Literal["2fc", "4conv1fc"] = "2fc"  # of *_rcnn_fpn; 2fc: no norm in box and mask head, else BatchNorm
     fpn_channels: Width = 256  # width of the pyramid and of the convolutions on it
     head_dim: Width = 1024  # width behind the box head
     anchor_size: Pixels = 32  # side of the smallest of five anchors, pixels, each twice the last (fcos_fpn: none)
     proposals_per_image: Width = 1000  # that the region proposal network passes on (C4 in training: twice as many)
     rois_per_image: Width = 512  # of them that the box head learns from
+    score_threshold: Share = 0.05  # R-CNN family: detections below it are left out (LVIS: 0.0001)
+    detections_per_image: Width = 100  # at most (LVIS: 300; detr: one of each query)
     # loss
-    lambda_f: NonNegative = 2.0  # focal loss and its matching cost (detr: cross-entropy, 1)
+    lambda_f: NonNegative = 2.0  # focal loss and its matching cost (detr: cross-entropy, 1; dab_, dn_: 1, cost 2)
     lambda_l1: NonNegative = 5.0  # L1 box loss and its matching cost
     lambda_giou: NonNegative = 2.0  # GIoU loss and its matching cost
     eos_coef: NonNegative = 0.1  # class weight of "no object", of detr
+    dn_groups: Width = 5  # dn_deformable_detr: how many times an image's targets are denoised in a step (F14)
+    dn_label_noise: Share = 0.2  # dn_deformable_detr: share of their labels that are exchanged
+    dn_box_noise: Share = 0.4  # dn_deformable_detr: largest change of a side, of the side; of the centre half of it
     # optimisation (schedules: docs/methods/finetune.md)
     batch_size: Images = 32  # images per step over all processes (released: 4 per GPU x 8; R-CNN family: 16)
     epochs: Count = 50  # length of the run
@@ -138,7 +151,7 @@ class Config(own.OwnConfig, run.RunConfig):
     warmup_iters: Natural = 1000  # R-CNN family: steps in which the rate rises from lr / 1000
     lr: Positive = 2e-4  # of AdamW (detr, conditional_detr: 1e-4); R-CNN family: of SGD, 0.02, one-stage 0.01
     lr_backbone: NonNegative = 2e-5  # of the backbone (detr, conditional_detr: 5e-5; R-CNN family: lr)
-    lr_linear_proj_mult: NonNegative = 0.1  # rate of sampling offsets and reference points
+    lr_linear_proj_mult: NonNegative = 0.1  # rate of sampling offsets and reference points (dab_, dn_: 1)
     sgd_momentum: Share = 0.9  # R-CNN family, which is trained by SGD
     weight_decay: NonNegative = 1e-4  # on every parameter (R-CNN family: not on scale and shift of norms)
     clip_max_norm: NonNegative = 0.1  # gradient norm, 0 = not clipped
@@ -170,10 +183,11 @@ DEMO = {
 }
 # Flags of one family only.
 RCNN_ONLY = {"box_head", "fpn_channels", "head_dim", "anchor_size", "proposals_per_image", "rois_per_image", "schedule",
-             "lr_drops", "warmup_iters", "sgd_momentum", "precise_bn"}
+             "score_threshold", "lr_drops", "warmup_iters", "sgd_momentum", "precise_bn"}
 DETR_ONLY = {"freeze_detector", "class_agnostic", "stride", "num_feature_levels", "pre_norm", "hidden_dim", "nheads",
              "enc_layers", "dec_layers", "dim_feedforward", "dropout", "num_queries", "with_box_refine", "lambda_f",
-             "lambda_l1", "lambda_giou", "eos_coef", "lr_drop", "lr_backbone", "lr_linear_proj_mult"}
+             "lambda_l1", "lambda_giou", "eos_coef", "lr_drop", "lr_backbone", "lr_linear_proj_mult", "num_patterns",
+             "dn_groups", "dn_label_noise", "dn_box_noise"}
 
 
 def recipe_of(values: dict[str, Any], architecture: dict[str, Any] | None = None, method: str | None = None
@@ -191,6 +205,7 @@ def recipe_of(values: dict[str, Any], architecture: dict[str, Any] | None = None
             method in ("updetr", "siamese_detr") or values["protocol"].startswith("siamese")
             or not values["detector"].startswith("deformable")):
         recipe["difficult"] = "count"
+    recipe |= few_shot.recipe(values, fine_tuned=method is None and "detector" in (architecture or {}))
     if values["preset"] == "demo":
         c4 = values["detector"].endswith("_c4")
         recipe |= DEMO["c4" if c4 else "rcnn" if rcnn.is_rcnn(values["detector"]) else "detr"]
@@ -211,6 +226,12 @@ def rcnn_recipe(values: dict[str, Any]) -> dict[str, Any]:
         if times in (3, 9):  # detectron2: the drops come 60k and 20k steps before the end
             recipe["lr_drops"] = tuple((times * 9 - before) / (times * 9) for before in (6, 2))
         return recipe | decay | {"scales": (640, 672, 704, 736, 768, 800), "steps": steps * times}
+    if name == "lvis":  # detectron2's, 1x; SoCo's 1x is half as long
+        recipe |= {"weight_decay": 2.5e-5} if soco else {}
+        return recipe | {"scales": (640, 672, 704, 736, 768, 800), "steps": (90000 if soco else 180000) * times}
+    if name == "cityscapes":  # detectron2's
+        return recipe | {"lr": 0.01, "batch_size": 8, "steps": 24000 * times, "lr_drops": (3 / 4,),
+                         "scales": tuple(range(800, 1025, 32)), "max_size": 2048, "eval_size": 1024}
     if name == "voc":
         return recipe | {"steps": 24000 * times, "lr_drops": (3 / 4, 11 / 12), "warmup_iters": 100}
     return recipe | {"epochs": 50 * times, "warmup_iters": 100}
@@ -219,7 +240,10 @@ def rcnn_recipe(values: dict[str, Any]) -> dict[str, Any]:
 def detr_recipe(values: dict[str, Any]) -> dict[str, Any]:
     detector, name, share, protocol = (values[k] for k in ("detector", "data", "labels_percent", "protocol"))
     recipe: dict[str, Any] = {}
-    if not detector.startswith("deformable"):
+    if detector in detectors.DAB:  # DAB-DETR, DN-DETR, released; Siamese DETR's pretraining is narrower
+        recipe = {"lr": 1e-4, "lr_backbone": 1e-5, "lr_linear_proj_mult": 1.0, "lambda_f": 1.0, "dropout": 0.0,
+                  "batch_size": 16, "dim_feedforward": 1024 if protocol == "siamese" else 2048}
+    elif not detector.startswith("deformable"):
         recipe = {"lr": 1e-4, "lr_backbone": 5e-5, "dim_feedforward": 2048, "num_queries": 100}
     if detector == "detr":
         recipe |= {"lambda_f": 1.0, "epochs": 150, "lr_drop": 100}
@@ -251,6 +275,14 @@ def check(cfg: Config, given: frozenset[str], init: convert.Checkpoint | None) -
         raise UserError(f"--{', --'.join(other)}: not of {convert.NAMES[cfg.detector]}, "
                         f"but of the {'DETR' if of_rcnn else 'R-CNN'} family; leave it out"
                         + f", or give --detector {', '.join(typing.get_args(rcnn.RCNN_DETECTORS))}" * (not of_rcnn))
+    for names, detector in (("num_patterns", "dab_deformable_detr"),
+                            ("dn_groups dn_label_noise dn_box_noise", "dn_deformable_detr")):
+        if cfg.detector != detector and (other := sorted(given & set(names.split()))):
+            raise UserError(f"--{', --'.join(other)}: of {detector}, not of {cfg.detector}; leave it out, or give "
+                            f"--detector {detector}")
+    if cfg.eval_only and cfg.detector in detectors.DAB and not convert.has(init.state, convert.ANCHORS):
+        raise UserError(f"--eval_only: {cfg.init_from} holds {init.what}, from which {convert.NAMES[cfg.detector]} can "
+                        "only start; fine-tune it first, or leave --detector out")
     if cfg.freeze_detector and not cfg.init_from:
         raise UserError("--freeze_detector needs --init_from FILE: without one the heads would be trained on a random "
                         "detector")
@@ -262,7 +294,7 @@ def check(cfg: Config, given: frozenset[str], init: convert.Checkpoint | None) -
     if cfg.eval_only and (Path(cfg.out) / "last.pt").exists():
         raise UserError(f"--out {cfg.out} holds a training run, whose metrics this evaluation would overwrite; "
                         "give another --out")
-    if (cfg.protocol in ("soco", "dupr")) != of_rcnn and cfg.protocol != "released":
+    if (cfg.protocol in ("soco", "dupr")) != of_rcnn and cfg.protocol not in ("released", "few_shot"):
         raise UserError(f"--protocol {cfg.protocol} is a schedule of the {'DETR' if of_rcnn else 'R-CNN'} family, "
                         f"not of {cfg.detector}")
     if cfg.protocol in ("updetr_long", "detr_long", "siamese_long") and cfg.detector != "detr":
@@ -284,13 +316,15 @@ def open_sets(cfg: Config) -> Splits:
                        val_percent=cfg.val_percent, labels_percent=cfg.labels_percent,  # F2
                        synthetic_images=cfg.synthetic_images, synthetic_test_images=cfg.synthetic_test_images,
                        synthetic_size=cfg.synthetic_size, seed=cfg.seed, masks=cfg.detector.startswith("mask"),
-                       exif=cfg.exif)
+                       exif=cfg.exif, layout=few_shot.open_layout(cfg), choose=few_shot.sampler(cfg))
+    sets = few_shot.restrict(cfg, sets)
     if rcnn.is_rcnn(cfg.detector):
         sets = sets._replace(train=sets.train.with_objects())
     notes = [note for one in sets for note in one.notes]
     most = max(one.max_objects for one in sets)
-    if not rcnn.is_rcnn(cfg.detector) and most > cfg.num_queries:
-        notes.append(f"images have up to {most} objects, the detector has {cfg.num_queries} queries: more objects than "
+    queries = cfg.num_queries * max(cfg.num_patterns, 1)
+    if not rcnn.is_rcnn(cfg.detector) and most > queries:
+        notes.append(f"images have up to {most} objects, the detector has {queries} queries: more objects than "
                      "that are never found in an image (--num_queries)")
     for note in dict.fromkeys(notes):
         run.print_rank0(f"note: {note}")
@@ -321,11 +355,13 @@ class LabelledDataset(torch.utils.data.Dataset):
     objects are kept (released).
 
     A mask detector's targets also have "masks" uint8 [n, h, w]; an object that resizing leaves without a pixel is left
-    out (detectron2).
+    out (detectron2). repeats: of data.StepSampler, which counts the copies of an image as epochs.
     """
 
     def __init__(self, cfg: Config, labelled: DetectionSet):
         self.cfg, self.labelled = cfg, labelled
+        present = [r.labels[~r.crowd].tolist() for r in labelled.records] if cfg.repeat_threshold else []
+        self.repeats = lvis_v1.repeat_factors(present, cfg.repeat_threshold) if present else None
 
     def __len__(self) -> int:
         return len(self.labelled)
@@ -369,6 +405,9 @@ def read_init(path: str, keep_queries: bool = False, detector: str = "") -> tupl
     if rcnn.is_rcnn(detector):
         return init, rcnn_architecture(init, detector)
     architecture = init.architecture()
+    if detector in detectors.DAB and architecture["detector"].startswith("deformable"):  # F14
+        drawn = ("num_queries", "with_box_refine")
+        return init, {k: v for k, v in architecture.items() if k not in drawn} | {"detector": detector}
     three = architecture["num_queries"] == 3 and init.method == "updetr"
     single_query = init.settings.get("num_patches", 1 if three else None) == 1
     if "patch2query.weight" in init.state and single_query and not keep_queries:
@@ -521,9 +560,14 @@ def load_detector(cfg: Config, init: convert.Checkpoint, state: dict[str, Tensor
     """A detector with these class rows (and "no object" where they end in softmax), filled with `state`, the
     checkpoint's tensors, strictly but for what `drop` (name: reason) leaves out."""
     drop = convert.PRETEXT | (drop or {})
-    if len(state["query_embed.weight"]) != cfg.num_queries:  # F6
+    if cfg.detector in detectors.DAB:
+        if not convert.has(state, convert.ANCHORS):  # F14
+            state, of_queries = convert.into_dab(state)
+            drop |= of_queries
+    elif len(state["query_embed.weight"]) != cfg.num_queries:  # F6
         drop[r"^query_embed\."] = f"queries of a single-query checkpoint, made anew for {cfg.num_queries} queries"
-    model = detectors.build_detector(cfg, rows + softmax, focal=not softmax, position_offset=position_offset)
+    model = detectors.build_detector(cfg, rows + softmax, focal=not softmax, position_offset=position_offset,
+                                     num_patterns=cfg.num_patterns)
     convert.print_unused(init.left)
     if init.assumed:
         run.print_rank0(f"note: {init.assumed}")
@@ -534,14 +578,14 @@ def load_detector(cfg: Config, init: convert.Checkpoint, state: dict[str, Tensor
 def detector_from_backbone(cfg: Config, rows: int) -> common.Detector:
     """No checkpoint: all but the backbone starts random."""
     softmax = cfg.detector == "detr"
-    model = detectors.build_detector(cfg, rows + softmax, focal=not softmax)
+    model = detectors.build_detector(cfg, rows + softmax, focal=not softmax, num_patterns=cfg.num_patterns)
     convert.load_backbone_weights(model.backbone[0].body, cfg.backbone_weights, cfg.arch)
     return model
 
 
 def detector_with_new_head(cfg: Config, init: convert.Checkpoint, rows: int) -> common.Detector:
     """A pretrained detector, or one of other classes, with a class head that starts random."""
-    drop = {r"^class_embed\.": f"class head, made anew for {rows} categories"}
+    drop = {r"^(class_embed|label_enc)\.": f"class head, made anew for {rows} categories"}
     return load_detector(cfg, init, init.state, rows, softmax=cfg.detector == "detr", drop=drop)
 
 
@@ -550,7 +594,8 @@ def detector_with_reordered_head(cfg: Config, init: convert.Checkpoint, label_ma
     """For training, where row i must be category i: the checkpoint's rows in this order, "no object" last."""
     softmax = cfg.detector == "detr"
     order = [label_map.index(i) for i in range(rows)] + [len(label_map)] * softmax
-    state = {k: v[order] if k.startswith("class_embed.") else v for k, v in init.state.items()}
+    state = {k: v[order] if k.startswith("class_embed.") else v[[*order, -1]] if k.startswith("label_enc.") else v
+             for k, v in init.state.items()}
     run.print_rank0(f"the class head's rows were put in the order of the {rows} categories of {cfg.data}")
     return load_detector(cfg, init, state, rows, softmax)
 
@@ -613,8 +658,11 @@ def build_criterion(cfg: Config) -> common.SetCriterion | None:
     """The losses of the DETR family; the R-CNN family's detectors compute their own."""
     if rcnn.is_rcnn(cfg.detector):
         return None
-    matcher = common.HungarianMatcher(cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, focal=cfg.detector != "detr")
-    return common.SetCriterion(matcher, cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, eos_coef=cfg.eos_coef)
+    dab = cfg.detector in detectors.DAB
+    matcher = common.HungarianMatcher((2 if dab else 1) * cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou,
+                                      focal=cfg.detector != "detr")
+    criterion = detectors.DenoisingCriterion if dab else common.SetCriterion
+    return criterion(matcher, cfg.lambda_f, cfg.lambda_l1, cfg.lambda_giou, eos_coef=cfg.eos_coef)
 
 
 def rcnn_losses(cfg: Config, model: nn.Module, batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
@@ -657,7 +705,8 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | N
             else:
                 batch = common.batch_to_device(batch, device)
                 with common.autocast(device, cfg.amp):
-                    outputs = model(batch["images"], batch["mask"])
+                    outputs = model(batch["images"], batch["mask"],
+                                    **detectors.denoising_input(cfg, model, batch["targets"]))
                 losses, _ = criterion(outputs, batch["targets"], num_boxes, class_weight)
                 loss = criterion.total(losses)
             loss.backward()
@@ -688,10 +737,11 @@ def precise_bn(cfg: Config, model: nn.Module, train_set: DetectionSet, device: t
         return {}
     before = {k: v.clone() for k, v in model.named_buffers()}
     momenta = [m.momentum for m in norms]
-    sampler = data.StepSampler(len(train_set), cfg.batch_size, -(-cfg.precise_bn // cfg.accumulate),
-                               world=common.world_size(), rank=common.rank(), accumulate=cfg.accumulate, seed=cfg.seed)
-    loader = data.make_loader(LabelledDataset(cfg, train_set), sampler, num_workers=cfg.num_workers,
-                              collate=data.collate)
+    dataset = LabelledDataset(cfg, train_set)
+    sampler = data.StepSampler(len(dataset), cfg.batch_size, -(-cfg.precise_bn // cfg.accumulate), seed=cfg.seed,
+                               world=common.world_size(), rank=common.rank(), accumulate=cfg.accumulate,
+                               repeats=dataset.repeats)
+    loader = data.make_loader(dataset, sampler, num_workers=cfg.num_workers, collate=data.collate)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative mean
@@ -709,7 +759,7 @@ def precise_bn(cfg: Config, model: nn.Module, train_set: DetectionSet, device: t
 
 @torch.no_grad()
 def rcnn_detections(cfg: Config, model: nn.Module, label_map: list[int], test_set: DetectionSet, device: torch.device
-                    ) -> list[dict]:
+                    ) -> tuple[list[dict], list]:
     """COCO results of this process's slice, image by image, as released: nothing depends on what else is in a batch."""
     category_ids = [test_set.categories[i]["id"] if i >= 0 else None for i in label_map]
     detections = []
@@ -717,16 +767,16 @@ def rcnn_detections(cfg: Config, model: nn.Module, label_map: list[int], test_se
                                        num_workers=cfg.num_workers, text="evaluation"):
         images = rcnn.input_images(batch, device)
         detections += rcnn.from_rcnn(model(images), images, batch["targets"], cfg.detector, category_ids)
-    return detections
+    return detections, []
 
 
 def detr_detections(cfg: Config, model: nn.Module, label_map: list[int], test_set: DetectionSet, device: torch.device
-                    ) -> list[dict]:
-    """COCO results of this process's slice; with --class_agnostic of one category."""
+                    ) -> tuple[list[dict], list]:
+    """COCO results of this process's slice, and evaluation.matched_errors; with --class_agnostic of one category."""
     head = model.class_embed if isinstance(model.class_embed, nn.Linear) else model.class_embed[0]
     softmax = head.out_features > len(label_map)  # a last row "no object"
     category_ids = [c["id"] for c in test_set.categories]
-    detections = []
+    detections, errors, matcher = [], [], build_criterion(cfg).matcher
     for target, logits, boxes_xyxy in evaluation.predict(model, test_set, size=cfg.eval_size, max_size=cfg.max_size,
                                                          device=device, batch_size=8, num_workers=cfg.num_workers,
                                                          text="evaluation"):
@@ -737,15 +787,17 @@ def detr_detections(cfg: Config, model: nn.Module, label_map: list[int], test_se
             detections += evaluation.class_agnostic_detections(scores[:, None], boxes_xyxy, target["image_id"],
                                                                object_class=0, probability=probability)
         else:
-            detections += category_detections(logits, boxes_xyxy, label_map, category_ids, target["image_id"], softmax)
-    return detections
+            detections += category_detections(logits, boxes_xyxy, label_map, category_ids, target["image_id"], softmax,
+                                              cfg.detections_per_image)
+            errors.append(evaluation.matched_errors(matcher, logits, boxes_xyxy, target, label_map))
+    return detections, errors
 
 
 def category_detections(logits: Tensor, boxes_xyxy: Tensor, label_map: list[int], category_ids: list[int],
-                        image_id: int | str, softmax: bool) -> list[dict]:
+                        image_id: int | str, softmax: bool, top: int = 100) -> list[dict]:
     """The detections of one image (common.top_detections); those of rows of a released head that stand for no category
     are dropped."""
-    best = common.top_detections(logits, boxes_xyxy, focal=not softmax)
+    best = common.top_detections(logits, boxes_xyxy, top, focal=not softmax)
     return [{"image_id": image_id, "category_id": category_ids[label_map[row]], "bbox": [x1, y1, x2 - x1, y2 - y1],
              "score": score}
             for score, row, (x1, y1, x2, y2) in zip(*(best[k].tolist() for k in ("scores", "labels", "boxes")))
@@ -764,28 +816,34 @@ def evaluate(cfg: Config, model: nn.Module, label_map: list[int], labelled: Dete
              ) -> Found:
     """All metrics of a labelled set. All processes call it."""
     detect = rcnn_detections if rcnn.is_rcnn(cfg.detector) else detr_detections
-    detections = evaluation.gather(detect(cfg, model, label_map, labelled, device))
+    detections, errors = map(evaluation.gather, detect(cfg, model, label_map, labelled, device))
     if common.rank() != 0:
         return Found({}, [], {}, {})
     ignored = labelled.coco_ground_truth()
     counted = evaluation.count_difficult(ignored)
     truth, other = (ignored, counted) if cfg.difficult == "ignore" else (counted, ignored)
-    metrics = evaluation.detection_metrics(truth, detections, class_agnostic=cfg.class_agnostic,
-                                           per_class=not cfg.class_agnostic)
+    groups = {} if cfg.class_agnostic else few_shot.groups(cfg, labelled)
+    measure = functools.partial(evaluation.detection_metrics, class_agnostic=cfg.class_agnostic, groups=groups)
+    find_points = evaluation.operating_points
+    if labelled.federated and not cfg.class_agnostic:
+        measure, find_points = lvis_v1.federated_metrics, lvis_v1.operating_points
+    metrics = measure(truth, detections, per_class=not cfg.class_agnostic)
     if any("difficult" in a for a in ignored["annotations"]):  # F3
         otherwise = evaluation.detection_metrics(other, detections, class_agnostic=cfg.class_agnostic)
         name = "counted" if cfg.difficult == "ignore" else "ignored"
         metrics |= {f"{k}_difficult_{name}": otherwise[k] for k in ("AP", "AP50", "AP75")}
     if cfg.detector.startswith("mask"):
-        masks = evaluation.detection_metrics(truth, detections, iou_type="segm")
-        metrics |= {f"{k}_mask": masks[k] for k in ("AP", "AP50", "AP75")}
+        masks = measure(truth, detections, iou_type="segm")
+        metrics |= {f"{k}_mask": masks[k] for k in ("AP", "AP50", "AP75", "APr", "APc", "APf") if k in masks}
+        metrics |= cityscapes.instance_metrics(labelled, detections)  # {} of other sets
     if labelled.voc and not cfg.class_agnostic:
         metrics |= evaluation.voc07_metrics(ignored, detections)  # by its definition
+        metrics |= few_shot.voc07_metrics(ignored, detections, groups)
     if cfg.freeze_detector:  # Siamese DETR, Table 5: class-agnostic or not is not said, so both
         boxes_only = evaluation.detection_metrics(truth, detections, class_agnostic=True)
         metrics |= {f"agnostic_AR{k}": boxes_only[f"AR{k}"] for k in (1, 10, 100)}
-    points = ({}, {}) if cfg.class_agnostic else evaluation.operating_points(truth, detections)
-    return Found(metrics, detections, *points)
+    points = ({}, {}) if cfg.class_agnostic else find_points(truth, detections)
+    return Found(metrics | evaluation.mean_errors(errors), detections, *points)
 
 
 def write_results(cfg: Config, labelled: DetectionSet, found: Found, thresholds: dict[str, Any]) -> dict[str, Any]:
@@ -899,12 +957,12 @@ def evaluate_checkpoint(cfg: Config, init: convert.Checkpoint, train_set: Detect
 
 def summary(metrics: dict[str, Any]) -> str:
     """The table of metrics.json, and AP of every class."""
-    columns = [k for k, value in metrics.items() if isinstance(value, float) or value is None]
-    text = evaluation.metrics_table({"detection" if "per_class" in metrics else "class-agnostic": metrics}, columns,
-                                    title=metrics.get("warning", ""))
+    rows = few_shot.table_rows("detection" if "per_class" in metrics else "class-agnostic", metrics)
+    columns = [k for k, value in next(iter(rows.values())).items() if isinstance(value, float) or value is None]
+    text = evaluation.metrics_table(rows, columns, title=metrics.get("warning", ""))
     if metrics.get("per_class"):
-        shown = {name: "-" if ap is None or ap != ap else f"{ap:.3f}" for name, ap in metrics["per_class"].items()}
-        text += "\nAP per class: " + ", ".join(f"{name} {ap}" for name, ap in shown.items())
+        shown = [f"{k} {'-' if ap is None or ap != ap else f'{ap:.3f}'}" for k, ap in metrics["per_class"].items()]
+        text += f"\nAP per class: {listed(shown, 100)}"
     if metrics.get("thresholds"):
         best = metrics["thresholds"]["all"]
         text += (f"\nfrom a score of {best['threshold']:.2f} on: precision {best['precision']:.2f}, recall "
@@ -926,8 +984,9 @@ def parse(argv: list[str] | None) -> tuple[Config, frozenset[str], convert.Check
     recipe = functools.partial(recipe_of, architecture=architecture, method=init and init.method)
     cfg = adopt_architecture(parse_config(recipe=recipe), architecture, given)
     cfg.eval_only |= cfg.class_agnostic
-    if cfg.eval_only and "out" not in given:
-        cfg.out += "-eval"
+    if "out" not in given:
+        cfg.out += few_shot.run_name(cfg) + "-eval" * cfg.eval_only
+    few_shot.check(cfg, given)
     return adopt_evaluation(cfg, init, given), given | architecture.keys(), init
 
 
@@ -935,6 +994,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     cfg, fixed, init = parse(argv)
     device = common.setup_distributed(cfg.device)
     sets = open_sets(cfg)
+    if any(one.federated for one in sets):
+        cfg = own.adopt(cfg, lvis_v1.PROTOCOL, fixed)
     if not cfg.eval_only:
         cfg = own.fit_finetuning(cfg, sets.train, device, fixed)
     check(cfg, fixed, init)
@@ -942,7 +1003,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return evaluate_checkpoint(cfg, init, sets.train, sets.test, device)
     warning = seen_in_training(cfg, init, sets.train, sets.test)
     categories = sets.train.categories
-    job = run.Run(cfg, "finetune", sets.train, len(sets.train), device, summary, categories=categories)
+    dataset = LabelledDataset(cfg, sets.train)
+    images = data.images_per_epoch(len(dataset), dataset.repeats)
+    job = run.Run(cfg, "finetune", sets.train, images, device, summary, categories=categories)
     if job.metrics:
         return job.metrics
     model, label_map = build_model(cfg, init, categories)
@@ -954,8 +1017,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     job.restore(model, optimizer, average=average)
     validation = Validation(cfg, job, model, average, label_map, sets, device)
     wrapped = common.wrap_model(model, device, compiled=cfg.compile)
-    loader = data.train_loader(job, LabelledDataset(cfg, sets.train), data.collate)
-    for step in job.steps(what=f"labelled images of {len(label_map)} categories"):
+    loader = data.train_loader(job, dataset, data.collate, dataset.repeats)
+    what = "labelled images" + f", some of the {len(dataset)} repeated," * (images > len(dataset))
+    for step in job.steps(what=f"{what} of {len(label_map)} categories"):
         if validation.ends_before(step):
             break
         train_mode(cfg, wrapped)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -44,6 +45,7 @@ class Labels:
     form: str
     notes: list[str] = field(default_factory=list)
     class_notes: list[str] = field(default_factory=list)  # on `categories`
+    federated: dict[str, dict] | None = None  # of an LVIS json (read_federated)
 
 
 class Layout(NamedTuple):
@@ -88,14 +90,34 @@ def _size(height: Any, width: Any, image: str) -> tuple[int, int] | None:
     return height, width
 
 
+def image_name(image: dict) -> str:
+    """The file of an image of a json. LVIS has no file_name, but a coco_url: its last folder and file."""
+    if image.get("file_name") or not image.get("coco_url"):
+        return str(image["file_name"])
+    return "/".join(unquote(urlsplit(str(image["coco_url"])).path).strip("/").split("/")[-2:])
+
+
+FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
+
+
+def read_federated(content: dict) -> dict[str, dict] | None:
+    """What tells an LVIS json: {"images": {id: the FEDERATED lists of category ids}, "frequency": {category id: r, c or
+    f, where it is given}}; None for another json."""
+    if not any(image.get(key) is not None for image in content["images"] for key in FEDERATED):
+        return None
+    return {"images": {json_id(i["id"]): {key: [json_id(c) for c in i.get(key) or ()] for key in FEDERATED}
+                       for i in content["images"]},
+            "frequency": {json_id(c["id"]): str(c["frequency"]) for c in content["categories"] if c.get("frequency")}}
+
+
 def _coco_content(path: Path) -> tuple[dict, list[dict], list[tuple[int | str, tuple[int, int] | None, str]]]:
     """-> (the file's content, its categories sorted by id, its images (id, (h, w) or None, file name) sorted by id).
     UserError for an id that occurs twice, ValueError for a size that no image can have."""
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     categories = sorted(({"id": json_id(c["id"]), "name": str(c["name"])} for c in content["categories"]),
                         key=lambda c: id_order(c["id"]))
-    images = sorted(((json_id(i["id"]), _size(i.get("height"), i.get("width"), f"image {i['file_name']}"),
-                      str(i["file_name"])) for i in content["images"]), key=lambda i: id_order(i[0]))
+    images = sorted(((json_id(i["id"]), _size(i.get("height"), i.get("width"), f"image {image_name(i)}"),
+                      image_name(i)) for i in content["images"]), key=lambda i: id_order(i[0]))
     if len({i[0] for i in images}) < len(images) or len({c["id"] for c in categories}) < len(categories):
         raise UserError(f"{path}: an image id or category id occurs twice. Give every image and category its own id.")
     return content, categories, images
@@ -129,9 +151,10 @@ def _coco_objects(annotations: list[dict], ids: Sequence[int | str], masks: bool
     return rows, segments
 
 
-def find_files(names: list[str], folders: list[Path], source: Path) -> tuple[Path, dict[str, str], list[str]]:
+def find_files(names: list[str], folders: list[Path], source: Path, by_url: bool = False
+               ) -> tuple[Path, dict[str, str], list[str]]:
     """-> (the first of `folders` that holds all `names` (may contain subfolders), {name: as it is spelled there},
-    notes). UserError names what is missing."""
+    notes). by_url: the names are of coco_urls, whose folders need not be there. UserError names what is missing."""
     for n in names:
         if ".." in PureWindowsPath(n).parts or PureWindowsPath(n).root or Path(n).drive:  # both kinds of separators
             raise UserError(f"{source}: the file name {n!r} leads out of the image folder. Give names below it; "
@@ -139,53 +162,73 @@ def find_files(names: list[str], folders: list[Path], source: Path) -> tuple[Pat
     best: tuple[int, Path, list[str]] | None = None
     for folder in folders:
         finder = FileFinder()
-        found = {n: finder.find(folder, n) for n in names}
+        found = {n: finder.find(folder, n) or (finder.find(folder, n.split("/")[-1]) if by_url else None)
+                 for n in names}
         missing = [n for n in names if found[n] is None]
         if not missing:
             return folder, found, finder.note(source, len(names))
         best = min(best or (len(names) + 1, folder, []), (len(missing), folder, missing), key=lambda b: b[0])
     raise UserError(f"{source}: {best[0]} of {len(names)} images are not there, the first: "
                     f"{best[1] / best[2][0]}. Looked in {', '.join(map(str, folders))}; "
-                    "put the images there or give their folder as --data_root.")
+                    + "download train2017 and val2017 of COCO from cocodataset.org, " * by_url
+                    + "put the images there or give their folder as --data_root.")
 
 
-def read_coco(path: Path, image_folders: list[Path], masks: bool) -> Labels:
-    """A COCO detection json, whose images lie in the first of the folders that holds them all."""
+def read_coco(path: Path, image_folders: list[Path], masks: bool, place: Callable[[str], str] = str) -> Labels:
+    """A COCO detection json, whose images lie in the first of the folders that holds them all. place: the name of an
+    image in the json -> its name below the folder."""
     try:
         content, listed, images = _coco_content(path)
         categories, left_out = _without_dummy(content, listed)
         rows, segments = _coco_objects(content["annotations"], [image_id for image_id, *_ in images], masks)
+        federated = read_federated(content)
+        by_url = not all(i.get("file_name") for i in content["images"])
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}. Give an existing COCO json.") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is no COCO detection json: {type(error).__name__} {error}. It needs images (id, "
-                        "width, height, file_name), annotations (image_id of a listed image, category_id, "
+                        "width, height, file_name or coco_url), annotations (image_id of a listed image, category_id, "
                         "bbox of 4 numbers) and categories (id, name).") from error
     if not images or not categories:
         raise UserError(f"{path} lists {len(images)} images and {len(categories)} categories. "
                         "At least one of each is needed.")
-    folder, found, notes = find_files([file for *_, file in images], image_folders, path)
+    images = [(image_id, hw, place(file)) for image_id, hw, file in images]
+    folder, found, notes = find_files([file for *_, file in images], image_folders, path, by_url)
     files = len({found[file] for *_, file in images})
     if files < len(images):
         notes.append(f"{path}: {len(images) - files} of {len(images)} images name a file that another one names too; "
                      "each counts for itself.")
+    named = (c for lists in (federated or {"images": {}})["images"].values() for some in lists.values() for c in some)
+    if unlisted := set(named) - {c["id"] for c in listed}:
+        notes.append(f"{path}: {len(unlisted)} ids of {' or '.join(FEDERATED)} are none of its categories and are left "
+                     f"out, for example {min(unlisted, key=id_order)}.")
     labelled = [LabelledImage(folder / found[file], image_id, hw, rows[image_id], segments[image_id] if masks else None,
                               f"image {file}") for image_id, hw, file in images]
-    return Labels(path, listed, categories, labelled, "xywh", notes, [f"{path}: {text}" for text in left_out])
+    return Labels(path, listed, categories, labelled, "xywh", notes, [f"{path}: {text}" for text in left_out],
+                  federated)
+
+
+def _bare_stem(path: Path) -> str:
+    """A json's name without what COCO and LVIS begin it with: instances_train2017, lvis_v1_train."""
+    return re.sub(r"^(instances|lvis_v[\d.]+)_", "", path.stem)
 
 
 def coco_folders(path: Path, data_root: str | None) -> list[Path]:
     """Where the images of a json may lie: --data_root, else its own folder (of COCO's annotations/ also the one above),
-    or a folder in it called images, as the json (instances_train2017.json: train2017) or as its split."""
+    or a folder in it called images, as the json (instances_train2017.json: train2017) or as its split. Those of LVIS
+    are COCO's: also in a folder coco, in it or beside it."""
     roots = [Path(data_root).expanduser()] if data_root else [path.parent]
     if not data_root and path.parent.name.lower() == "annotations":
         roots.insert(0, path.parent.parent)
-    stem = path.stem.removeprefix("instances_")
+    stem = _bare_stem(path)
+    if path.stem.startswith("lvis_"):
+        roots += filter(Path.is_dir, [path for root in roots for path in (root / "coco", root.parent / "coco")])
     split = _split_of(stem)
     names = [stem, path.stem, *(name for name, part in SPLIT_NAMES.items() if split and part == split)]
     folders = []
     for root in roots:
         below = [root / above / name for name in dict.fromkeys(names) for above in ("", "images")]
+        below += [root / "leftImg8bit" / name for name in (".", "train", "val")]  # jsons made from Cityscapes
         folders += [root, root / "images", *filter(Path.is_dir, below)]
     return list(dict.fromkeys(folders))
 
@@ -602,7 +645,7 @@ def _coco_jsons(files: list[Path], data_root: str | None, alone: bool) -> Layout
     """train.json, val.json, ... or instances_train2017.json, ...; alone: or one of another name."""
     jsons = [f for f in files if f.suffix.lower() == ".json"]
     named = [f for f in jsons if f.stem.startswith("instances_")] or jsons
-    parts = _by_split(named, lambda f: f.stem.removeprefix("instances_"))
+    parts = _by_split(named, _bare_stem)
     others = [f for f in named if f not in parts.values()]
     if alone and not parts and len(named) == 1:
         parts, others = {"all": named[0]}, []
@@ -715,7 +758,8 @@ def what_is_there(path: Path) -> str:
 
 
 def named_layout(data: str, data_root: str | None) -> Layout:
-    """The published splits of `coco` (train2017, val2017) and `voc` (trainval of all years, test)."""
+    """The published splits of `coco` (train2017, val2017), `lvis` (v1: train, val) and `voc` (trainval of all years,
+    test)."""
     if data == "voc":
         root = named_root(data, data_root, "train", lambda place: bool(voc_years(place)))
         lists = voc_lists(root) or {"train": [voc_years(root)[0] / "ImageSets/Main/trainval.txt"]}
@@ -730,8 +774,9 @@ def named_layout(data: str, data_root: str | None) -> Layout:
         return Layout("VOC", {split: partial(read_lists, split) for split in lists}, [])
 
     def read(part: str, masks: bool) -> Labels:
-        annotations = f"annotations/instances_{part}2017.json"
-        root = named_root(data, data_root, part, lambda place: (place / annotations).is_file())
-        return read_coco(root / annotations, [root / f"{part}2017"], masks)
+        file = f"lvis_v1_{part}.json" if data == "lvis" else f"annotations/instances_{part}2017.json"
+        root = named_root(data, data_root, part, lambda place: (place / file).is_file())
+        return read_coco(root / file, coco_folders(root / file, None) if data == "lvis" else [root / f"{part}2017"],
+                         masks)
 
     return Layout("COCO", {"train": partial(read, "train"), "test": partial(read, "val")}, [])

@@ -47,7 +47,7 @@ import finetune
 import rcnn
 import run
 from common import UserError
-from formats import coco_folders, find_files, id_order, json_id
+from formats import coco_folders, find_files, id_order, image_name, json_id
 from run import Images, Pixels, Processes, Share
 
 Crop = tuple[int, int, int, int]  # x1, y1, x2, y2 of a picture, px
@@ -171,7 +171,7 @@ class Predictor:
             scores = logits.softmax(-1)[:, :-1] if self.softmax else logits.sigmoid()
             scores, order = scores[:, min(1, scores.shape[1] - 1)].sort(descending=True, stable=True)
             return {"scores": scores[:100], "labels": order[:100] * 0, "boxes_xyxy": boxes_xyxy[order[:100]]}
-        best = common.top_detections(logits, boxes_xyxy, focal=not self.softmax)
+        best = common.top_detections(logits, boxes_xyxy, self.cfg.detections_per_image, focal=not self.softmax)
         return {"scores": best["scores"], "labels": best["labels"], "boxes_xyxy": best["boxes"]}
 
     def chosen(self, found: dict[str, Tensor], crop: Crop) -> dict[str, Tensor]:
@@ -414,19 +414,20 @@ def read_json(path: Path, data_root: str | None) -> tuple[list[tuple[str, str, s
     COCO json, whose annotations play no part."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        images = [(json_id(i["id"]), str(i["file_name"])) for i in content["images"]]
+        images = [(json_id(i["id"]), image_name(i)) for i in content["images"]]
+        by_url = not all(i.get("file_name") for i in content["images"])
         images.sort(key=lambda image: id_order(image[0]))
         categories = [{"id": json_id(c["id"]), "name": str(c["name"])} for c in content.get("categories") or []]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}. Give an existing COCO json.") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} is no COCO json: {type(error).__name__} {error}. It needs images (id, file_name), and "
-                        "may have categories (id, name).") from error
+        raise UserError(f"{path} is no COCO json: {type(error).__name__} {error}. It needs images (id, file_name or "
+                        "coco_url), and may have categories (id, name).") from error
     if not images or len({i for i, _ in images}) < len(images):
         raise UserError(f"{path}: {'an image id occurs twice' if images else 'lists no images'}")
     # image_info_test2017.json is what COCO calls a json without annotations
     folders = coco_folders(path.with_name(path.name.removeprefix("image_info_")), data_root)
-    folder, found, notes = find_files([name for _, name in images], folders, path)
+    folder, found, notes = find_files([name for _, name in images], folders, path, by_url)
     for note in notes:
         run.print_rank0(f"note: {note}")
     return [(str(folder / found[name]), name, Path(found[name]).as_posix(), key) for key, name in images], categories

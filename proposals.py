@@ -8,14 +8,14 @@ Run (the same command again continues an interrupted build):
     python proposals.py --data coco --method edge_boxes [--edge_model model.yml.gz]       # Siamese DETR
 
 Deviations:
-    D1  OpenCV expects BGR; DETReg's released code hands it the RGB array, which gives other boxes. Here: RGB, as
-        released.
+    D1  OpenCV expects BGR; DETReg's released training hands it the RGB array, which gives other boxes, its evaluation
+        of selective search (Table 6) BGR. Here: RGB; `--colours bgr`.
     D2  OpenCV ranks a box by C rand() * level, which its boxes do not tell. Released: another order in every call.
         Here: srand(seed of the image), so an order can be drawn again. A store keeps ONE order per image; DETReg's
         default (no store) draws anew in each epoch.
     D3  Importance sampling (DETReg, Sec. 4): in detreg.py, D8 there.
-    D4  Edge boxes without the structured forest (its file may not be passed on): Lab gradients, and parameters measured
-        for them.
+    D4  Edge boxes without the structured forest (EDGE_MODEL, which may not be passed on): Lab gradients, and parameters
+        measured for them.
     D5  Edge boxes' last resort is a centre box w/4..3w/4 (released: converted to xyxy twice). Boxes are clipped to the
         image; those found on a resized copy are rounded to pixels of the original (released: truncated); the retry's
         upscaling is bounded (released: 1 x 500 px explodes).
@@ -25,6 +25,7 @@ Deviations:
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import functools
@@ -58,7 +59,8 @@ from data import UnreadableImage, open_images
 from run import SkipCount
 
 FORMAT_VERSION = 1
-RANDOM_BOXES = 300  # per image with method "random": as many as edge boxes gives at most
+MAX_BOXES = {"edge_boxes": 512, "random": 300}  # of an image (released, ours); selective search: all of them
+EDGE_MODEL = "testdata/cv/ximgproc/model.yml.gz of github.com/opencv/opencv_extra"
 
 
 # ==== 1. Seeds and units ====
@@ -149,9 +151,8 @@ def _structured_forest(path: str) -> Any:
         return cv2.ximgproc.createStructuredEdgeDetection(path)
     except (OSError, cv2.error) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--edge_model {path} cannot be used: {reason}. It is testdata/cv/ximgproc/model.yml.gz of "
-                        "github.com/opencv/opencv_extra (research use only, so not included): download it, or leave "
-                        "--edge_model out to find edges without a model.") from error
+        raise UserError(f"--edge_model {path} cannot be used: {reason}. It is {EDGE_MODEL} (research use only, so not "
+                        "included): download it, or leave --edge_model out to find edges without a model.") from error
 
 
 def _edges_without_model(image: np.ndarray, radius: int = 2, border: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -215,8 +216,8 @@ def _edge_rects(image: np.ndarray, edge_model: str | None, max_boxes: int, short
     return np.array([[w // 4, h // 4, max(w // 2, 1), max(h // 2, 1)]], np.int32)  # D5
 
 
-def edge_boxes(image: np.ndarray, *, edge_model: str | None = None, max_boxes: int = 300, short_side: int | None = None,
-               seed: int = 0) -> np.ndarray:
+def edge_boxes(image: np.ndarray, *, edge_model: str | None = None, max_boxes: int = MAX_BOXES["edge_boxes"],
+               short_side: int | None = None, seed: int = 0) -> np.ndarray:
     """uint8 RGB [H, W, 3] -> float32 [n, 4] xyxy px, whole pixels, best score first; at least one box. Deterministic:
     `seed` is there so that all generators are called alike. `edge_model`: OpenCV's structured forest (None: D4);
     `short_side`: search on a resized copy. Raises UserError."""
@@ -268,30 +269,38 @@ class Generator:
     rank: str = "opencv"  # opencv: the generator's own order | nms: rank_nms
     edge_model: str | None = None  # OpenCV's structured forest file
     seed: int = 42  # build_store draws with (seed, key of the image)
+    max_boxes: int | None = None  # of an image; None: MAX_BOXES
+    colours: str = "rgb"  # order in which selective search gets the channels: rgb | bgr (D1)
 
     @property
     def units(self) -> int | None:
         """What integer rects count: cells of a units x units grid over the image, or its pixels (None)."""
         return None if self.method == "edge_boxes" else self.grid
 
+    @property
+    def most(self) -> int | None:
+        """How many boxes an image has at most; None: no limit."""
+        return self.max_boxes or MAX_BOXES.get(self.method)
+
     def rects(self, image: np.ndarray, seed: int) -> np.ndarray:
         """uint8 RGB [H, W, 3] -> int32 [n, 4] xywh in `units`, ranked."""
         hw = image.shape[:2]
         rng = np.random.default_rng(seed)
         if self.method == "selective_search":
-            rects = _search_rects(image, self.grid, self.mode, seed)
+            channels = image if self.colours == "rgb" else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+            rects = _search_rects(channels, self.grid, self.mode, seed)
         elif self.method == "edge_boxes":
-            rects = _edge_rects(image, self.edge_model, 300, self.grid)
+            rects = _edge_rects(image, self.edge_model, self.most, self.grid)
         elif self.method == "random":
             side = np.array((self.units, self.units) if self.units else hw)
-            corners = np.rint(random_boxes(rng, tuple(side), RANDOM_BOXES)).astype(np.int32)
+            corners = np.rint(random_boxes(rng, tuple(side), self.most)).astype(np.int32)
             start = np.minimum(corners[:, :2], side[::-1] - 1)  # room for one cell at least
             rects = np.concatenate([start, np.maximum(corners[:, 2:] - start, 1)], 1)
         else:
             raise ValueError(f"unknown method {self.method}")
         if self.rank == "nms" and len(rects):
             rects = rects[_nms_order(rects_to_boxes(rects, hw, self.units), hw, rng)]
-        return rects
+        return rects[:self.most]
 
     def __call__(self, image: Any, seed: int) -> np.ndarray:
         """PIL image or uint8 RGB [H, W, 3] -> float32 [n, 4] xyxy px. `seed`: image_seed(...) of this draw."""
@@ -300,7 +309,7 @@ class Generator:
 
     def header(self) -> dict[str, Any]:
         """All that the boxes depend on, for a store's header. UserError where the edge model cannot be used."""
-        head = asdict(self) | {"opencv": cv2.__version__, "units": self.units or "pixels"}
+        head = asdict(self) | {"opencv": cv2.__version__, "units": self.units or "pixels", "max_boxes": self.most}
         if self.method == "selective_search":
             head["order"] = ("C rand(), seeded per image" if _c_srand()
                              else "own shuffle (OpenCV's order cannot be seeded here)")
@@ -312,6 +321,16 @@ class Generator:
         elif self.method == "edge_boxes":
             head["edges"] = "no model: Lab, Gaussian 2, Scharr, 99th percentile; Beta .65, Eta .9, MinBoxArea scaled"
         return head
+
+
+def print_edge_note(header: dict[str, Any]) -> None:
+    """A line where these are edge boxes, but not those of Siamese DETR's published recipe. header: Generator.header."""
+    published = {"max_boxes": MAX_BOXES["edge_boxes"], "grid": None, "rank": "opencv"}
+    differences = [f"{k} {header[k]}, not {v or 'original size'}" for k, v in published.items() if header[k] != v]
+    if not header["edge_model"]:
+        differences.insert(0, f"edges are found without a model (with it: --edge_model FILE, {EDGE_MODEL})")
+    if header["method"] == "edge_boxes" and differences:
+        run.print_rank0(f"note: not the edge boxes of Siamese DETR's published recipe: {'; '.join(differences)}")
 
 
 # ==== 6. A store, read ====
@@ -326,6 +345,8 @@ def _read_header(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {value['format_version']}, this program reads {FORMAT_VERSION}")
+        # what stores older than these settings were made with
+        value = {"max_boxes": None if value.get("method") == "selective_search" else 300, "colours": "rgb"} | value
         if missing := _HEADER_KEYS - value.keys():
             raise ValueError(f"without {', '.join(sorted(missing))}")
         units = value["units"] == "pixels" or 0 < int(value["units"]) < 65536
@@ -344,6 +365,8 @@ def _build_command(head: dict[str, Any] | None, path: Path) -> str:
     if not head:
         return f"python proposals.py --data DATA --method METHOD --out {path}"
     flags = "".join(f" --{k} {head[k] or 0}" for k in ("method", "grid", "mode", "rank", "seed"))
+    flags += f" --max_boxes {head['max_boxes']}" if head["max_boxes"] else ""
+    flags += " --colours bgr" if head["colours"] == "bgr" else ""
     flags += " --edge_model FILE" if head["edge_model"] else ""
     flags += f" --limit {head['images']}" if head["images"] < head["source_images"] else ""
     return f"python proposals.py --data DATA{flags} --out {path} (DATA: where {head['source']} lies)"
@@ -439,7 +462,8 @@ def _rects_of(indices: range) -> list[tuple[np.ndarray | None, str]]:
     results = []
     for i in indices:
         try:
-            image = np.asarray(source.load(i).convert("RGB"))
+            loaded = source.load(i)  # a labelled set gives (image, target)
+            image = np.asarray((loaded[0] if isinstance(loaded, tuple) else loaded).convert("RGB"))
             if generator.units is None and max(image.shape) > np.iinfo(dtype).max:
                 raise UnreadableImage(source.key(i), f"a side above {np.iinfo(dtype).max} px")
             rects = generator.rects(image, image_seed(generator.seed, source.key(i)))
@@ -449,9 +473,10 @@ def _rects_of(indices: range) -> list[tuple[np.ndarray | None, str]]:
     return results
 
 
-def _compute_rects(source: Any, generator: Generator, dtype: str, todo: range, workers: int
-                   ) -> Iterator[list[tuple[np.ndarray | None, str]]]:
-    """_rects_of chunks of `todo`, in order. An executor: a Pool waits for ever on a worker that the system killed."""
+def compute_rects(source: Any, generator: Generator, dtype: str, todo: range, workers: int
+                  ) -> Iterator[list[tuple[np.ndarray | None, str]]]:
+    """Of the images `todo` in order, in chunks: (Generator.rects, ""), or (None, "path: reason") where one cannot be
+    read. An executor: a Pool waits for ever on a worker that the system killed."""
     # small, or all wait at the end for one process with a whole chunk to do
     size = max(1, min(16, len(todo) // (32 * workers or 1)))
     chunks = [todo[a:a + size] for a in range(0, len(todo), size)]
@@ -548,7 +573,7 @@ def _fill(path: Path, head: dict[str, Any], source: Any, generator: Generator, w
     threads = cv2.getNumThreads()
     try:
         with (open(path / "boxes.partial", "ab") as boxes_file, open(path / "counts.partial", "ab") as counts_file,
-              contextlib.closing(_compute_rects(source, generator, dtype, range(start, total), workers)) as computed,
+              contextlib.closing(compute_rects(source, generator, dtype, range(start, total), workers)) as computed,
               tqdm(total=total, initial=start, unit="image", disable=not progress,
                    mininterval=0.5 if sys.stderr.isatty() else 30) as bar):
             for results in computed:
@@ -590,6 +615,7 @@ class ProposalConfig:
     proposal_store: str | None = None  # folder filled by proposals.py; without one boxes are computed in the loader
     cache_proposals: bool = False  # fill a store in the output folder before training
     edge_model: str | None = None  # OpenCV's structured forest file, for edge_boxes
+    max_boxes: run.Width | None = None  # kept of an image; none: 512 edge boxes (released), 300 random, all searched
 
 
 class Proposals:
@@ -601,7 +627,7 @@ class Proposals:
     def __init__(self, cfg: ProposalConfig, store: ProposalStore | None = None):
         grid = (cfg.proposal_grid or None) if cfg.proposal_method == "selective_search" else None
         self.generator = Generator(cfg.proposal_method, cfg.proposal_mode, grid, cfg.proposal_rank, cfg.edge_model,
-                                   cfg.seed)
+                                   cfg.seed, cfg.max_boxes)
         self.seed, self.store = cfg.seed, store
 
     def __call__(self, image: Image.Image, index: int, epoch: int) -> np.ndarray:
@@ -616,14 +642,20 @@ def open_proposals(cfg: ProposalConfig, source: Any) -> Proposals:
     fills, the others wait), or computed in the loader."""
     if cfg.proposal_store:
         store = ProposalStore.open(cfg.proposal_store, source)
-        made = ", ".join(f"{k} {store.header[k]}" for k in ("method", "mode", "grid", "rank", "seed", "opencv"))
-        run.print_rank0(f"proposals come from {cfg.proposal_store} ({made}); the flags --proposal_* are not used")
+        names = ("method", "mode", "grid", "rank", "max_boxes", "seed", "opencv")
+        made = ", ".join(f"{k} {store.header[k]}" for k in names if store.header[k] is not None)
+        run.print_rank0(f"proposals come from {cfg.proposal_store} ({made}); the flags --proposal_* and --max_boxes "
+                        "are not used")
+        print_edge_note(store.header)
         return Proposals(cfg, store)
+    generator = Proposals(cfg).generator
+    if generator.method == "edge_boxes":
+        print_edge_note(generator.header())
     if not cfg.cache_proposals:
         return Proposals(cfg)
     folder = Path(cfg.out) / "proposals"
     if common.rank() == 0:
-        build_store(folder, source, Proposals(cfg).generator, workers=cfg.num_workers)
+        build_store(folder, source, generator, workers=cfg.num_workers)
     common.barrier()
     return Proposals(cfg, ProposalStore.open(folder, source))
 
@@ -631,16 +663,10 @@ def open_proposals(cfg: ProposalConfig, source: Any) -> Proposals:
 # ==== 9. Main ====
 
 
-def main(argv: list[str] | None = None) -> ProposalStore:
-    parser = run.Parser(
-        prog="proposals.py",
-        description="Fill a proposal store; the same command again continues an interrupted build.")
-    parser.add_argument("--data", required=True,
-                        help="folder of images, .txt list, imagenet100, imagenet, coco, voc or synthetic")
-    parser.add_argument("--data_root", "--data-root", help="where a named data set lies (default $DATA_ROOT)")
+def add_generator_flags(parser: run.Parser) -> None:
+    """The flags of which generator_of makes a Generator."""
     parser.add_argument("--method", default="selective_search", type=lambda s: s.replace("-", "_"),
-                        choices=["selective_search", "edge_boxes", "random"],
-                        help="what makes the boxes (random: 300 per image)")
+                        choices=["selective_search", "edge_boxes", "random"], help="what makes the boxes")
     parser.add_argument("--workers", type=run.Workers, default=0,
                         help="processes; one per CPU core is fastest, 0 works in this one")
     parser.add_argument("--mode", default="fast", choices=["fast", "quality", "quick"],
@@ -651,9 +677,35 @@ def main(argv: list[str] | None = None) -> ProposalStore:
                         "128 is not only faster but better")
     parser.add_argument("--rank", default="opencv", choices=["opencv", "nms"],
                         help="nms: size filter, seeded shuffle, NMS 0.7; covers more per box")
+    parser.add_argument("--max_boxes", "--max-boxes", type=run.Width,
+                        help="boxes kept of an image; default 512 for edge_boxes (Siamese DETR), 300 for random, all "
+                        "for selective_search")
+    parser.add_argument("--colours", default="rgb", choices=["rgb", "bgr"],
+                        help="selective search: order of the channels, rgb as DETReg trains, bgr as it evaluates (D1)")
     parser.add_argument("--edge_model", "--edge-model",
-                        help="OpenCV's structured forest model.yml.gz; without it edges are found without a model")
+                        help=f"OpenCV's structured forest, {EDGE_MODEL}; without it edges are found without a model")
     parser.add_argument("--seed", type=run.Seed, default=42, help="everything random follows from it")
+
+
+def generator_of(args: argparse.Namespace) -> Generator:
+    """What the command line asks for; it is printed."""
+    grid = (128 if args.method == "selective_search" else 0) if args.grid is None else args.grid
+    generator = Generator(args.method, args.mode, grid or None, args.rank, args.edge_model, args.seed, args.max_boxes,
+                          args.colours)
+    header = generator.header()
+    print("boxes: " + ", ".join(f"{k} {v}" for k, v in header.items() if v is not None), flush=True)
+    print_edge_note(header)
+    return generator
+
+
+def main(argv: list[str] | None = None) -> ProposalStore:
+    parser = run.Parser(
+        prog="proposals.py",
+        description="Fill a proposal store; the same command again continues an interrupted build.")
+    parser.add_argument("--data", required=True,
+                        help="folder of images, .txt list, imagenet100, imagenet, coco, voc or synthetic")
+    parser.add_argument("--data_root", "--data-root", help="where a named data set lies (default $DATA_ROOT)")
+    add_generator_flags(parser)
     parser.add_argument("--synthetic_images", type=run.Images, default=800,
                         help="with --data synthetic: size of the pool, which --seed draws")
     parser.add_argument("--limit", type=run.Images,
@@ -661,11 +713,9 @@ def main(argv: list[str] | None = None) -> ProposalStore:
     parser.add_argument("--out", help="folder (default proposals/<data>-<method>-<grid>)")
     args = parser.parse_args(argv)
     source = open_images(args.data, args.data_root, synthetic_images=args.synthetic_images, seed=args.seed)
-    grid = (128 if args.method == "selective_search" else 0) if args.grid is None else args.grid
-    generator = Generator(args.method, args.mode, grid or None, args.rank, args.edge_model, args.seed)
-    print("boxes: " + ", ".join(f"{k} {v}" for k, v in generator.header().items() if v is not None), flush=True)
-    return build_store(args.out or Path("proposals") / f"{source.name}-{args.method}-{grid or 'original'}", source,
-                       generator, workers=args.workers, limit=args.limit)
+    generator = generator_of(args)
+    name = f"{source.name}-{args.method}-{generator.grid or 'original'}"
+    return build_store(args.out or Path("proposals") / name, source, generator, workers=args.workers, limit=args.limit)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_convert, roi_align
@@ -167,8 +167,11 @@ class RCNNHeads(RoIHeads):
         result = [dict(zip(("boxes", "scores", "labels"), parts_of_image)) for parts_of_image in zip(*parts)]
         if self.has_mask():
             logits = self.mask_logits(features, [r["boxes"] for r in result], sizes)
-            for r, masks in zip(result, maskrcnn_inference(logits, [r["labels"] for r in result])):
-                r["masks"] = masks
+            labels = torch.cat([r["labels"] for r in result])
+            # of each detection its own class alone: all 1204 of LVIS are a gigabyte
+            masks = logits[torch.arange(len(labels), device=labels.device), labels][:, None].sigmoid()
+            for r, some in zip(result, masks.split([len(r["labels"]) for r in result])):
+                r["masks"] = some
         return result
 
     def forward(self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list,
@@ -206,8 +209,9 @@ def build_rcnn(cfg: Any, classes: int) -> nn.Module:
     """A detector of RCNN_DETECTORS, with torchvision's names, weights still random.
 
     Read from cfg: detector, arch, backbone_norm, box_head, fpn_channels, head_dim, anchor_size, rois_per_image,
-    proposals_per_image. Faster and Mask R-CNN have one more class row, the first, for background. All of the ResNet
-    learns. In training forward(images, targets) gives the losses, else detections.
+    proposals_per_image, score_threshold, detections_per_image. Faster and Mask R-CNN have one more class row, the
+    first, for background. All of the ResNet learns. In training forward(images, targets) gives the losses, else
+    detections.
     """
     backbone = Backbone(cfg.arch, (1, 2, 3, 4), cfg.backbone_norm, trainable=5)
     sizes = [cfg.anchor_size * 2 ** i for i in range(5)]
@@ -223,13 +227,14 @@ def one_stage(cfg: Any, backbone: Backbone, classes: int, sizes: list[int]) -> n
     top = LastLevelP6P7(backbone.num_channels[-1] if retinanet else cfg.fpn_channels, cfg.fpn_channels)
     pyramid = BackboneWithFPN(backbone.body, {"layer2": "0", "layer3": "1", "layer4": "2"}, backbone.num_channels[1:],
                               cfg.fpn_channels, top, nn.BatchNorm2d)
+    limits = {"score_thresh": cfg.score_threshold, "detections_per_img": cfg.detections_per_image}
     if retinanet:
         top.use_P5 = False  # torchvision guesses it from the widths
         anchors = Anchors(tuple((s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in sizes), (RATIOS,) * 5)
-        model = RetinaNet(pyramid, classes, anchor_generator=anchors, detections_per_img=100)
+        model = RetinaNet(pyramid, classes, anchor_generator=anchors, **limits)
     else:
         anchors = Anchors(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5)
-        model = FCOS(pyramid, classes, anchor_generator=anchors, score_thresh=0.05)
+        model = FCOS(pyramid, classes, anchor_generator=anchors, **limits)
     model.transform = PaddingTransform(128)
     model.head.register_forward_hook(float_output)
     return model
@@ -281,7 +286,8 @@ def two_stage(cfg: Any, backbone: nn.Module, anchors: Anchors, pool: AlignedRoIA
               post_nms_top_n=after_nms, nms_thresh=0.7)
     heads = RCNNHeads(pool, box_head, FastRCNNPredictor(features, rows), fg_iou_thresh=0.5, bg_iou_thresh=0.5,
                       batch_size_per_image=cfg.rois_per_image, positive_fraction=0.25, bbox_reg_weights=None,
-                      score_thresh=0.05, nms_thresh=0.5, detections_per_img=100, **mask_parts)
+                      score_thresh=cfg.score_threshold, nms_thresh=0.5,
+                      detections_per_img=cfg.detections_per_image, **mask_parts)
     init_heads(heads)
     for module in (rpn.head, heads.box_predictor):
         module.register_forward_hook(float_output)

@@ -150,6 +150,7 @@ def _knob_help(config_class: type) -> dict[str, str]:
     return {name: text for c in classes for name, text in pattern.findall(inspect.getsource(c))}
 
 
+@functools.cache
 def _split_hint(hint: Any) -> tuple[Any, Range | None, bool]:
     """(type, its range, whether None is allowed) of a knob's annotation; of a tuple the range of its elements."""
     optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -238,6 +239,20 @@ def given_flags(argv: list[str] | None) -> frozenset[str]:
     return frozenset(a[2:].split("=")[0].removeprefix("no_") for a in normalized_flags(argv) if a.startswith("--"))
 
 
+@functools.cache
+def _config_parser(config_class: type, presets: tuple[str, ...], script: str, description: str
+                   ) -> tuple[Parser, dict[str, Any], dict[str, Any]]:
+    """(parser, type of each knob, default of each knob), made once: finetune.py reads its command line twice."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
+    parser, texts = Parser(prog=f"{script}.py", description=description), _knob_help(config_class)
+    parser.add_argument("--preset", choices=presets, default=None, help=texts["preset"])
+    for name, default in defaults.items():
+        if name != "preset":
+            _add_knob(parser, name, hints[name], default, texts.get(name, ""))
+    return parser, hints, defaults
+
+
 def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] | None, *, script: str,
                  description: str, recipe: Callable[[dict], dict] | None = None) -> Any:
     """Command line -> config dataclass. Precedence: default < recipe (a function of the other values) < preset < flag.
@@ -245,14 +260,7 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] |
     description: the script's docstring, whose first paragraph --help shows. Flags spell the field's name (hyphens are
     accepted); the comment behind a field is its help text. A number outside its type's range is a UserError.
     """
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
-    parser = Parser(prog=f"{script}.py", description=description.split("\n\n")[0])
-    texts = _knob_help(config_class)
-    parser.add_argument("--preset", choices=sorted(presets), default=None, help=texts["preset"])
-    for name, default in defaults.items():
-        if name != "preset":
-            _add_knob(parser, name, hints[name], default, texts.get(name, ""))
+    parser, hints, defaults = _config_parser(config_class, tuple(sorted(presets)), script, description.split("\n\n")[0])
     flags = vars(parser.parse_args(normalized_flags(argv)))
     check_ranges(flags, hints)
     preset = presets.get(flags["preset"], {})

@@ -21,9 +21,10 @@ Diagram:
 
 Run:
     python siamese_detr.py --preset demo                               # CPU, nothing downloaded, 5.5 minutes
-    python proposals.py --data imagenet --method edge_boxes --grid 0 --workers 32 --out proposals/imagenet-edges
+    python proposals.py --data imagenet --method edge_boxes --edge_model model.yml.gz --out proposals/imagenet-edges
     torchrun --nproc_per_node=8 siamese_detr.py --data imagenet --proposal_store proposals/imagenet-edges  # published
     python finetune.py --data voc --init_from out/siamese_detr-imagenet/last.pt
+    python docs/annotate.py                                            # beside its equations: site/siamese_detr.html
     Your own images, one GPU, the rows of the paper's tables: docs/methods/siamese_detr.md
 
 Hyperparameters: in Config below, each with its place in the paper; what data and detector change: recipe_of.
@@ -44,6 +45,8 @@ Deviations (paper / released code / here; in full in docs/methods/siamese_detr.m
     D13 R-O (Table 3, c): target z1 / - / z1 of the unjittered box, without gradient.
     D14 BatchNorm in L_g: - / of all processes / so on CUDA, of each process on CPU; 2 images per process at least.
     D15 Demo only: `--aligned_start` (common.align_start).
+    D16 Edges: - / OpenCV's structured forest, its file apart / without `--edge_model` ours, which the log says.
+    D17 DAB-, DN-DAB-Deformable DETR (Table 6): - / - / regions go into the content, no denoising in pretraining.
 
 Expected: the demo logs, from step 0 to its end, loss 16.6 -> 4.0, loss_bbox 0.80 -> 0.22, loss_feature 1.71 -> 0.14.
     Paper, Table 2 (VOC AP): 58.1, from scratch 49.9, UP-DETR 56.9, DETReg 57.5. Not rerun here: no ImageNet.
@@ -100,10 +103,10 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     # model
     detector: detectors.DETECTORS = "conditional_detr"  # what is pretrained (Tables 1 and 2)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 4.1)
-    backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 4.1)
+    backbone_weights: str = "swav"  # swav, swav_400, imagenet, moco_v2_200, moco_v2_800, random or a file (Sec. 4.1)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant (released) or learned
     stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see
-    num_feature_levels: Depth = 4  # of deformable_detr
+    num_feature_levels: Depth = 4  # of deformable_detr, dab_ and dn_deformable_detr
     pre_norm: bool = False  # LayerNorm before each block, of detr (released: off)
     position_offset: Annotated[float, run.Range(-1, 1)] = 0.0  # of the sine code (D9)
     hidden_dim: Width = 256  # transformer width (released)
@@ -135,8 +138,8 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"region_choice": "random", "epochs": 60, "lr_drop": 40},  # D1, D5; D4 in recipe_of
     "demo": {
-        "data": "synthetic", "cache_proposals": True, "scales": (56, 64), "max_size": 90, "patch_size": 16,
-        "num_regions": 5, "aligned_start": True, "feature_target": "start", "detector": "detr",
+        "data": "synthetic", "cache_proposals": True, "max_boxes": 300, "scales": (56, 64), "max_size": 90,
+        "patch_size": 16, "num_regions": 5, "aligned_start": True, "feature_target": "start", "detector": "detr",
         "arch": "resnet18", "backbone_weights": "random", "backbone_norm": "bn", "lr_backbone": 1e-3, "stride": 4,
         "hidden_dim": 64, "nheads": 4, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 128, "dropout": 0.0,
         "num_queries": 5, "lambda_region": 1.0, "lambda_global": 0.1, "batch_size": 16, "epochs": 20,
@@ -149,7 +152,7 @@ def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
     """What the released configurations change with the data set and the detector; the printed loss weights with
     --preset paper (D4)."""
     recipe: dict[str, Any] = {}
-    if values["detector"].startswith("deformable"):
+    if "deformable" in values["detector"]:
         recipe = {"dim_feedforward": 1024, "num_queries": 300}
     released = {"lambda_region": 5.0 if values["detector"] == "conditional_detr" else 3.0, "lambda_global": 10.0}
     printed = {"lambda_region": 3.0, "lambda_global": 10.0}
@@ -168,6 +171,9 @@ def check(cfg: Config) -> None:
         fitting = max(cfg.num_queries // cfg.num_regions, 1) * cfg.num_regions
         raise UserError(f"--num_queries {cfg.num_queries} --num_regions {cfg.num_regions}: every region needs the same "
                         f"number of queries; for example --num_queries {fitting}")
+    if cfg.proposal_method == "random" and cfg.proposal_store:
+        raise UserError("--proposal_method random uses no --proposal_store, its boxes are drawn where the two views "
+                        "overlap: leave one out")
     if cfg.num_regions < 2 and cfg.region_choice == "top":
         raise UserError("--num_regions 1: only the overlap would be left; give at least 2")
     if cfg.lambda_global > 0 and cfg.batch_size == common.world_size() * cfg.accumulate:
@@ -424,10 +430,11 @@ class SiameseDETR(common.Pretext):
         """z of Eq. (4): [2B, n, C], the mean of a 7 x 7 RoIAlign, of all levels side by side. rois [2B, n, 4] px."""
         pooled = [roi_align(f.float(), list(rois), 7, 1 / stride, sampling_ratio=-1, aligned=False).mean((2, 3))
                   for f, stride in zip(features, self.strides)]
-        return torch.cat(pooled, 1).unflatten(0, rois.shape[:2])
+        return torch.cat(pooled, 1).unflatten(0, rois.shape[:2])  # Eq. (4)
 
     def crop_features(self, crops: Tensor, backbone: nn.Module) -> Tensor:
         """p of Eq. (5): [2B, n, C]. crops [2B, n, 3, p, p]."""
+        # Eq. (5)
         return torch.cat([f.mean((2, 3)) for f in backbone(crops.flatten(0, 1))], 1).unflatten(0, crops.shape[:2])
 
     def forward(self, images: Tensor, mask: Tensor, rois: Tensor, source: Tensor | None = None) -> dict[str, Any]:
@@ -448,13 +455,13 @@ class SiameseDETR(common.Pretext):
             asked = z[source]
         else:
             asked = other_view(z) if self.multi_view else z
-        queries_per_region = len(self.detector.query_embed.weight) // self.num_regions
+        queries_per_region = len(self.detector.queries()) // self.num_regions
         content = self.patch2query(asked).repeat_interleave(queries_per_region, 1)  # [2B, Q, D]
-        queries = self.detector.conditioned_queries(content)
+        queries = self.detector.conditioned_queries(content)  # Eq. (7): z + phi_q
         if self.shared_queries:  # D8
             of_image_0 = queries.unflatten(0, (2, -1))[:, :1]  # [2, 1, Q, D]
             queries = of_image_0.expand(-1, len(queries) // 2, -1, -1).flatten(0, 1)
-        # f_q(z + phi) against f_k(c), f_v(c), Eq. (6)(7); b_hat, Eq. (8)
+        # Eq. (6), Eq. (7): f_q(z + phi_q) against f_k(c), f_v(c); Eq. (8): b_hat
         outputs = self.detector.detect(features, mask, queries)
         if self.feature_align is not None:
             for layer in (outputs, *outputs["aux_outputs"]):
@@ -465,7 +472,7 @@ class SiameseDETR(common.Pretext):
     def describe(self, memory: list[Tensor]) -> dict[str, Tensor]:
         """Projection and prediction [2B, D] of the mean memory; BatchNorm sees one view at a time (released)."""
         head = self.enc_head[0]
-        c = torch.cat([m.mean((2, 3)) for m in memory[:3]], 1)
+        c = torch.cat([m.mean((2, 3)) for m in memory[:3]], 1)  # Eq. (11): c
         projection = [head["projector"]["mlp"](view) for view in c.chunk(2)]
         return {"projection": torch.cat(projection).float(),
                 "prediction": torch.cat([head["predictor"]["mlp"](z) for z in projection]).float()}
@@ -505,9 +512,9 @@ def build_models(cfg: Config) -> tuple[SiameseDETR, nn.Module | None]:
 
 def build_criterion(cfg: Config) -> common.SetCriterion:
     """Eq. (18): any query may be matched to any region. l_box and the class loss of Eq. (9), and L_r of Eq. (12)."""
-    matcher = common.HungarianMatcher(cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, focal=False)
+    matcher = common.HungarianMatcher(cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, focal=False)  # Eq. (18)
     return common.SetCriterion(matcher, cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, eos_coef=cfg.eos_coef,
-                               weight_feature=cfg.lambda_region if cfg.region_target != "none" else 0.0)
+                               weight_feature=cfg.lambda_region if cfg.region_target != "none" else 0.0)  # Eq. (13)
 
 
 def make_targets(cfg: Config, boxes: Tensor, sizes: Tensor, features: Tensor | None) -> list[dict]:
@@ -519,14 +526,14 @@ def make_targets(cfg: Config, boxes: Tensor, sizes: Tensor, features: Tensor | N
     if features is None:
         return targets
     if cfg.multi_view:
-        features = other_view(features)
+        features = other_view(features)  # Eq. (12): p_1 for p2_hat
     return [{**t, "features": f} for t, f in zip(targets, features)]
 
 
 def global_loss(projection: Tensor, prediction: Tensor) -> Tensor:
     """L_g, Eq. (11), for both directions; [2B, D] each. 1 - cos rather than -cos, as released: 0 at best, 2 for
     unrelated views."""
-    return 2 * (1 - F.cosine_similarity(prediction, other_view(projection).detach())).mean()
+    return 2 * (1 - F.cosine_similarity(prediction, other_view(projection).detach())).mean()  # Eq. (11)
 
 
 def siamese_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targets: list[dict], num_boxes: float,
@@ -537,12 +544,12 @@ def siamese_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, tar
     num_boxes, class_weight: this process's normalisers (common.normalizer); share: the part of the whole batch that
     these images are, for L_g, which is a mean.
     """
-    # L_loc, Eq. (9), and L_r, Eq. (12), on every decoder layer
+    # Eq. (9): L_loc, and Eq. (12): L_r, on every decoder layer
     losses, _ = criterion(outputs, targets, num_boxes, class_weight)
     total = criterion.total(losses)
     if "projection" in outputs:
         losses["loss_global"] = share * global_loss(outputs["projection"], outputs["prediction"])
-        total = total + cfg.lambda_global * losses["loss_global"]
+        total = total + cfg.lambda_global * losses["loss_global"]  # Eq. (13)
     return total, losses
 
 

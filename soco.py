@@ -22,6 +22,7 @@ Run:
     python soco.py --preset demo                                       # CPU, nothing downloaded, about 5 minutes
     torchrun --nproc_per_node=8 soco.py --data imagenet --proposal_store proposals/imagenet-soco      # the recipe
     torchrun --nproc_per_node=8 finetune.py --data coco --detector mask_rcnn_fpn --init_from out/soco-imagenet/last.pt
+    python docs/annotate.py                                            # beside its equations: site/soco.html
     The store, two machines, SoCo*, C4 detectors, your own images, the rows of the paper's tables: docs/methods/soco.md
 
 Hyperparameters: in Config below, each with its place in the paper. `--preset paper`: as printed (D2, D3).
@@ -103,7 +104,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     # model
     pipeline: Literal["fpn", "c4"] = "fpn"  # which detector it is made for (Sec. 3.3)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 4.1)
-    backbone_weights: str = "random"  # start: random, imagenet, moco_v2, swav or a file
+    backbone_weights: str = "random"  # start: random, imagenet, moco_v2_200, moco_v2_800, swav, swav_400 or a file
     zero_init_residual: bool = True  # the last BatchNorm of every block starts at 0 (released; D14)
     fpn: bool = True  # off: boxes are read from C5 (Table 4)
     box_head: bool = True  # off: the mean of the RoI instead of the head (Table 4)
@@ -523,7 +524,7 @@ class SoCo(nn.Module):
             stages = ((name, stage) for name, stage in encoder.named_children() if name != "layer4")
             return common.run_stages(stages, images, ("layer3",))
         outputs = common.run_stages(encoder.named_children(), images, ("layer1", "layer2", "layer3", "layer4"))
-        return neck(outputs) if neck is not None else outputs[-1:]
+        return neck(outputs) if neck is not None else outputs[-1:]  # Eq. (1): f^I(V)
 
     def object_features(self, feature_map: Tensor, boxes: Tensor, target: bool) -> Tensor:
         """h = f^H(RoIAlign(f^I(V), b)), Eq. (1)-(3), of one level: boxes [B, K, 4] in 0..1 of the view
@@ -531,7 +532,7 @@ class SoCo(nn.Module):
         height, width = feature_map.shape[-2:]
         # by the map's size, not its stride: 3.5 cells are 4
         rois = list(boxes * common.constant_tensor((width, height) * 2, boxes.device))
-        x = roi_align(feature_map.float(), rois, self.roi_size, 1.0, sampling_ratio=-1, aligned=True)
+        x = roi_align(feature_map.float(), rois, self.roi_size, 1.0, sampling_ratio=-1, aligned=True)  # Eq. (1)
         if self.pipeline == "c4":
             return (self.encoder_k if target else self.encoder).layer4(x).mean((2, 3))
         head = self.head_k if target else self.head
@@ -542,8 +543,8 @@ class SoCo(nn.Module):
         [B, L * K, D], row = level * K + box: every box on every level, one level at a time (D7)."""
         embeddings = []
         for feature_map in maps:
-            h = self.object_features(feature_map, boxes, target)
-            v = self.projector_k(h) if target else self.predictor(self.projector(h))
+            h = self.object_features(feature_map, boxes, target)  # Eq. (2), Eq. (3)
+            v = self.projector_k(h) if target else self.predictor(self.projector(h))  # Eq. (4)
             embeddings.append(F.normalize(v.float(), dim=-1).unflatten(0, boxes.shape[:2]))  # [B, K, D]
         return torch.cat(embeddings, 1)
 
@@ -592,7 +593,7 @@ def pair_loss(v: Tensor, target: Tensor, corres: Tensor) -> Tensor:
     An image without a match adds 0 and counts in the mean (released).
     """
     similarity = v @ target.transpose(1, 2)  # [B, R, R]
-    of_images = (similarity * corres).sum((1, 2)) / (corres.sum((1, 2)) + 1e-6)
+    of_images = (similarity * corres).sum((1, 2)) / (corres.sum((1, 2)) + 1e-6)  # Eq. (6): mean over boxes, D8
     return -2 * of_images.mean()  # Eq. (5)
 
 

@@ -24,6 +24,7 @@ Run:
     python updetr.py --preset demo                                     # CPU, nothing downloaded, 4.5 minutes
     torchrun --nproc_per_node=8 updetr.py --data imagenet              # the published recipe
     python finetune.py --data coco --init_from out/updetr-imagenet/last.pt
+    python docs/annotate.py                                            # beside its equations: site/updetr.html
     Your own images, one GPU, other detectors, the rows of the paper's tables, Fig. 5: docs/methods/updetr.md
 
 Hyperparameters: in Config below, each with its place in the paper. `--preset paper`, `official`, `single`: the printed
@@ -43,6 +44,7 @@ Deviations (paper / released code / here; in full in docs/methods/updetr.md):
     D11 Images of at most 16 pixels a side: - / the next image / another one is drawn, the file is named and counted.
     D12 Scales 320..480 in steps of 16: - / 384 is missing / as released.
     D13 Demo only: `--aligned_start` (common.align_start), and patches in their own colours.
+    D14 `--proposal_method` (Siamese DETR, Table 4): - / - / the first M boxes of 8 pixels a side, then random patches.
 
 Expected: at initialisation the full model's loss is about 48 (released). The demo logs, at step 0 and at its end, loss
     15.6 -> 8.7, loss_bbox 0.74 -> 0.52, loss_giou 0.91 -> 0.83, loss_feature 1.68 -> 0.05. Its table: docs/demos.md.
@@ -60,12 +62,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import convert
 import data
 import detectors
 import evaluation
+import proposals
 import run
 from common import UserError
 from run import Count, Depth, Images, NonNegative, Pixels, Positive, Share, Width
@@ -74,7 +78,9 @@ from run import Count, Depth, Images, NonNegative, Pixels, Positive, Share, Widt
 
 
 @dataclass
-class Config(run.ProbeConfig, run.RunConfig):
+class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
+    # proposals (more in proposals.ProposalConfig)
+    proposal_method: Literal["none", "selective_search", "edge_boxes", "random"] = "none"  # none: patches (D14)
     # images
     scales: tuple[Pixels, ...] = (320, 336, 352, 368, 400, 416, 432, 448, 464, 480)  # short side, pixels (D12)
     max_size: Pixels = 600  # longest side, pixels (released)
@@ -91,7 +97,7 @@ class Config(run.ProbeConfig, run.RunConfig):
     # model
     detector: detectors.DETECTORS = "detr"  # what is pretrained (Siamese DETR, Tables 1 and 2)
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"  # backbone (Sec. 4)
-    backbone_weights: str = "swav"  # swav, imagenet, moco_v2, random or a file (Sec. 4)
+    backbone_weights: str = "swav"  # swav, swav_400, imagenet, moco_v2_200, moco_v2_800, random or a file (Sec. 4)
     backbone_norm: Literal["frozen", "bn"] = "frozen"  # BatchNorm's statistics: constant (released) or learned
     stride: Literal[4, 8, 16, 32] = 32  # of the map that DETR and Conditional DETR see
     num_feature_levels: Depth = 4  # of deformable_detr
@@ -138,7 +144,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def recipe_of(values: dict[str, Any]) -> dict[str, Any]:
     """What follows from the detector (Siamese DETR, Tables 1 and 2)."""
-    return {"dim_feedforward": 1024, "num_queries": 300} if values["detector"].startswith("deformable") else {}
+    return {"dim_feedforward": 1024, "num_queries": 300} if "deformable" in values["detector"] else {}
 
 
 def check(cfg: Config) -> None:
@@ -151,6 +157,9 @@ def check(cfg: Config) -> None:
     if not detectors.norms_see_enough(cfg, cfg.batch_size * cfg.num_patches, cfg.patch_size):
         raise UserError(f"--batch_size {cfg.batch_size} --num_patches 1: one patch per process and micro-batch, of "
                         f"which --patch_size {cfg.patch_size} leaves BatchNorm one value; give more, or larger ones")
+    if cfg.proposal_method == "none" and (cfg.proposal_store or cfg.cache_proposals):
+        raise UserError("--proposal_store and --cache_proposals are of no use to random patches: give a "
+                        "--proposal_method too (selective_search, edge_boxes, random)")
 
 
 # ==== 2. Data ====
@@ -173,12 +182,13 @@ class PatchDataset(torch.utils.data.Dataset):
     """One sample: an image, M boxes in it, and what is in them (Sec. 3).
 
     Everything random is a function of (seed, epoch, index). Keys of a sample: image [3, H, W]; target {"boxes" [M, 4]
-    cxcywh, "labels" [M] = 1, "patches" [M, 3, p, p], "index" of the image}; index; skipped (unusable files).
-    augment False (probe): one scale, plain colours.
+    cxcywh, "labels" [M] = 1, "patches" [M, 3, p, p], "index" of the image}; index; skipped (unusable files); with
+    proposals fallback (1 when they were fewer than M, D14). augment False (probe): one scale, plain colours.
     """
 
-    def __init__(self, cfg: Config, source, indices: np.ndarray, augment: bool = True):
-        self.cfg, self.source, self.indices = cfg, source, indices
+    def __init__(self, cfg: Config, source, indices: np.ndarray, proposals_of: proposals.Proposals | None = None,
+                 augment: bool = True):
+        self.cfg, self.source, self.indices, self.proposals_of = cfg, source, indices, proposals_of
         self.scales = cfg.scales if augment else (max(cfg.scales),)
         p = (0.8, 0.2, 0.5) if augment and cfg.patch_colours else (0, 0, 0)
         # Sec. 4: as SimCLR; released strengths
@@ -187,6 +197,13 @@ class PatchDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def propose(self, image: Image.Image, index: int, epoch: int) -> np.ndarray:
+        """The first M proposals of at least 8 pixels a side, as patches have: [m, 4] xyxy px, m <= M (D14)."""
+        if self.proposals_of is None:
+            return np.zeros((0, 4), np.int64)
+        boxes = self.proposals_of(image, index, epoch)
+        return boxes[(boxes[:, 2:] - boxes[:, :2] >= 8).all(1)][:self.cfg.num_patches]
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         cfg, (epoch, position) = self.cfg, key
         rng = data.sample_rng(cfg.seed, epoch, position)
@@ -194,7 +211,9 @@ class PatchDataset(torch.utils.data.Dataset):
         image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices,
                                         min_side=17)  # D11
         hw = image.height, image.width
-        boxes = draw_patches(rng, hw, cfg.num_patches)
+        proposed = self.propose(image, index, epoch)
+        missing = cfg.num_patches - len(proposed)
+        boxes = np.concatenate([proposed, draw_patches(rng, hw, missing)])
         # patches are cut from the original image, and neither they nor the image are flipped (released)
         patches = [data.cut_patch(image, box, cfg.patch_size, data.draw_photometric(rng, self.photometric))
                    for box in boxes.tolist()]
@@ -203,7 +222,8 @@ class PatchDataset(torch.utils.data.Dataset):
         target = {"boxes": data.normalized_cxcywh(moved, (view.height, view.width)),
                   "labels": torch.ones(len(boxes), dtype=torch.int64),
                   "patches": torch.stack(patches), "index": torch.tensor(index)}
-        return {"image": data.to_normalized_tensor(view), "target": target, "index": index, "skipped": skipped}
+        return {"image": data.to_normalized_tensor(view), "target": target, "index": index, "skipped": skipped,
+                **({} if self.proposals_of is None else {"fallback": int(missing > 0)})}
 
 
 # ==== 3. Model ====
@@ -213,7 +233,7 @@ def group_mask(num_queries: int, num_patches: int, device: torch.device | str = 
     """Eq. (3): [N, N] bool, True (minus infinity in the paper) where query i may not look at query j, because they
     belong to different patches (D8)."""
     group = torch.arange(num_queries, device=device) // (num_queries // num_patches)
-    return group[:, None] != group[None]
+    return group[:, None] != group[None]  # Eq. (3)
 
 
 def draw_masking(cfg: Config, batch: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -247,7 +267,7 @@ class UPDETR(common.Pretext):
         Returns the detector's outputs for the first n = m * N / M queries, with pred_features [B, n, C] of every layer,
         and patch_features [B, m, C].
         """
-        num_queries, given = len(self.detector.query_embed.weight), patches.shape[1]
+        num_queries, given = len(self.detector.queries()), patches.shape[1]
         if given > self.num_patches:
             raise UserError(f"{given} query patches: this model was made for at most {self.num_patches} at a time")
         p = patch_features(self.detector.backbone[0], patches)
@@ -259,7 +279,7 @@ class UPDETR(common.Pretext):
         blocked = None
         if self.attention_mask:
             n = content.shape[1]
-            blocked = group_mask(num_queries, self.num_patches, images.device)[:n, :n]
+            blocked = group_mask(num_queries, self.num_patches, images.device)[:n, :n]  # Eq. (3)
         outputs = self.detector(images, mask, queries, blocked)
         if self.feature_align is not None:
             for layer in (outputs, *outputs["aux_outputs"]):
@@ -289,7 +309,7 @@ def build_criterion(cfg: Config) -> common.SetCriterion:
     """Eq. (1): the matching ignores the groups; any query may be matched to any patch's box, and then reconstructs the
     feature of THAT patch."""
     matcher = common.HungarianMatcher(cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, focal=False)
-    # lambda_{c_i}, D5
+    # Eq. (1): lambda_{c_i}, D5
     eos_coef = cfg.num_patches / cfg.num_queries if cfg.eos_coef is None else cfg.eos_coef
     return common.SetCriterion(matcher, cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, eos_coef=eos_coef,
                                weight_feature=cfg.lambda_rec if cfg.reconstruction else 0.0)
@@ -302,8 +322,8 @@ def updetr_loss(criterion: common.SetCriterion, outputs: dict, targets: list[dic
     num_boxes, class_weight: this process's normalisers (common.normalizer).
     """
     targets = [{**t, "features": t.get("features", p)} for t, p in zip(targets, outputs["patch_features"])]
-    losses, _ = criterion(outputs, targets, num_boxes, class_weight)  # sigma of Eq. (1); loss_feature is Eq. (2), D7
-    return criterion.total(losses), losses
+    losses, _ = criterion(outputs, targets, num_boxes, class_weight)  # Eq. (2): loss_feature, D7
+    return criterion.total(losses), losses  # Eq. (1)
 
 
 # ==== 5. Training step ====
@@ -371,18 +391,24 @@ def probe(cfg: Config, model: nn.Module, probe_source, held_out: np.ndarray, dev
     """Mean IoU and recall at 0.5 of the most confident box per query patch, before and after, with the controls of
     evaluation.localization_table, and predictions.png. All processes call it; rank 0 alone gets a table.
 
-    random_boxes: another draw of the sampler. shuffled: patches of another image as queries.
+    random_boxes: another draw of the sampler, or boxes of the proposals' sizes. shuffled: patches of another image as
+    queries.
     """
-    probe_set = PatchDataset(cfg, probe_source, held_out, augment=False)
+    proposals_of = None if cfg.proposal_method == "none" else proposals.Proposals(cfg)
+    probe_set = PatchDataset(cfg, probe_source, held_out, proposals_of, augment=False)
     untrained = build_models(cfg)[0].to(device)
     find = functools.partial(find_patches, cfg, probe_set=probe_set, device=device)
     rows = evaluation.before_and_after(find, untrained, model)
     if common.rank() != 0:
         return {}
 
+    pool = np.concatenate([np.array(row["true"])[:, 2:] for row in rows["pretrained"]])  # relative w, h
+
     def random_boxes(i: int, row: dict) -> Tensor:
-        boxes = draw_patches(np.random.default_rng([cfg.seed, i]), (480, 640), cfg.num_patches)
-        return data.normalized_cxcywh(torch.from_numpy(boxes).float(), (480, 640))
+        rng, hw = np.random.default_rng([cfg.seed, i]), (480, 640)
+        boxes = (proposals.random_boxes(rng, hw, cfg.num_patches, pool) if proposals_of
+                 else draw_patches(rng, hw, cfg.num_patches))
+        return data.normalized_cxcywh(torch.from_numpy(boxes).float(), hw)
 
     evaluation.draw_localization(Path(cfg.out) / "predictions.png", probe_source, rows["pretrained"][:6],
                                  ("query patches", "UP-DETR (most confident box per patch)"))
@@ -404,7 +430,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     job = run.Run(cfg, "updetr", source, len(indices), device, summary)
     if job.metrics:
         return job.metrics
-    train_set = PatchDataset(cfg, source, indices)
+    proposals_of = None if cfg.proposal_method == "none" else proposals.open_proposals(cfg, source)
+    train_set = PatchDataset(cfg, source, indices, proposals_of)
     model, target_backbone = (m.to(device) if m else None for m in build_models(cfg))
     optimizer, criterion = common.build_optimizer(cfg, model), build_criterion(cfg)
     job.restore(model, optimizer, target=target_backbone)
@@ -418,6 +445,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         job.check(step, terms, micro_batches)
         job.log(step, terms, "loss", "loss_bbox", "loss_giou", lr=lr)
         job.save(step)
+    if job.fallbacks:
+        run.print_rank0(f"{int(job.fallbacks)} samples had fewer than {cfg.num_patches} proposals and were filled up "
+                        "with random patches (D14)")
     common.broadcast_buffers(model)
     return job.end(probe(cfg, model, probe_source, held_out, device) if len(held_out) else {})
 

@@ -43,8 +43,8 @@ SETTINGS = {"selective search fast 128": {},
             "fast 224": {"grid": 224},
             "fast original size": {"grid": None},
             "quick original size": {"grid": None, "mode": "quick"},
-            "edge boxes 224": {"method": "edge_boxes", "grid": 224},
-            "edge boxes original size": {"method": "edge_boxes", "grid": None},
+            "edge boxes 224": {"method": "edge_boxes", "grid": 224, "max_boxes": 300},
+            "edge boxes original size": {"method": "edge_boxes", "grid": None, "max_boxes": 300},
             "random boxes": {"method": "random", "grid": None}}
 RELEASED = ("selective search fast 128", "own")
 FEW = 12  # images per labelled set for selective search at original size

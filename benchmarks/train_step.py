@@ -107,7 +107,7 @@ def open_data(method: str, argv: list[str], folder: str) -> tuple[Any, Any, Any]
     kind = {"detreg": "RegionDataset", "updetr": "PatchDataset", "siamese_detr": "TwoViewDataset",
             "soco": "ObjectViewsDataset", "dupr": "TwoCropsDataset"}[method]
     arguments = [cfg, source, np.arange(len(source))]
-    if isinstance(cfg, proposals.ProposalConfig):
+    if getattr(cfg, "proposal_method", "none") != "none":
         with contextlib.redirect_stdout(None):
             store = proposals.build_store(f"{folder}/store", source, proposals.Proposals(cfg).generator, workers=2,
                                           progress=False)

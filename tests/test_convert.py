@@ -844,3 +844,76 @@ def test_command(tmp_path, fails, capsys):
     done = subprocess.run([sys.executable, str(ROOT / "convert.py"), str(tmp_path / "nowhere.pth")],
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip() == f"error: {tmp_path / 'nowhere.pth'}: no such checkpoint file"
+
+
+# ==== Baselines from a file: what holds their ResNet, and what lies beside it. r: its tensors ====
+
+
+def under(prefix, state, by=0.0):
+    return {prefix + k: v + by for k, v in state.items()}
+
+
+X = torch.zeros(1)
+PIXPRO_HEADS = {f"{name}.linear1.weight": X for name in ("projector", "projector_k", "predictor")}
+BASELINES = {
+    "MoCo v2": lambda r: {"state_dict": under("module.encoder_q.", {**r, "fc.0.weight": X})},
+    "SwAV": lambda r: under("module.", {**r, "projection_head.0.weight": X, "prototypes.weight": X}),
+    "SwAV, training": lambda r: {"state_dict": under("module.", {**r, "projection_head.0.weight": X}),
+                                 "epoch": 400, "arch": "resnet50", "optimizer": {}},
+    "BYOL": lambda r: {"state_dict": dict(r), "meta": {}},
+    "BYOL, training": lambda r: {"state_dict": under("backbone.", r) | under("online_net.0.", r)
+                                 | under("target_net.0.", r, 1)
+                                 | {"neck.fc0.weight": X, "head.x": X, "online_net.1.fc0.weight": X}},
+    "DenseCL": lambda r: {"state_dict": dict(r), "author": "DenseCL"},
+    "DenseCL, training": lambda r: {"state_dict": under("backbone.", r) | under("encoder_q.0.", r)
+                                    | under("encoder_k.0.", r, 1) | {"queue": X, "queue2": X}},
+    "PixPro": lambda r: {"model": under("module.", under("encoder.", r) | under("encoder_k.", r, 1) | PIXPRO_HEADS
+                                        | {"value_transform.weight": X})},
+    "PixPro, instance branch": lambda r: {"model": under("module.", under("base.", r) | under("encoder_k.", r, 1)
+                                                         | PIXPRO_HEADS)},
+    "InfoMin": lambda r: {"model": under("module.encoder.", r) | {"module.head.0.weight": X},
+                          "model_ema": under("encoder.", r, 1), "opt": argparse.Namespace(method="InfoMin")},
+    "mmselfsup": lambda r: {"state_dict": under("backbone.", r) | {"head.fc.weight": X}, "meta": {}},
+    "DINO, training": lambda r: {"student": under("module.backbone.", r, 1), "teacher": under("backbone.", r),
+                                 "optimizer": {}},
+}
+
+
+@pytest.mark.parametrize("counters", (True, False))
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_from_a_file(baseline, counters, tmp_path):
+    """The one ResNet is found, not its copy; no file is taken for SoCo's; what is not whole is refused."""
+    with torch.device("meta"):
+        body = common.Backbone("resnet18", norm="bn" if counters else "frozen").body
+    trunk = {k: torch.full((1,), float(i)) for i, k in enumerate(body.state_dict())}
+    torch.save(BASELINES[baseline](trunk), tmp_path / "file.pth")
+    found = convert.open_checkpoint(tmp_path / "file.pth")
+    assert found.resnet() == trunk and found.what.endswith(", ResNet-18") and "SoCo" not in found.what
+    del trunk["layer3.1.bn2.weight"]
+    torch.save(BASELINES[baseline](trunk), tmp_path / "cut.pth")
+    with pytest.raises(UserError, match=r"cut.pth \(.*missing there: layer3\.1\.bn2\.weight"):
+        convert.load_backbone(body, tmp_path / "cut.pth")
+
+
+def test_baselines_that_no_name_fetches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("moco_v2", "moco_v2_200.*DUPR.*moco_v2_800"), ("densecl", "densecl_r50.*WXinlong/DenseCL"),
+                        ("byol", "byol_r50.*mmselfsup"), ("pixpro", "zdaxie/PixPro"), ("infomin", "PyContrast")):
+        with pytest.raises(UserError, match=f"--backbone_weights {name}: .*{words}"):
+            convert.backbone_file(name, "resnet50")
+    for name, end in (("swav", "swav_800ep_pretrain.pth.tar"), ("swav_400", "swav_400ep_pretrain.pth.tar"),
+                      *((f"moco_v2_{n}", f"moco_v2_{n}ep_pretrain.pth.tar") for n in (200, 800))):
+        assert convert.BACKBONE_URLS[name].endswith(f"/{end}")
+    haiku = pickle.dumps({"experiment_state": _ByolExperimentState(1), "step": 1}, protocol=4)
+    for i, content in enumerate((haiku.replace(b"test_convert", b"byol_exprmnt"),
+                                 pickle.dumps({"experiment_state": {"online_params": {}}}))):
+        (tmp_path / f"{i}.pkl").write_bytes(content)
+        with pytest.raises(UserError, match=f"{i}.pkl: BYOL's own file.*ajtejankar/byol-convert"):
+            convert.open_checkpoint(tmp_path / f"{i}.pkl")
+
+
+class _ByolExperimentState:
+    """As DeepMind's file names it."""
+
+    def __init__(self, params):
+        self.online_params = params

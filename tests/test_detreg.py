@@ -221,7 +221,7 @@ def test_only_flat_images_end_in_jittered_full_boxes(tmp_path):
     boxes = sample["target"]["boxes"]
     assert sample["fallback"] == 1 and boxes.shape == (2, 4) and sample["target"]["patches"].shape == (2, 3, 16, 16)
     assert (boxes[:, 2:] >= 0.8).all() and (boxes[:, 2:] <= 1).all() and not torch.equal(boxes[0], boxes[1])
-    assert detreg.collate([sample, sample, {**sample, "fallback": 0}])["fallback"] == 2
+    assert data.collate([sample, sample, {**sample, "fallback": 0}])["fallback"] == 2
     two = detreg.jittered_full_boxes((50, 200), np.random.default_rng(0))
     low, high, end = (torch.tensor(corner) for corner in ((20, 5), (180, 45), (200, 50)))
     assert (two[:, :2] <= low).all() and (two[:, 2:] >= high).all() and (two[:, 2:] <= end).all() and (two >= 0).all()

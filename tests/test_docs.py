@@ -1,6 +1,7 @@
 """README.md and docs/: links lead somewhere, command lines have flags that exist, and the torchvision lines of
 docs/checkpoints.md load what convert.py writes."""
 import dataclasses
+import functools
 import importlib
 import re
 import typing
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import convert
+import probe
+import segmentation
 from conftest import ROOT
 from test_convert import rcnn_checkpoint
 
@@ -45,15 +48,22 @@ def commands(text):
     return [(call[1], call[2].split()) for call in found if call and call[2]]
 
 
+@functools.cache
+def knobs(script, task):
+    """(module, type of each knob, their names) of a script with a Config, or of a task of probe.py."""
+    module = importlib.import_module(script)
+    config = probe.TASKS.get(task, segmentation.Config) if script == "probe" else module.Config
+    return module, typing.get_type_hints(config), {f.name for f in dataclasses.fields(config)}
+
+
 def wrong_flags(script, arguments):
     """What of a command line the script does not know: flags, presets, and values of flags that have a fixed list."""
     names = [a.removeprefix("--").split("=")[0].replace("-", "_") for a in arguments if a[:2] == "--" and a != "--help"]
-    if script not in SCRIPTS:
-        source = (ROOT / f"{script}.py").read_text()
+    if script not in (*SCRIPTS, "segmentation", "probe"):
+        own = (script, "proposals") if script == "evaluation" else (script,)  # proposals.add_generator_flags
+        source = "".join((ROOT / f"{name}.py").read_text() for name in own)
         return [name for name in names if f'"--{name}"' not in source]
-    module = importlib.import_module(script)
-    hints = typing.get_type_hints(module.Config)
-    fields = {f.name for f in dataclasses.fields(module.Config)}
+    module, hints, fields = knobs(script, arguments[0])
     wrong = [name for name in names if name.removeprefix("no_") not in fields]
     for flag, value in zip(arguments, arguments[1:]):
         name = flag.removeprefix("--").replace("-", "_")

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluation as ev  # noqa: E402
 import run  # noqa: E402
 from annotations import open_detection  # noqa: E402
-from common import UserError  # noqa: E402
+from common import HungarianMatcher, UserError  # noqa: E402
+from proposals import Generator, image_seed  # noqa: E402
 
 FAR = [300, 300, 50, 50]  # overlaps no object below
 
@@ -652,3 +653,49 @@ def test_a_difficult_object_is_no_mistake_at_a_threshold():
     found = [{"image_id": 1, "category_id": 1, "bbox": [x, 0, 10, 10], "score": s} for x, s in ((50, 0.9), (0, 0.8))]
     points, _ = ev.operating_points(truth, found)
     assert points["all"] == {"threshold": 0.8, "precision": 1.0, "recall": 1.0, "f1": 1.0}
+
+
+# ==== Proposals by themselves; DETReg's Tables 5 and 6 ====
+
+
+def test_proposals_of_a_labelled_set(tmp_path, monkeypatch, capsys):
+    """The boxes of the generator, in their order, with the scores that are asked for."""
+    monkeypatch.setattr(ev, "open_detection", lambda data, root, split, **_: open_detection(
+        data, root, split, synthetic_images=4, synthetic_size=96))
+    command = ["--data", "synthetic", "--grid", "48", "--colours", "bgr", "--limit", "3"]
+    metrics = {scores: ev.main([*command, "--scores", scores, "--out", str(tmp_path / f"{scores}.json")])
+               for scores in ("rank", "ones")}
+    said = capsys.readouterr().out
+    assert said.count("colours bgr") == 2 and "class-agnostic, synthetic" in said and "scores: ones" in said
+    labelled = open_detection("synthetic", None, "test", synthetic_images=4, synthetic_size=96)
+    ground_truth = labelled.coco_ground_truth()
+    ground_truth["images"] = ground_truth["images"][:3]
+    boxes = []
+    for i in range(3):
+        image, target = labelled.load(i)
+        generator = Generator(grid=48, colours="bgr")
+        boxes.append((generator(image, image_seed(42, labelled.key(i)))[:100], target["image_id"]))
+    for scores, by_hand in metrics.items():
+        expected = [d for b, key in boxes
+                    for d in ev.boxes_as_detections(b, key, None if scores == "rank" else [1] * len(b))]
+        assert by_hand == ev.detection_metrics(ground_truth, expected, class_agnostic=True)
+        assert json.loads((tmp_path / f"{scores}.json").read_text())["AP"] == by_hand["AP"]
+    assert metrics["rank"]["AR100"] == metrics["ones"]["AR100"] > 0 and metrics["rank"]["AP"] != metrics["ones"]["AP"]
+
+
+def test_class_and_box_error_by_hand():
+    """Queries 0, 1, 3 lie on the objects; the last object is ignored; row 2 of the head stands for label 0."""
+    matcher = HungarianMatcher(focal=False)
+    objects = torch.tensor([[0.0, 0, 40, 20], [50, 10, 90, 40], [10, 50, 30, 90], [60, 60, 99, 99]])
+    target = {"labels": torch.tensor([0, 1, 0, 1]), "boxes_xyxy": objects, "orig_size": torch.tensor([100, 200]),
+              "ignore": torch.tensor([False, False, False, True])}
+    boxes = objects[[2, 0, 3, 1]] + torch.tensor([[0.0, 0, 0, 0], [2, 0, 2, 0], [0, 0, 0, 0], [0, 0, 0, 5]])
+    logits = torch.full((4, 4), -3.0)
+    logits[[0, 1, 3], [2, 0, 1]] = 3.0  # right, of the row without a label, right
+    errors = ev.matched_errors(matcher, logits, boxes, target, [-1, 1, 0])
+    # 2 px of 200 sideways; 5 px of 100 higher: the centre by 2.5
+    assert errors[:2] == [3, 1] and errors[2] == pytest.approx(2 / 200 + (5 + 2.5) / 100)
+    nothing = ev.matched_errors(matcher, logits, boxes, target, [-1, -1, -1])
+    assert ev.mean_errors([errors, nothing, errors]) == {"class_error": pytest.approx(100 / 3),
+                                                        "box_error": pytest.approx(errors[2] / 3)}
+    assert ev.mean_errors([nothing]) == ev.mean_errors([]) == {}

@@ -16,6 +16,7 @@ import common
 import convert
 import data
 import detreg
+import evaluation
 import figures
 import finetune
 import predict
@@ -135,7 +136,7 @@ def parsers(main, monkeypatch) -> list[tuple[list[str], argparse.ArgumentParser]
     return [([name], own) for action in commands for name, own in action.choices.items()] or [([], parser)]
 
 
-@pytest.mark.parametrize("module", (figures, convert, predict, proposals), ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", (figures, convert, predict, proposals, evaluation), ids=lambda m: m.__name__)
 def test_flags_of_the_other_scripts(module, fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tried = 0
@@ -210,7 +211,7 @@ def first_step(script: str, cfg: typing.Any) -> tuple[torch.nn.Module, dict[str,
             model, other = module.build_models(cfg)
             step = (other, module.build_criterion(cfg))
     optimizer = getattr(module, "build_optimizer", common.build_optimizer)(cfg, model.train())
-    collate = data.collate if script in ("updetr", "finetune") else module.collate
+    collate = getattr(module, "collate", data.collate)
     size = cfg.batch_size // cfg.accumulate
     batches = [collate([dataset[0, i] for i in range(start, start + size)]) for start in range(0, cfg.batch_size, size)]
     if script in ("soco", "dupr"):

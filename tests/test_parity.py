@@ -8,9 +8,12 @@ import argparse
 import dataclasses
 import functools
 import json
-import pickle
+import math
 import os
+import pickle
+import random
 import re
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +33,10 @@ import detectors
 import detreg
 import dupr
 import evaluation
+import few_shot
 import figures
 import finetune
+import lvis_v1
 import proposals
 import rcnn
 import run
@@ -98,8 +103,19 @@ def manifest(case, path):
     raise AssertionError(f"no {case} near {path}")
 
 
+def distinct(name, shape):
+    """A tensor for a case whose numbers play no part: other numbers under every name and in every place, in a third of
+    the time of fill."""
+    if name.endswith("num_batches_tracked"):
+        return torch.zeros(shape, dtype=torch.int64)
+    start = zlib.crc32(name.encode()) % 2**20
+    return torch.arange(start, start + math.prod(shape), dtype=torch.float32).view(shape)
+
+
 def filled(name, shape, case):
     """One released tensor with the case's factors: `gains` (regular expressions, in order) and `scale` (names)."""
+    if case.get("kind", "").endswith("statedict"):
+        return distinct(name, tuple(shape))
     value = fill(name, tuple(shape), case.get("seed", 0))
     if value.dtype == np.float32:
         for gain in ([g for pattern, g in case.get("gains", ()) if re.search(pattern, name)]
@@ -118,7 +134,7 @@ def released_state(entries, case):
 def released_file(folder, state, wrapping="model"):
     """As main.py of the released code saves it, argparse.Namespace included; or as mmcv does (Siamese DETR)."""
     path = folder / "checkpoint.pth"
-    if "state_dict" in wrapping:
+    if '"state_dict"' in wrapping:
         torch.save({"meta": {"epoch": 1}, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}, path)
     else:
         torch.save({"model": state, "optimizer": {"state": {}, "param_groups": []}, "lr_scheduler": {"last_epoch": 0},
@@ -1038,7 +1054,7 @@ def statedict(case, arrays, seen):
     # the released wrapper and names again, each tensor unchanged
     back = convert.official(convert.open_checkpoint(path))
     again = back.get("model", back.get("state_dict"))
-    assert (set(back) == ({"meta", "state_dict"} if "state_dict" in case["wrapping"] else {"model"})
+    assert (set(back) == ({"meta", "state_dict"} if '"state_dict"' in case["wrapping"] else {"model"})
             and again.keys() == state.keys())
     for name, value in state.items():
         constant = torch.tensor([1, 1, 0.1]) if name == "pred_head.criterion.empty_weight" else value
@@ -1055,6 +1071,9 @@ def statedict(case, arrays, seen):
         torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
         again = convert.open_checkpoint(path).state
         assert again.keys() == wanted.keys() and all(torch.equal(again[k], v) for k, v in wanted.items())
+    if "group_sizes" in case:                                           # all but the backbone, the backbone
+        rest, backbone, linear_proj = (len(g["params"]) for g in common.param_groups(model, 1e-4, 1e-5))
+        assert [rest + linear_proj, backbone] == case["group_sizes"]
     parameters = list(model.parameters())
     for key, count in (("parameters_total", parameters), ("n_params", parameters),
                        ("parameters_trainable", [p for p in parameters if p.requires_grad]),
@@ -1697,8 +1716,7 @@ def soco_statedict(case, seen):
     arch, use = "c4" if "_c4_" in case["model"] else "fpn", case["model"].split("_")[-1]
     if use != "pretrain":
         return soco_converted(case, seen, arch, use)
-    state = {name: torch.from_numpy(fill(name.removeprefix("module."), tuple(shape), case.get("seed", 0)))
-             for name, shape in case["entries"]}
+    state = {name: distinct(name.removeprefix("module."), tuple(shape)) for name, shape in case["entries"]}
     path = soco_file(seen.tmp, state)
     found = convert.open_checkpoint(path)
     released = found.state
@@ -1733,7 +1751,7 @@ def soco_converted(case, seen, arch, use):
     """What the released converters write: we write the same names, read them, and fill a detector from them as from
     the file they were made of."""
     entries = manifest(f"statedict_soco_{arch}_pretrain.json", seen.path)["entries"]
-    source = {name: torch.from_numpy(fill(name.removeprefix("module."), tuple(shape), 0)) for name, shape in entries
+    source = {name: distinct(name.removeprefix("module."), tuple(shape)) for name, shape in entries
               if not name.startswith(("module.encoder_k.", "module.neck_k.", "module.head_k."))}
     found = convert.open_checkpoint(soco_file(seen.tmp, source))
     content = ({"model": convert.detectron2_arrays(found)} if use == "detectron2"
@@ -2100,6 +2118,94 @@ def moco_statedict(case, seen):
         assert torch.equal(value, own[f"encoder_q.{name}"]), name
 
 
+# ==== detectors2: few-shot detection (TFA) ========================================================================
+
+@kind("detectors2/tfa_classes")
+def tfa_classes(case, arrays, seen):
+    for split, lists in case["voc"].items():
+        assert few_shot.class_lists("voc", int(split)) == lists
+    lists = few_shot.class_lists("coco")
+    names = {name: i for i, name in convert.COCO_NAMES.items()}
+    for part in ("base", "novel"):
+        assert lists[part] == case["coco"][f"{part}_names"]
+        assert [names[n] for n in lists[part]] == case["coco"][f"{part}_ids"]
+    assert [names[n] for n in lists["all"]] == sorted(names.values()) and len(lists["all"]) == 80
+
+
+@kind("detectors2/tfa_shots_coco")
+def tfa_shots_coco(case, arrays, seen):
+    assert set(case["selected"]) == set(map(str, case["config"]["seeds"]))
+    for seed in case["config"]["seeds"]:
+        rng = random.Random(seed)
+        for category in case["config"]["classes"]:
+            of_image = {}
+            for key, image, label, crowd in case["annotations"]:
+                if label == category and not crowd:
+                    of_image.setdefault(image, []).append(key)
+            drawn = few_shot.sample_coco({i: len(keys) for i, keys in of_image.items()}, case["config"]["shots"], rng)
+            assert {str(k): {"annotations": [key for i in images for key in of_image[i]], "images": images}
+                    for k, images in drawn.items()} == case["selected"][str(seed)][str(category)]
+
+
+@kind("detectors2/tfa_shots_voc")
+def tfa_shots_voc(case, arrays, seen):
+    assert set(case["selected"]) == set(map(str, case["config"]["seeds"]))
+    for seed in case["config"]["seeds"]:
+        rng = random.Random(seed)
+        for name in case["config"]["classes"]:
+            counts = {image: names.count(name) for _, image, names in case["files"] if name in names}
+            drawn = few_shot.sample_voc(counts, case["config"]["shots"], rng)
+            assert {str(k): images for k, images in drawn.items()} == case["selected"][str(seed)][name]
+
+
+@kind("detectors2/tfa_eval")
+def tfa_eval(case, arrays, seen):
+    """The numbers of finetune.py are 0..1, nan where the released ones are -100."""
+    categories = [{"id": i, "name": convert.COCO_NAMES[i]} for i in case["categories"]]
+    cfg = finetune.Config(data="coco", protocol="few_shot")
+    groups = few_shot.groups(cfg, SimpleNamespace(categories=categories))
+    truth = {"images": case["images"], "annotations": case["annotations"], "categories": categories}
+    metrics = evaluation.detection_metrics(truth, case["detections"], groups=groups)
+    for name, value in case["results"].items():
+        mine = -100.0 if np.isnan(metrics[name]) else 100 * metrics[name]
+        assert abs(mine - value) <= float(case["tolerance"]), name
+    assert {"AP", "bAP", "nAP", "nAP75"} <= case["results"].keys()
+
+
+# ==== detectors2: LVIS ============================================================================================
+
+@kind("detectors2/lvis_eval")
+def lvis_eval(case, arrays, _):
+    """Fractions, nan where the released ones are -1."""
+    truth, config = case["annotations"], case["config"]
+    sizes = {i["id"]: (i["height"], i["width"]) for i in truth["images"]}
+    detections = [{"image_id": image, "category_id": category, "score": score, "bbox": [0, 0, 0, 0]}
+                  for image, category, score in zip(*(arrays[f"dt_{name}"].tolist()
+                                                      for name in ("image_id", "category_id", "score")))]
+    for i, d in enumerate(detections):
+        if "dt_bbox_xywh" in arrays:
+            d["bbox"] = arrays["dt_bbox_xywh"][i].tolist()
+        if "dt_polygon" in arrays:
+            d["segmentation"] = annotations.segment_rle([arrays["dt_polygon"][i].tolist()], sizes[d["image_id"]])
+    kept = lvis_v1.listed_detections(truth, detections, config["max_dets"])
+    assert (len(detections), len(kept)) == (case["detections_total"], case["detections_evaluated"])
+    metrics = lvis_v1.federated_metrics(truth, detections, **config, per_class=True)
+    tolerance = float(case["tolerance"].split()[0])
+    per_class = sorted(zip((c["id"] for c in truth["categories"]), metrics.pop("per_class").values()))
+    close(np.nan_to_num([ap for _, ap in per_class], nan=-1), case["per_category_ap"], tolerance)
+    expected = {name.replace("@", "") if name.startswith("AR@") else name.split("@")[0]: value
+                for name, value in case["results"].items()}
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        close(np.nan_to_num(metrics[name], nan=-1), value, tolerance, what=name)
+
+
+@kind("detectors2/repeat_factors")
+def repeat_factors(case, arrays, _):
+    ours = lvis_v1.repeat_factors(case["categories_per_image"], case["config"]["threshold"])
+    close(ours, arrays["repeat_factors"], 0, rtol=float(case["tolerance"].split()[0]))
+
+
 # ==== The runners themselves =======================================================================================
 
 @pytest.mark.parametrize("file", ("deformable_detr_full", "detreg_full", "detreg_full_refine"))
@@ -2170,3 +2276,193 @@ def test_a_criterion_case_without_any_box(width):
     criterion(case, Reader(arrays, set()), None)
     with pytest.raises(AssertionError):
         criterion(case | {"num_boxes": 2}, Reader(arrays, set()), None)
+
+
+# ==== DAB- and DN-DAB-Deformable DETR: detectors2/dab_full_model, dn_full_model, dn_queries, dn_criterion, =========
+# dn_full_train, dab_train_steps, dn_train_steps
+
+DAB_SHAPE = ("hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "num_feature_levels", "num_queries")
+
+
+def dab_config(case, **values):
+    c = case["config"]
+    detector = "dn_deformable_detr" if case["kind"].startswith("detectors2/dn_") else "dab_deformable_detr"
+    values = {name: c[name] for name in DAB_SHAPE} | {"num_patterns": c.get("num_patterns", 0)} | values
+    return finetune.Config(detector=detector, dropout=c["dropout"], lr_backbone=c["lr_backbone"], **values)
+
+
+def dab_model(case, seen, **values):
+    """(configuration, model of the case's shape, filled through a released file of it)."""
+    c, cfg = case["config"], dab_config(case, **values)
+    model = detectors.build_detector(cfg, c["num_classes"], focal=True, num_patterns=cfg.num_patterns)
+    for layers, name, points in ((model.transformer.encoder.layers, "self_attn", c.get("enc_n_points", 4)),
+                                 (model.transformer.decoder.layers, "cross_attn", c.get("dec_n_points", 4))):
+        for layer in layers if points != 4 else ():                     # no flag of ours
+            setattr(layer, name, common.MSDeformAttn(cfg.hidden_dim, cfg.num_feature_levels, cfg.nheads, points))
+    state = released_state(entries_of(model), case)
+    found = convert.open_checkpoint(released_file(seen.tmp, state))
+    arch = convert.architecture(found.state, found.path)
+    assert found.family == "detector" and arch["detector"] == cfg.detector
+    shape = {name: getattr(cfg, name) for name in (*DAB_SHAPE, *(["num_patterns"] if "num_patterns" in arch else ()))}
+    assert shape == {name: arch.get(name, cfg.nheads) for name in shape}
+    convert.load_matching(model, found.state, drop={}, source=found.path)
+    return cfg, model
+
+
+def case_images(case):
+    return to_batch([tensor(f"img{i}", (3, *hw), 0) for i, hw in enumerate(case["images_hw"])])
+
+
+def case_targets(case, arrays):
+    return [{"labels": arrays.tensor(f"target_labels{b}"), "boxes": arrays.tensor(f"target_boxes{b}")}
+            for b in range(len(case["config"]["targets_per_image"]))]
+
+
+def case_noise(arrays, step=""):
+    return detectors.Noise(*(arrays.tensor(f"{name}{step}") for name in ("label_u", "new_label", "box_u")))
+
+
+def dab_criterion(case):
+    c, weights = case["config"], weights_of(case["weights"])
+    costs = c.get("costs") or {name: c[f"cost_{theirs}"] for name, theirs in (("cls", "class"), ("bbox", "bbox"),
+                                                                             ("giou", "giou"))}
+    names = [f"loss_{name}" for name in ("ce", "bbox", "giou")]
+    assert all(weights.get(f"tgt_{name}", weights[name]) == weights[name] for name in names)
+    matcher = common.HungarianMatcher(costs["cls"], costs["bbox"], costs["giou"])
+    return detectors.DenoisingCriterion(matcher, *(weights[name] for name in names))
+
+
+@kind("detectors2/dab_full_model")
+@kind("detectors2/dn_full_model")
+def dab_full_model(case, arrays, seen):
+    cfg, model = dab_model(case, seen)
+    caught = {}
+    model.transformer.decoder.ref_point_head.register_forward_pre_hook(
+        lambda _, inputs: caught.update({"sine": inputs[0]} | caught))  # of the first layer
+    model.transformer.register_forward_hook(lambda _, args, output: caught.update(transformer=output))
+    with torch.no_grad():
+        outputs = model.eval()(**case_images(case))
+    _, _, references, memory = caught["transformer"]
+    for name, layer in (("pred", outputs), *((f"aux{i}", aux) for i, aux in enumerate(outputs["aux_outputs"]))):
+        close(layer["pred_logits"], arrays[f"{name}_logits"], 2e-4, what=name)
+        close(layer["pred_boxes"], arrays[f"{name}_boxes"], 1e-5, what=name)
+    close(references, arrays["inter_references"], 1e-5)
+    close_samples(memory, arrays, "memory", 1e-4)
+    close(caught["sine"][:, ::max(cfg.num_queries // 4, 1)], arrays["query_sine_layer0_query_sample"], 2e-5)
+
+
+@kind("detectors2/dn_queries")
+def dn_queries(case, arrays, _):
+    c, seed = case["config"], case["seed"]
+    q, classes, width = c["num_queries"], c["num_classes"], c["hidden_dim"] - 1
+    shapes = {"tgt_embed": (q, width), "refpoint_embed": (q, 4), "label_enc": (classes + 1, width)}
+    model = SimpleNamespace(patterns_embed=None, **{
+        name: torch.nn.Embedding.from_pretrained(torch.from_numpy(fill(f"{name}.weight", shape, seed)))
+        for name, shape in shapes.items()})
+    targets, noise = case_targets(case, arrays), case_noise(arrays)
+    drawn = detectors.draw_noise(c["scalar"], sum(c["targets_per_image"]), classes)
+    assert [(d.shape, d.dtype) for d in drawn] == [(n.shape, n.dtype) for n in noise]
+    noised = detectors.add_noise(targets, noise, c["scalar"], c["label_noise_scale"], c["box_noise_scale"])
+    own = detectors.DABDeformableDETR.queries(model).expand(len(targets), -1, -1)
+    given = detectors.DABDeformableDETR.denoising_queries(model, noised, len(targets))
+    assert given.shape[1] == noised.groups * noised.slots == case["pad_size"]
+    queries = torch.cat([given, own], 1)
+    for name, found in (("", queries), ("eval_", own)):
+        close(found[..., :-4], arrays[f"{name}query_label"], 1e-6)
+        close(found[..., -4:], arrays[f"{name}query_box_logits"], 1e-6)
+    close(detectors.denoising_mask(noised.groups, noised.slots, q, torch.device("cpu")), arrays["attn_mask"], 0)
+    for name, found in (("known_labels", noised.true_labels), ("known_boxes", noised.true_boxes),
+                        ("image", noised.image), ("slot", noised.slot)):
+        close(found, arrays[name], 0, what=name)
+
+
+@kind("detectors2/dn_criterion")
+def dn_criterion(case, arrays, _):
+    c, seed = case["config"], case["seed"]
+    assert c.get("focal", FOCAL) == FOCAL
+    targets, pad, batch = case_targets(case, arrays), c["pad_size"], len(c["targets_per_image"])
+    n = c["scalar"] * sum(c["targets_per_image"])
+    quiet = detectors.Noise(torch.ones(n), torch.zeros(n, dtype=torch.int64), torch.zeros(n, 4))
+    noised = detectors.add_noise(targets, quiet, c["scalar"], 0.0, 0.0)
+    assert noised.groups * noised.slots == pad and n == case["num_denoised"]
+    logits = [(1.5 * tensor(f"logits{i}", (batch, pad + c["queries"], c["num_classes"]), seed) - 2.0).requires_grad_()
+              for i in range(c["layers"])]
+    boxes = [arrays.tensor(f"boxes{i}").requires_grad_() for i in range(c["layers"])]
+    layers = [{"dn_logits": l[:, :pad], "pred_logits": l[:, pad:], "dn_boxes": b[:, :pad], "pred_boxes": b[:, pad:]}
+              for l, b in zip(logits, boxes)]
+    criterion = dab_criterion(case)
+    for i, pairs in enumerate(criterion.matcher(layers, targets)):
+        for b, (source, target) in enumerate(pairs):
+            close(source, arrays[f"src_layer{i}_image{b}"], 0)
+            close(target, arrays[f"tgt_layer{i}_image{b}"], 0)
+    num_boxes = common.normalizer(sum(c["targets_per_image"]), torch.device("cpu"))
+    assert num_boxes == max(case["num_boxes"], 1)
+    losses, _ = criterion({**layers[-1], "aux_outputs": layers[:-1], "noised": noised}, targets, num_boxes)
+    total = criterion.total(losses)
+    assert set(losses) == set(case["losses"])
+    for name, expected in case["losses"].items():
+        close(losses[name], expected, 1e-5, 1e-5, name)
+    close(total, case["weighted_total"], 1e-5, 1e-5)
+    total.backward()
+    for i in range(c["layers"]):
+        index = arrays.tensor(f"grad_logits{i}_index")
+        close(logits[i].grad.flatten()[index], arrays[f"grad_logits{i}_values"], 3e-5, 1e-4)
+        close(boxes[i].grad, arrays[f"grad_boxes{i}"], 3e-5, 1e-4)
+
+
+@kind("detectors2/dn_full_train")
+def dn_full_train(case, arrays, seen):
+    c = case["config"]
+    _, model = dab_model(case, seen)
+    targets, criterion = case_targets(case, arrays), dab_criterion(case)
+    noised = detectors.add_noise(targets, case_noise(arrays), c["scalar"], c["label_noise_scale"], c["box_noise_scale"])
+    outputs = model.train()(**case_images(case), noised=noised)
+    aux = outputs["aux_outputs"]
+    close(outputs["pred_logits"], arrays["pred_logits"], 2e-4)
+    for name, layer in (("pred", outputs), *((f"aux{i}", layer) for i, layer in enumerate(aux))):
+        close(layer["pred_boxes"], arrays[f"{name}_boxes"], 1e-5, what=name)
+    close(torch.stack([layer["dn_boxes"] for layer in (*aux, outputs)]), arrays["dn_boxes"], 1e-5)
+    close(outputs["dn_logits"], arrays["dn_logits_last"], 2e-4)
+    num_boxes = common.normalizer(sum(c["targets_per_image"]), torch.device("cpu"))
+    losses, _ = criterion(outputs, targets, num_boxes)
+    total = criterion.total(losses)
+    assert set(losses) == set(case["losses"])
+    for name, expected in case["losses"].items():
+        close(losses[name], expected, 2e-5, 1e-5, name)
+    close(total, case["weighted_total"], 0, 1e-5)
+    total.backward()
+    norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
+    assert set(norms) == set(case["gradient_norm"])
+    for name, expected in case["gradient_norm"].items():
+        close(norms[name], expected, 1e-3, 2e-3, name)
+
+
+@kind("detectors2/dab_train_steps")
+@kind("detectors2/dn_train_steps")
+def dab_train_steps(case, arrays, seen):
+    """The project's own training step; the draws of each step are the case's."""
+    c = case["config"]
+    recipe = finetune.detr_recipe({"detector": dab_config(case).detector, "data": "coco", "labels_percent": 100,
+                                   "protocol": "released", "eval_only": False, "class_agnostic": False})
+    values = {"lr": c["lr"], "weight_decay": c["weight_decay"], "clip_max_norm": c["clip"],
+              "lr_linear_proj_mult": recipe["lr_linear_proj_mult"]}
+    if "scalar" in c:
+        values |= {"dn_groups": c["scalar"], "dn_label_noise": c["label_noise_scale"],
+                   "dn_box_noise": c["box_noise_scale"]}
+    cfg, model = dab_model(case, seen, **values)
+    model.train()
+    batch = {**case_images(case), "targets": case_targets(case, arrays)}
+    criterion, optimizer = dab_criterion(case), common.build_optimizer(cfg, model)
+    rest, backbone, linear_proj = optimizer.param_groups
+    assert rest["lr"] == linear_proj["lr"]
+    assert [len(rest["params"]) + len(linear_proj["params"]), len(backbone["params"])] == case["group_sizes"]
+    assert len(case["losses_per_step"]) == c["steps"]
+    for step, expected in enumerate(case["losses_per_step"]):
+        with pytest.MonkeyPatch.context() as patch:
+            if "scalar" in c:
+                patch.setattr(detectors, "draw_noise", lambda *_: case_noise(arrays, f"_step{step}"))
+            losses = finetune.train_step(cfg, model, criterion, optimizer, [batch], torch.device("cpu"))
+        for name, value in expected.items():
+            close(losses["loss" if name == "total" else name], value, 0, 1e-4 if step == 0 else 2e-3,
+                  f"step {step} {name}")
+        close(losses["grad_norm"], case["grad_norm_before_clip"][step], 0, 1e-3 if step == 0 else 2e-3)

@@ -212,7 +212,7 @@ def test_edge_boxes_find_a_rectangle(short_side):
     boxes = P.edge_boxes(image, short_side=short_side)
     assert iou(np.array([60, 40, 150, 120]), boxes[:10]).max() > 0.5
     assert (np.array_equal(boxes, boxes.round()) and (boxes >= 0).all()
-            and (boxes <= [220, 160, 220, 160]).all() and len(boxes) <= 300)
+            and (boxes <= [220, 160, 220, 160]).all() and len(boxes) <= 512)
     assert np.array_equal(boxes, P.edge_boxes(image, short_side=short_side, seed=5))
 
 
@@ -637,10 +637,66 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert len(store) == 3 and store.path == Path("proposals/some-pictures-selective_search-128")
     assert "already complete, 3 images" in capsys.readouterr().out
     store = P.main(["--data", "some-pictures", "--data-root=x-y", "--method", "edge_boxes", "--rank",
-                    "nms", "--out", "my-store"])
-    assert store.header["units"] == "pixels" and store.path == Path("my-store")
+                    "nms", "--out", "my-store", "--max-boxes", "5"])
+    assert store.header["units"] == "pixels" and store.path == Path("my-store") and store.header["max_boxes"] == 5
+    assert "rank nms, not opencv" in capsys.readouterr().out
     with pytest.raises(UserError, match="grid"):
         P.main(["--data", "some-pictures", "--grid", "-1"])
+
+
+# ==== Number of boxes, colours, what is not as published ====
+
+
+def test_number_of_boxes():
+    image = np.asarray(Pictures().load(0))
+    for method, most in (("edge_boxes", 512), ("random", 300), ("selective_search", None)):
+        generator = P.Generator(method, grid=None if method == "edge_boxes" else 64)
+        assert generator.most == generator.header()["max_boxes"] == most
+        few = P.Generator(method, grid=generator.grid, max_boxes=3)
+        assert few.header()["max_boxes"] == 3 and len(few(image, 5)) == 3
+        if method != "random":  # that draws all coordinates at once
+            assert np.array_equal(few(image, 5), generator(image, 5)[:3])
+        flags = P.Proposals(Config(method, max_boxes=3)).generator
+        assert flags.max_boxes == 3 and P.Proposals(Config(method)).generator.most == most
+
+
+def test_stores_from_before_the_number_of_boxes_was_a_setting(tmp_path, capsys):
+    source, edges = Pictures(2), P.Generator("edge_boxes", grid=None, max_boxes=300)
+    P.build_store(tmp_path / "s", source, edges, progress=False)
+    meta = json.loads((tmp_path / "s/meta.json").read_text())
+    before = {k: v for k, v in meta.items() if k not in ("max_boxes", "colours")}
+    (tmp_path / "s/meta.json").write_text(json.dumps(before))
+    assert P.ProposalStore.open(tmp_path / "s", source).header == meta
+    assert "--max_boxes 300" in P._build_command(meta, tmp_path) and "colours" not in P._build_command(meta, tmp_path)
+    with pytest.raises(UserError, match="begun with other settings \\(max_boxes: 300 there, 512 now\\)"):
+        P.build_store(tmp_path / "s", source, P.Generator("edge_boxes", grid=None), progress=False)
+    capsys.readouterr()
+    P.open_proposals(Config("edge_boxes", proposal_store=str(tmp_path / "s")), source)
+    said = capsys.readouterr().out
+    assert ", max_boxes 300, " in said and "edges are found without" in said and "max_boxes 300, not 512" in said
+
+
+def test_edge_boxes_that_are_not_the_published_ones_are_said(tmp_path, capsys):
+    note = "note: not the edge boxes of Siamese DETR's published recipe: "
+    P.open_proposals(Config("edge_boxes", out=tmp_path), Pictures(2))
+    said = capsys.readouterr().out
+    assert said.startswith(f"{note}edges are found without a model") and P.EDGE_MODEL in said and said.count("\n") == 1
+    head = P.Generator("edge_boxes", grid=None).header() | {"edge_model": "model.yml.gz sha256 0"}
+    for changed, text in (({}, ""), ({"grid": 224}, f"{note}grid 224, not original size\n"),
+                          ({"rank": "nms"}, f"{note}rank nms, not opencv\n"), ({"method": "random", "grid": 3}, "")):
+        P.print_edge_note(head | changed)
+        assert capsys.readouterr().out == text
+    P.open_proposals(Config("random", out=tmp_path), Pictures(2))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="opencv_extra"):  # before the first batch
+        P.open_proposals(Config("edge_boxes", edge_model="missing.yml.gz"), Pictures(2))
+
+
+def test_colours_of_selective_search():
+    image = np.asarray(Pictures().load(3))
+    bgr = P.Generator(grid=64, colours="bgr")
+    assert np.array_equal(bgr(image, 1), P.Generator(grid=64)(np.ascontiguousarray(image[..., ::-1]), 1))
+    assert bgr.header()["colours"] == "bgr" and not np.array_equal(bgr(image, 1), P.Generator(grid=64)(image, 1))
 
 
 # ==== What a method trains on ====
@@ -668,7 +724,7 @@ def test_computed_proposals_follow_seed_epoch_and_index():
     image = Pictures().load(1)
     found = P.Proposals(Config())
     boxes = found(image, 1, 0)
-    assert boxes.dtype == np.float32 and boxes.shape == (P.RANDOM_BOXES, 4) and (boxes <= [70, 51, 70, 51]).all()
+    assert boxes.dtype == np.float32 and boxes.shape == (300, 4) and (boxes <= [70, 51, 70, 51]).all()
     assert np.array_equal(boxes, found.generator(image, P.image_seed(3, 0, 1)))
     others = [found(image, 1, 1), found(image, 2, 0), P.Proposals(Config(seed=4))(image, 1, 0)]
     assert len({b.tobytes() for b in (boxes, *others)}) == 4
@@ -692,8 +748,8 @@ def test_open_proposals(tmp_path, capsys):
     found = P.open_proposals(Config(out=tmp_path, proposal_store=str(tmp_path / "given"), cache_proposals=True), source)
     assert same_store(found.store, store)
     assert capsys.readouterr().out == (
-        f"proposals come from {tmp_path / 'given'} (method random, mode fast, grid 128, rank opencv, seed 42, opencv "
-        f"{cv2.__version__}); the flags --proposal_* are not used\n")
+        f"proposals come from {tmp_path / 'given'} (method random, mode fast, grid 128, rank opencv, max_boxes 300, "
+        f"seed 42, opencv {cv2.__version__}); the flags --proposal_* and --max_boxes are not used\n")
     with pytest.raises(UserError, match="does not fit these images"):
         P.open_proposals(Config(out=tmp_path, proposal_store=str(tmp_path / "given")), Pictures(4))
     found = P.open_proposals(Config(out=tmp_path, cache_proposals=True), source)

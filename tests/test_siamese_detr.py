@@ -795,6 +795,7 @@ def test_recipes():
                 == ((300, 1024) if detector.startswith("deformable") else (100, 2048)))
         assert ((other := parse("--detector", detector, "--data", "coco")).lambda_region == 3
                 and other.lambda_global == 0.3)
+    assert proposals.Proposals(cfg).generator.most == 512 and parse("--preset", "demo").max_boxes == 300
     printed = parse("--preset", "paper")
     assert ((printed.lambda_region, printed.lambda_global, printed.region_choice, printed.epochs, printed.lr_drop)
             == (3, 10, "random", 60, 40))
@@ -876,6 +877,7 @@ def test_bad_input_ends_in_one_line(fails, tmp_path):
     assert ("--num_queries 8 --num_regions 3: every region needs the same number of queries; for example "
             "--num_queries 6" in line)
     assert "--num_regions 1: only the overlap would be left" in fail(num_regions=1)
+    assert "random uses no --proposal_store" in fail(proposal_method="random", proposal_store="x")
     for iou in (0, 1.5):
         assert f"--view_iou {float(iou)}: must be at least 0.05 and at most 1" in fail(view_iou=iou)
     assert "the BatchNorm of L_g needs two" in fail(accumulate=2)

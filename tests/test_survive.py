@@ -645,14 +645,30 @@ def iterate_alone(method: str, argv: list[str], faults: list[str], output: Path,
 def test_killed_loader_process(start, tmp_path):
     began = time.monotonic()
     codes, (printed,) = start("updetr", tmp_path / "run", "killed", target=iterate_alone)
-    assert codes == [2] and time.monotonic() - began < 20
-    assert re.fullmatch(r"error: a loader process has died \(pid \d+: killed by signal: Killed\); give a lower "
-                        r"--num_workers or .*: the same command continues from the last checkpoint\n", printed)
+    assert codes == [2] and time.monotonic() - began < 60
+    assert re.fullmatch(r"error: a loader process has died "
+                        r"\(pid \d+: (killed by signal: Killed|exited unexpectedly)\); "
+                        r"give a lower --num_workers or .*: the same command continues from the last checkpoint\n",
+                        printed)
+
+
+def test_process_that_dies_while_its_batch_is_fetched(monkeypatch):
+    """Rare on an idle machine: the batch has come, its tensors are still with the process."""
+    def reset(self):
+        os.kill(self._workers[0].pid, signal.SIGKILL)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_next_data", reset)
+    with pytest.raises(RuntimeError) as error:
+        iterate("none")
+    assert re.match(r"a loader process has died \(pid \d+: (killed by|exited)", run.loader_failure(str(error.value)))
+    data._kill_workers()
 
 
 def test_batch_that_cannot_be_sent():
     with pytest.raises(TypeError, match="(?s)in a loader process, which could not send its batch.*this has no pickle"):
         iterate("unsendable")
+    data._kill_workers()  # else they are waited for
 
 
 @pytest.mark.parametrize(("error", "text"), [

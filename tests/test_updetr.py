@@ -11,6 +11,7 @@ from conftest import SMALL, flags
 from fill import fill
 from PIL import Image
 from test_detreg import pieces, same_step
+from torchvision.ops import box_convert
 
 import common
 import data
@@ -80,7 +81,7 @@ def folder(tmp_path):
 def patches_of(folder, augment=True, **values):
     cfg = updetr.Config(**{**TINY, "data": str(folder), **values})
     source = data.open_images(str(folder), None)
-    return updetr.PatchDataset(cfg, source, np.arange(len(source)), augment)
+    return updetr.PatchDataset(cfg, source, np.arange(len(source)), augment=augment)
 
 
 def equal(a, b):
@@ -164,6 +165,31 @@ def test_images_of_16_pixels_are_replaced(folder, capsys):
     only = updetr.PatchDataset(dataset.cfg, dataset.source, np.array([4, 5]))
     with pytest.raises(UserError, match="11 images in a row cannot be used.*at least 17 a side"):
         only[0, 0]
+
+
+def test_proposals_in_place_of_patches(folder):
+    plain = patches_of(folder)
+    width, height = Image.open(folder / "1.png").size
+    boxes = np.float32([[2, 3, 30, 40], [5, 5, 12, 50], [0, 0, width, height], [1, 1, 9, 9], [20, 8, 50, 60],
+                        [4, 4, 40, 40]])
+    large = boxes[[0, 2, 3, 4]]  # M; the second is below 8 pixels
+    for given, known in ((boxes, 4), (boxes[:3], 2), (boxes[:0], 0)):
+        asked = []
+        dataset = updetr.PatchDataset(plain.cfg, plain.source, plain.indices,
+                                      lambda image, *key: asked.append((image.size, *key)) or given)
+        sample, again = dataset[5, 1], dataset[5, 1]
+        assert asked == [((width, height), 1, 5)] * 2 and equal(sample, again)
+        assert sample["fallback"] == int(known < M) and sample["target"]["labels"].tolist() == [1] * M
+        whole = torch.tensor([width, height] * 2)
+        found = torch.from_numpy(large[:known])
+        assert torch.allclose(sample["target"]["boxes"][:known],
+                              data.normalized_cxcywh(found, (height, width)), atol=1e-6)
+        # the rest are random patches, whole pixels
+        rest = box_convert(sample["target"]["boxes"][known:], "cxcywh", "xyxy") * whole
+        drawn = updetr.draw_patches(data.sample_rng(3, 5, 1), (height, width), M - known)
+        np.testing.assert_allclose(rest.numpy(), drawn, atol=1e-4)
+    batch = data.collate([sample, {**sample, "fallback": 0}, sample])
+    assert batch["fallback"] == 2 and "fallback" not in data.collate([plain[0, 0]])
 
 
 # ==== Groups, masking, queries =====================================================================================
@@ -594,6 +620,12 @@ def test_own_images_with_held_out_ones(folder, tmp_path):
     assert metrics.keys() == ROWS | {"steps", "primary"} and (tmp_path / "out" / "predictions.png").exists()
     line = json.loads((tmp_path / "out" / "log.jsonl").read_text())
     assert line["epoch"] == 0 and "loss_feature" not in line
+    with_boxes = run_script(tmp_path / "boxes", data=folder, max_steps=1, probe_images=3, proposal_method="random",
+                            max_boxes=5, cache_proposals="true")
+    assert with_boxes.keys() == ROWS | {"steps", "primary"}
+    header = json.loads((tmp_path / "boxes" / "proposals" / "meta.json").read_text())
+    assert (header["method"], header["max_boxes"], header["images"]) == ("random", 5, 9)
+    assert 0 <= json.loads((tmp_path / "boxes" / "log.jsonl").read_text())["fallbacks"] <= 4
     quiet = run_script(tmp_path / "quiet", data=folder, max_steps=1, probe_images=0)
     assert quiet == {"steps": 1} and not (tmp_path / "quiet" / "predictions.png").exists()
 
@@ -603,6 +635,7 @@ def test_bad_input_ends_in_one_line(fails, folder, tmp_path):
         return fails(updetr.main, flags({**RUN, "max_steps": 1, "probe_images": 0, "batch_size": 2,
                                          "out": tmp_path / "out", **values}))
 
+    assert "--proposal_store and --cache_proposals are of no use to random patches" in fail(proposal_store="x")
     line = fail(data=folder, num_patches=3)
     assert ("--num_queries 8 --num_patches 3: every patch needs the same number of queries; for example "
             "--num_queries 6" in line)
