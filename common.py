@@ -881,11 +881,13 @@ class HungarianMatcher:
 
     Class cost: minus the softmax probability of the target's class (DETR), or the focal cost (Conditional and
     Deformable DETR). A prediction that is not finite is matched first, so that the loss shows it (run.FiniteWatch).
+    within_groups: the queries are n groups of consecutive ones, and target i is matched to one of group i.
     """
 
-    def __init__(self, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0, focal: bool = True):
+    def __init__(self, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0, focal: bool = True,
+                 within_groups: bool = False):
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
-        self.focal = focal
+        self.focal, self.within_groups = focal, within_groups
 
     @torch.no_grad()
     def costs(self, outputs: dict[str, Tensor], targets: list[dict]) -> list[Tensor]:
@@ -915,6 +917,10 @@ class HungarianMatcher:
         costs = [c.unflatten(0, (len(layers), len(c) // len(layers))) for c in self.costs(together, targets)]
         flat = torch.cat([c.flatten() for c in costs]).cpu().nan_to_num(-1e6, -1e6, -1e6)
         costs_on_cpu = [part.view(c.shape).numpy() for part, c in zip(flat.split([c.numel() for c in costs]), costs)]
+        if self.within_groups:
+            for cost in costs_on_cpu:  # [layers, Q, n]
+                queries, count = cost.shape[1:]
+                cost[:, np.arange(queries)[:, None] // (queries // count) != np.arange(count)] = 1e6
         # sigma: DETReg, Eq. (2); UP-DETR, Eq. (1); Siamese DETR, Eq. (18)
         solved = [indices for layer in range(len(layers)) for cost in costs_on_cpu
                   for indices in linear_sum_assignment(cost[layer])]

@@ -72,6 +72,33 @@ def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return text
 
 
+def _axes(size: tuple[int, int], legend: int, title: str, x_label: str, x_range: tuple[float, float],
+          x_ticks: dict[float, str], y_ticks: list[float], scale: Callable[[float], float] = float
+          ) -> tuple[Image.Image, ImageDraw.ImageDraw, Callable[[float, float], tuple[float, float]]]:
+    """A sheet of twice `size` with its axes, `legend` pixels beside them; what draws on it; where a point lies."""
+    width, height = 2 * size[0], 2 * size[1]
+    left, top, right, bottom = 120, 64, width - legend - 24, height - 84
+    small, large = ImageFont.load_default(22), ImageFont.load_default(26)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, bounds = ImageDraw.Draw(sheet), (scale(y_ticks[0]), scale(y_ticks[-1]))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (left + (x - x_range[0]) / (x_range[1] - x_range[0]) * (right - left),
+                bottom - (scale(y) - bounds[0]) / (bounds[1] - bounds[0]) * (bottom - top))
+
+    for tick in y_ticks:
+        draw.line([place(x_range[0], tick), place(x_range[1], tick)], "#dddddd", 2)
+        draw.text((left - 12, place(x_range[0], tick)[1]), _number(tick), "black", small, anchor="rm")
+    for tick, text in x_ticks.items():
+        x = place(tick, y_ticks[0])[0]
+        draw.line([x, bottom, x, bottom + 8], "black", 2)
+        draw.text((x, bottom + 14), text, "black", small, anchor="mt")
+    draw.line([(left, top), (left, bottom), (right, bottom)], "black", 3)
+    draw.text((right, height - 6), _cut(x_label, small, right - left), "black", small, anchor="rb")
+    draw.text((20, 12), _cut(title, large, width - 40), "black", large)
+    return sheet, draw, place
+
+
 def panel(curves: dict[str, Iterable], *, title: str = "", x_label: str = "", y_label: str = "",
           x_range: tuple[float, float] | None = None, y_range: tuple[float, float] | None = None, log: bool = False,
           size: tuple[int, int] = PANEL, colours: dict[str, str] | None = None) -> Image.Image:
@@ -80,12 +107,6 @@ def panel(curves: dict[str, Iterable], *, title: str = "", x_label: str = "", y_
 
     x_range, y_range: of the axes; None: of the values. log: the y axis is logarithmic. colours: by name.
     """
-    width, height = 2 * size[0], 2 * size[1]
-    legend = 2 * LEGEND if len(curves) > 1 else 30
-    left, top, right, bottom = 120, 64, width - legend - 24, height - 84
-    small, large = ImageFont.load_default(22), ImageFont.load_default(26)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
     shown = {name: _drawable(points, log) for name, points in curves.items()}
     xs, ys = ([point[k] for points in shown.values() for point in points] for k in (0, 1))
     x_low, x_high = x_range or (min(xs, default=0.0), max(xs, default=1.0))
@@ -94,24 +115,10 @@ def panel(curves: dict[str, Iterable], *, title: str = "", x_label: str = "", y_
     y_low, y_high = y_range or (min(ys, default=0.1), max(ys, default=1.0))
     if y_high - y_low <= 1e-9 * max(abs(y_low), abs(y_high)) + 1e-100:  # a constant
         y_low, y_high = y_low - (abs(y_low) / 10 or 0.1), y_high + (abs(y_high) / 10 or 0.1)
+    x_ticks = {tick: _number(tick) for tick in _ticks(x_low, x_high) if x_low <= tick <= x_high}
     y_ticks, scale = (_log_ticks(y_low, y_high), math.log10) if log else (_ticks(y_low, y_high), float)
-    bounds = scale(y_ticks[0]), scale(y_ticks[-1])
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (left + (x - x_low) / (x_high - x_low) * (right - left),
-                bottom - (scale(y) - bounds[0]) / (bounds[1] - bounds[0]) * (bottom - top))
-
-    for tick in y_ticks:
-        draw.line([place(x_low, tick), place(x_high, tick)], "#dddddd", 2)
-        draw.text((left - 12, place(x_low, tick)[1]), _number(tick), "black", small, anchor="rm")
-    for tick in _ticks(x_low, x_high):
-        if x_low <= tick <= x_high:
-            x = place(tick, y_ticks[0])[0]
-            draw.line([x, bottom, x, bottom + 8], "black", 2)
-            draw.text((x, bottom + 14), _number(tick), "black", small, anchor="mt")
-    draw.line([(left, top), (left, bottom), (right, bottom)], "black", 3)
-    draw.text((right, height - 6), _cut(x_label, small, right - left), "black", small, anchor="rb")
-    draw.text((20, 12), _cut(title or y_label, large, width - 40), "black", large)
+    sheet, draw, place = _axes(size, 2 * LEGEND if len(shown) > 1 else 30, title or y_label, x_label, (x_low, x_high),
+                               x_ticks, y_ticks, scale)
     of = {name: (colours or {}).get(name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(shown)}
     for name, points in shown.items():
         places = [place(x, y) for x, y in points]
@@ -120,7 +127,30 @@ def panel(curves: dict[str, Iterable], *, title: str = "", x_label: str = "", y_
         for at in places if len(places) <= 30 else ():
             draw.circle(at, 6, of[name])
     if len(shown) > 1:
-        _draw_legend(draw, of, right + 20, top, bottom, width, small)
+        right, top = map(round, place(x_high, y_ticks[-1]))
+        bottom = round(place(x_high, y_ticks[0])[1])
+        _draw_legend(draw, of, right + 20, top, bottom, sheet.width, ImageFont.load_default(22))
+    return sheet
+
+
+def bars(groups: dict[str, list[float]], *, title: str = "", size: tuple[int, int] = PANEL) -> Image.Image:
+    """A picture at twice `size` of {name: values}: a bar to the mean, a dot per value; values of one index (a seed),
+    where all are finite, are joined."""
+    finite = [[y for y in values if abs(y) < 1e100] for values in groups.values()]
+    ys = [0.0, *(y for values in finite for y in values)]
+    y_ticks = _ticks(min(ys), max(*ys, min(ys) + 1e-6))
+    font, room = ImageFont.load_default(22), (2 * size[0] - 180) / max(1, len(groups))
+    names = {i + 0.5: _cut(name, font, room) for i, name in enumerate(groups)}
+    sheet, draw, place = _axes(size, 30, title, "", (0, max(1, len(groups))), names, y_ticks)
+    for i, values in enumerate(finite):
+        (x0, y0), (x1, y1) = place(i + 0.2, sum(values) / max(1, len(values))), place(i + 0.8, 0)
+        draw.rectangle([x0, min(y0, y1), x1, max(y0, y1)], COLOURS[i % len(COLOURS)])
+    for row in zip(*groups.values()):
+        at = [place(i + 0.5, y) for i, y in enumerate(row) if abs(y) < 1e100]
+        if 1 < len(at) == len(row):
+            draw.line(at, "black", 2)
+        for point in at:
+            draw.circle(point, 6, "black")
     return sheet
 
 
@@ -207,15 +237,18 @@ def panel_of(key: str, curves: dict[str, Points], *, title: str = "", colours: d
 
 def draw_run(out: Path) -> bool:
     """curves.png of the log.jsonl in a run's folder: the loss, its terms of the last layer, the learning rate, AP of
-    evaluations, images/s. False: there is nothing to draw yet."""
+    evaluations, --probe_every, images/s. False: there is nothing to draw yet."""
     rows = read_log(out / "log.jsonl")
     training = [row for row in rows if "loss" in row]
     terms = keys_of(training, lambda k: k not in (*BESIDE, "loss") and not k.startswith(("class_error", "cardinality"))
                     and not k[-2:-1] == "_")  # loss_ce_0: of another layer of the decoder
     evaluated = keys_of(rows, lambda k: bool(re.fullmatch(r"(VOC07_)?AP(50|75)?(_mask)?", k)))
-    groups = {"loss": ["loss"], "loss: terms": terms, "lr": ["lr"], "AP": evaluated, "images_per_s": ["images_per_s"]}
+    probed = keys_of(rows, lambda k: k == "looking" or k.startswith("probe_"))
+    groups = {"loss": ["loss"], "loss: terms": terms, "lr": ["lr"], "AP": evaluated, "looking": probed,
+              "images_per_s": ["images_per_s"]}
     titles = {"loss": "loss (weighted sum)", "loss: terms": "terms of the loss", "lr": "learning rate",
-              "AP": "average precision of evaluations", "images_per_s": "images/s"}
+              "AP": "average precision of evaluations", "looking": "probe: own question, another image's",
+              "images_per_s": "images/s"}
     panels = []
     for name, keys in groups.items():
         curves = {key: curve_of(rows, key) for key in keys}

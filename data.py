@@ -474,6 +474,8 @@ def open_training_images(cfg: Any) -> tuple[ImageFiles | SyntheticScenes, np.nda
     where the probe has images of its own: --probe_data, or further synthetic scenes."""
     if cfg.probe_images == 1:
         raise UserError("--probe_images 1: the row `shuffled` needs at least 2 images; 0 means no probe")
+    if cfg.probe_every and not cfg.probe_images:
+        raise UserError(f"--probe_every {cfg.probe_every}: give --probe_images N too, on how many images it measures")
     source = open_images(cfg.data, cfg.data_root, synthetic_images=cfg.synthetic_images,
                          synthetic_size=cfg.synthetic_size, seed=cfg.seed)
     count = 0 if cfg.probe_data or cfg.data == "synthetic" else cfg.probe_images

@@ -51,6 +51,7 @@ from __future__ import annotations
 import common  # first: it tells OpenMP how to wait before torch is loaded
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -439,6 +440,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         terms = train_step(cfg, wrapped, descriptor, criterion, optimizer, micro_batches, device)
         job.check(step, terms, micro_batches)
         job.log(step, terms, "loss", "loss_bbox", "loss_object_embedding", lr=lr)
+        job.probe(step, functools.partial(evaluation.class_agnostic_line, cfg, probe_set, device))
         job.save(step)
     if job.fallbacks:
         run.print_rank0(f"{int(job.fallbacks)} samples had no image with two proposals after ten draws and were "

@@ -566,6 +566,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     job.restore(model, optimizer, sync_bn=False)
     wrapped = common.wrap_model(model, device, sync_bn=False, compiled=cfg.compile)  # D11
     loader = data.train_loader(job, train_set, collate)
+    kept = evaluation.KeptSamples(TwoCropsDataset(cfg, probe_source, held_out))
+    find = functools.partial(match_patches, probe_set=kept, num_workers=0, device=device)
     for step in job.steps():
         wrapped.train()
         lr = common.set_lr(optimizer, lr_factor(cfg, step, job.epoch_steps))
@@ -573,6 +575,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         terms = train_step(cfg, wrapped, optimizer, batch, step, device)
         job.check(step, terms, [batch])
         job.log(step, terms, "loss", *(name for name in terms if name.endswith("conv5")), lr=lr)
+        job.probe(step, functools.partial(evaluation.retrieval_line, find, match_metrics,
+                                          ("patch", "own_image") if any(cfg.beta) else ("image",)))
         job.save(step)
     common.broadcast_buffers(model)
     return job.end(probe(cfg, model, probe_source, held_out, device) if len(held_out) else {})

@@ -504,10 +504,26 @@ def probe_batches(probe_set, num_workers: int, text: str = "", size: int = 8, co
     if len(keys) > 1 and len(keys[-1]) == 1:
         keys[-2:] = [keys[-2] + keys[-1]]
     keys = [keys[i] for i in rank_slice(len(keys))]
+    num_workers = 0 if isinstance(probe_set, KeptSamples) else num_workers
     for batch in progress(data.make_loader(probe_set, keys, num_workers=num_workers, collate=collate), desc=text):
         for entry in batch["skipped"]:
             print_rank0(f"warning: left out of the probe: {entry}")
         yield batch
+
+
+class KeptSamples(torch.utils.data.Dataset):
+    """The samples of a probe, each made once and kept in memory: --probe_every asks for them again and again."""
+
+    def __init__(self, probe_set):
+        self.probe_set, self.kept = probe_set, {}
+
+    def __len__(self) -> int:
+        return len(self.probe_set)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        if key not in self.kept:
+            self.kept[key] = self.probe_set[key]
+        return self.kept[key]
 
 
 # ==== 5. Probe: what a pretraining has learned, before and after ====
@@ -550,10 +566,35 @@ def localization_table(rows: dict[str, list[dict]], random_boxes: Callable[[int,
     boxes that were asked for: what the question tells by itself, without the image that its answer lies in.
     """
     drawn = [{"true": row["true"], "found": random_boxes(i, row).tolist()} for i, row in enumerate(rows["pretrained"])]
-    wrong_image = [{**row, "true": row["asked"]} for row in rows["shuffled"]]
     table = {"untrained": rows["untrained"], "random_boxes": drawn, "shuffled": rows["shuffled"],
-             "wrong_image": wrong_image, "pretrained": rows["pretrained"]}
+             "wrong_image": on_asked_boxes(rows["shuffled"]), "pretrained": rows["pretrained"]}
     return {name: localization_metrics(found) for name, found in table.items()} | {"primary": "IoU"}
+
+
+def on_asked_boxes(rows: list[dict]) -> list[dict]:
+    return [{**row, "true": row["asked"]} for row in rows]
+
+
+def probe_line(rows: dict[str, dict[str, float]], *names: str) -> dict[str, float]:
+    """What --probe_every logs, of rows of a probe's table: "probe_NAME" of `pretrained`, "probe_NAME_ROW" of others,
+    and "looking": how much better the first of the names is with the own question than with another image's."""
+    line = {"looking": rows["pretrained"][names[0]] - rows["shuffled"][names[0]]}
+    return line | {f"probe_{name}" + f"_{row}" * (row != "pretrained"): metrics[name]
+                   for name in names for row, metrics in rows.items()}
+
+
+def localization_line(find: Callable[..., list[dict]], model: torch.nn.Module) -> dict[str, float]:
+    """probe_line of what find(model, other=..., text=...) finds; see localization_table."""
+    right, other = find(model, text="probe"), find(model, other=True, text="probe")
+    rows = {"pretrained": right, "wrong_image": on_asked_boxes(other), "shuffled": other}
+    return probe_line({name: localization_metrics(found) for name, found in rows.items()}, "IoU", "recall50")
+
+
+def retrieval_line(find: Callable[..., list[dict]], metrics_of: Callable[[list[dict]], dict], names: tuple[str, ...],
+                   model: torch.nn.Module) -> dict[str, float]:
+    """probe_line of metrics_of what find(model, other=..., text=...) finds."""
+    rows = {"pretrained": find(model, text="probe"), "shuffled": find(model, other=True, text="probe")}
+    return probe_line({name: metrics_of(found) for name, found in rows.items()}, *names)
 
 
 def open_class_agnostic_probe(cfg: Any, source: Any, held_out: np.ndarray) -> DetectionSet | None:
@@ -582,6 +623,42 @@ def is_held_out(labelled: DetectionSet) -> bool:
     return labelled.categories == [{"id": 1, "name": "proposal"}]
 
 
+def probe_truth(cfg: Any, labelled: DetectionSet) -> dict:
+    """The ground truth of the first cfg.probe_images (0: all) of a labelled set."""
+    ids = set(labelled.image_ids[:cfg.probe_images or len(labelled)])
+    truth = labelled.coco_ground_truth()
+    return truth | {"images": [i for i in truth["images"] if i["id"] in ids]}
+
+
+def detect_objects(cfg: Any, model: torch.nn.Module, labelled: DetectionSet, device: torch.device, text: str
+                   ) -> list[dict]:
+    """The 100 best class-agnostic boxes of each image of a DETReg's probe. All processes call it and get all."""
+    found = []
+    count = cfg.probe_images or len(labelled)
+    for target, logits, boxes_xyxy in predict(model, labelled, size=max(cfg.scales), max_size=cfg.max_size,
+                                              device=device, limit=count, num_workers=cfg.num_workers, text=text):
+        probability = (logits.softmax(-1) if cfg.detector == "detr" else logits.sigmoid())[:, 1]
+        found += class_agnostic_detections(logits, boxes_xyxy, target["image_id"], top=100, probability=probability)
+    return gather(found)
+
+
+def on_next_image(detections: list[dict], truth: dict) -> list[dict]:
+    """`shuffled` among the images of a ground truth."""
+    sizes = {i["id"]: (i["height"], i["width"]) for i in truth["images"]}
+    return shuffled(detections, list(sizes), sizes)
+
+
+def class_agnostic_line(cfg: Any, labelled: DetectionSet, device: torch.device, model: torch.nn.Module
+                        ) -> dict[str, float]:
+    """probe_line of an image's own boxes and another image's, on rank 0; all processes call it. cfg: DETReg's."""
+    truth, found = probe_truth(cfg, labelled), detect_objects(cfg, model, labelled, device, "probe")
+    if rank() != 0:
+        return {}
+    rows = {"pretrained": found, "shuffled": on_next_image(found, truth)}
+    return probe_line({name: detection_metrics(truth, some, class_agnostic=True) for name, some in rows.items()},
+                      "AR10", "AR100", "AP")
+
+
 def class_agnostic_table(cfg: Any, untrained: torch.nn.Module, pretrained: torch.nn.Module, train_set: Any,
                          labelled: DetectionSet, device: torch.device) -> tuple[dict[str, Any], list[dict]]:
     """Class-agnostic AP and AR (DETReg, Table 6) of a pretrained detector and of four controls on the first
@@ -590,19 +667,8 @@ def class_agnostic_table(cfg: Any, untrained: torch.nn.Module, pretrained: torch
     cfg: DETReg's. random_boxes have the sizes of train_set's proposals. selective_search is left out where the ground
     truth is its own.
     """
-    count = min(len(labelled), cfg.probe_images or len(labelled))
-    ids = labelled.image_ids[:count]
-    truth = labelled.coco_ground_truth()
-    sizes = {i["id"]: (i["height"], i["width"]) for i in truth["images"]}
-    truth |= {"images": [i for i in truth["images"] if i["id"] in set(ids)]}
-
-    def detect(network: torch.nn.Module, text: str) -> list[dict]:
-        found = []
-        for target, logits, boxes_xyxy in predict(network, labelled, size=max(cfg.scales), max_size=cfg.max_size,
-                                                  device=device, limit=count, num_workers=cfg.num_workers, text=text):
-            probability = (logits.softmax(-1) if cfg.detector == "detr" else logits.sigmoid())[:, 1]
-            found += class_agnostic_detections(logits, boxes_xyxy, target["image_id"], top=100, probability=probability)
-        return gather(found)
+    truth = probe_truth(cfg, labelled)
+    count = len(truth["images"])
 
     pool = relative_sizes(train_set, cfg.seed)
     searched, drawn = [], []
@@ -614,9 +680,10 @@ def class_agnostic_table(cfg: Any, untrained: torch.nn.Module, pretrained: torch
             searched += boxes_as_detections(boxes, target["image_id"])
         boxes = random_boxes(np.random.default_rng([cfg.seed, i]), (image.height, image.width), 100, pool)
         drawn += boxes_as_detections(boxes, target["image_id"])
-    found = {"untrained": detect(untrained, "untrained"), "random_boxes": gather(drawn), "shuffled": [],
-             "selective_search": gather(searched), "pretrained": detect(pretrained, "pretrained")}
-    found["shuffled"] = shuffled(found["pretrained"], ids, sizes)
+    found = {"untrained": detect_objects(cfg, untrained, labelled, device, "untrained"), "random_boxes": gather(drawn),
+             "shuffled": [], "selective_search": gather(searched),
+             "pretrained": detect_objects(cfg, pretrained, labelled, device, "pretrained")}
+    found["shuffled"] = on_next_image(found["pretrained"], truth)
     if of_itself:
         del found["selective_search"]
     if rank() != 0:

@@ -620,7 +620,7 @@ def draw_neighbours(args: argparse.Namespace) -> dict[str, Any]:
 # ==== 7. Runs side by side ====
 
 # Of what is logged, what says most about a run.
-KEYS = ("loss", "lr", "AP", "AP50", "VOC07_AP50", "AP_mask", "images_per_s")
+KEYS = ("loss", "lr", "AP", "AP50", "VOC07_AP50", "AP_mask", "looking", "images_per_s")
 
 
 def open_runs(texts: list[str]) -> list[tuple[str, Path]]:

@@ -5,7 +5,7 @@ what happens in a step stands in the script.
 """
 from __future__ import annotations
 
-from common import UserError, all_reduce_sum, barrier, rank, to_device, world_size  # before torch: see there
+from common import UserError, all_reduce_sum, barrier, broadcast_buffers, rank, to_device, world_size  # before torch
 
 import argparse
 import collections
@@ -131,11 +131,12 @@ class ProbeConfig:
     train_images: Annotated[int, Range(0, 10**9)] = 0  # train on so many images, drawn once (SoCo, Table 9); 0 = all
     probe_data: str | None = None  # other images to probe on, as --data (DETReg: a labelled set); else held-out ones
     probe_images: Annotated[int, Range(0, 10**7)] = 0  # images of the probe, held out from training; 0 = no probe
+    probe_every: Natural = 0  # steps between measurements of `looking` on them, kept in memory; 0 = none
 
 
 # What may differ between a run and its continuation: it changes neither the data nor the arithmetic.
 RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change",
-            "data_root", "eval_every", "tensorboard", "patience"}
+            "data_root", "eval_every", "tensorboard", "patience", "probe_every"}
 # What only matters where a run starts: a continuation has the weights of its checkpoint, those of a frozen target too.
 START_ONLY = {"backbone_weights", "init_from", "aligned_start", "zero_init_residual"}
 # What may change where it makes the run longer.
@@ -1190,6 +1191,19 @@ class Run:
         print_rank0(f"step {step + 1}: " * bool(rest) + f"epoch {epoch}: " * (not rest)
                     + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
         self.draw()
+
+    def probe(self, step: int, measure: Callable[[nn.Module], dict[str, float]]) -> None:
+        """Log what `measure` finds the model to have learned, after the first step and every --probe_every. It must
+        draw from generators of its own; the model's mode comes back, and the rate of images leaves its time out."""
+        every = self.cfg.probe_every
+        if every and (step == 0 or (step + 1) % every == 0):
+            self.watch.settle()
+            start, training = time.perf_counter(), self.model.training
+            broadcast_buffers(self.model)
+            found = measure(self.model)
+            self.model.train(training)
+            self.evaluated(step, {k: v for k, v in found.items() if v == v})
+            self.log_file.last += time.perf_counter() - start
 
     def draw(self) -> None:
         """curves.png; a run does not end for want of it."""

@@ -47,6 +47,7 @@ Deviations (paper / released code / here; in full in docs/methods/siamese_detr.m
     D15 Demo only: `--aligned_start` (common.align_start).
     D16 Edges: - / OpenCV's structured forest, its file apart / without `--edge_model` ours, which the log says.
     D17 DAB-, DN-DAB-Deformable DETR (Table 6): - / - / regions go into the content, no denoising in pretraining.
+    D18 Matching, Eq. (18): - / a query may be matched to any region / as released (`--match_own`: to its own only).
 
 Expected: the demo logs, from step 0 to its end, loss 16.6 -> 4.0, loss_bbox 0.80 -> 0.22, loss_feature 1.71 -> 0.14.
     Paper, Table 2 (VOC AP): 58.1, from scratch 49.9, UP-DETR 56.9, DETReg 57.5. Not rerun here: no ImageNet.
@@ -95,6 +96,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     region_choice: Literal["top", "random"] = "top"  # the overlap and the best n - 1, or n random ones (D1)
     min_area: Share = 0.05  # least area of a region, of the overlap's (released)
     box_jitter: Share = 0.1  # largest shift of an RoI's side, of the RoI's size (D12)
+    match_own: bool = False  # a query may be matched only to the region that it carries (D18)
     multi_view: bool = True  # queries of one view look into the other; off: into their own (Table 3, single-view)
     aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D15)
     region_target: Literal["crop", "object", "none"] = "crop"  # what L_r draws to: p, z, nothing (Table 3: R-C, R-O)
@@ -511,8 +513,10 @@ def build_models(cfg: Config) -> tuple[SiameseDETR, nn.Module | None]:
 
 
 def build_criterion(cfg: Config) -> common.SetCriterion:
-    """Eq. (18): any query may be matched to any region. l_box and the class loss of Eq. (9), and L_r of Eq. (12)."""
-    matcher = common.HungarianMatcher(cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, focal=False)  # Eq. (18)
+    """Eq. (18): any query may be matched to any region, or (D18) to its own only. l_box and the class loss of Eq. (9),
+    and L_r of Eq. (12)."""
+    matcher = common.HungarianMatcher(cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, focal=False,
+                                      within_groups=cfg.match_own)  # Eq. (18)
     return common.SetCriterion(matcher, cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, eos_coef=cfg.eos_coef,
                                weight_feature=cfg.lambda_region if cfg.region_target != "none" else 0.0)  # Eq. (13)
 
@@ -626,13 +630,17 @@ def find_regions(cfg: Config, model: nn.Module, probe_set: TwoViewDataset, devic
     return evaluation.gather(found)
 
 
+def open_probe(cfg: Config, probe_source, held_out: np.ndarray) -> TwoViewDataset:
+    return TwoViewDataset(cfg, probe_source, held_out, proposals.Proposals(cfg), augment=False)
+
+
 def probe(cfg: Config, model: nn.Module, probe_source, held_out: np.ndarray, device: torch.device) -> dict[str, Any]:
     """Mean IoU and recall at 0.5 of the most confident box per region, before and after, with the controls of
     evaluation.localization_table, and predictions.png. All processes call it; rank 0 alone gets a table.
 
     random_boxes: of the sizes that regions have. shuffled: regions of another image as queries.
     """
-    probe_set = TwoViewDataset(cfg, probe_source, held_out, proposals.Proposals(cfg), augment=False)
+    probe_set = open_probe(cfg, probe_source, held_out)
     untrained = build_models(cfg)[0].to(device)
     find = functools.partial(find_regions, cfg, probe_set=probe_set, device=device)
     rows = evaluation.before_and_after(find, untrained, model)
@@ -689,6 +697,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     job.restore(model, optimizer, target=target_backbone)
     wrapped = common.wrap_model(model, device, compiled=cfg.compile)
     loader = data.train_loader(job, train_set, collate)
+    kept = evaluation.KeptSamples(open_probe(cfg, probe_source, held_out))
+    find = functools.partial(find_regions, cfg, probe_set=kept, device=device)
     for step in job.steps():
         wrapped.train()
         lr = common.set_lr(optimizer, common.step_schedule(step, job.epoch_steps, (cfg.lr_drop,)))
@@ -696,6 +706,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         terms = train_step(cfg, wrapped, target_backbone, criterion, optimizer, micro_batches, device)
         job.check(step, terms, micro_batches)
         job.log(step, terms, "loss", "loss_bbox", "loss_giou", lr=lr)
+        job.probe(step, functools.partial(evaluation.localization_line, find))
         job.save(step)
     if job.fallbacks:
         run.print_rank0(f"{int(job.fallbacks)} samples had no image with a proposal in the overlap after ten draws and "

@@ -749,10 +749,14 @@ def retrieval_metrics(rows: list[dict]) -> dict[str, float]:
             "own_image": float(np.mean([row["own"] for row in rows]))}
 
 
+def open_probe(cfg: Config, probe_source, held_out: np.ndarray) -> ObjectViewsDataset:
+    return ObjectViewsDataset(cfg, probe_source, held_out, proposals.Proposals(cfg), separate=True)
+
+
 def probe(cfg: Config, model: SoCo, probe_source, held_out: np.ndarray, device: torch.device) -> dict[str, Any]:
     """Retrieval of the same box across views and scales, before and after, and predictions.png. All processes call it;
     rank 0 alone gets a table."""
-    probe_set = ObjectViewsDataset(cfg, probe_source, held_out, proposals.Proposals(cfg), separate=True)
+    probe_set = open_probe(cfg, probe_source, held_out)
     untrained = build_model(cfg).to(device)
     find = functools.partial(find_objects, probe_set=probe_set, num_workers=cfg.num_workers, device=device)
     rows = evaluation.before_and_after(find, untrained, model)
@@ -805,6 +809,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     job.restore(model, optimizer)
     wrapped = common.wrap_model(model, device, compiled=cfg.compile)
     loader = data.train_loader(job, train_set, collate)
+    kept = evaluation.KeptSamples(open_probe(cfg, probe_source, held_out))
+    find = functools.partial(find_objects, probe_set=kept, num_workers=0, device=device)
     momentum_steps = cfg.steps or ema_steps(len(indices), cfg.batch_size, cfg.epochs)
     for step in job.steps():
         wrapped.train()
@@ -814,6 +820,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         terms = train_step(cfg, wrapped, optimizer, batch, momentum, device)
         job.check(step, terms, [batch])
         job.log(step, terms, "loss", "pairs", lr=lr, momentum=momentum)
+        job.probe(step, functools.partial(evaluation.retrieval_line, find, retrieval_metrics,
+                                          ("retrieval", "own_image")))
         job.save(step)
     common.broadcast_buffers(model)
     return job.end(probe(cfg, model, probe_source, held_out, device) if len(held_out) else {})

@@ -45,6 +45,7 @@ Deviations (paper / released code / here; in full in docs/methods/updetr.md):
     D12 Scales 320..480 in steps of 16: - / 384 is missing / as released.
     D13 Demo only: `--aligned_start` (common.align_start), and patches in their own colours.
     D14 `--proposal_method` (Siamese DETR, Table 4): - / - / the first M boxes of 8 pixels a side, then random patches.
+    D15 Matching, Eq. (1): - / a query may be matched to any patch / as released (`--match_own`: to its own only).
 
 Expected: at initialisation the full model's loss is about 48 (released). The demo logs, at step 0 and at its end, loss
     15.6 -> 8.7, loss_bbox 0.74 -> 0.52, loss_giou 0.91 -> 0.83, loss_feature 1.68 -> 0.05. Its table: docs/demos.md.
@@ -90,6 +91,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     mask_ratio: Share = 0.1  # share of patch features set to zero (Sec. 3.2)
     query_shuffle: bool = False  # permute the object queries at every step (Sec. 3.2; D3)
     attention_mask: bool = True  # keep the groups apart in the decoder, Eq. (3), Fig. 6
+    match_own: bool = False  # a query may be matched only to the patch that it carries (D15)
     reconstruction: bool = True  # L_rec, Eq. (2), Table 4
     patch_colours: bool = True  # change the colours of the query patches (Sec. 4)
     aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D13)
@@ -307,8 +309,9 @@ def build_models(cfg: Config) -> tuple[UPDETR, nn.Module | None]:
 
 def build_criterion(cfg: Config) -> common.SetCriterion:
     """Eq. (1): the matching ignores the groups; any query may be matched to any patch's box, and then reconstructs the
-    feature of THAT patch."""
-    matcher = common.HungarianMatcher(cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, focal=False)
+    feature of THAT patch. match_own: only to the patch that it carries (D15)."""
+    matcher = common.HungarianMatcher(cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, focal=False,
+                                      within_groups=cfg.match_own)
     # Eq. (1): lambda_{c_i}, D5
     eos_coef = cfg.num_patches / cfg.num_queries if cfg.eos_coef is None else cfg.eos_coef
     return common.SetCriterion(matcher, cfg.lambda_cls, cfg.lambda_l1, cfg.lambda_giou, eos_coef=eos_coef,
@@ -387,6 +390,11 @@ def find_patches(cfg: Config, model: nn.Module, probe_set: PatchDataset, device:
     return evaluation.gather(found)
 
 
+def open_probe(cfg: Config, probe_source, held_out: np.ndarray) -> PatchDataset:
+    proposals_of = None if cfg.proposal_method == "none" else proposals.Proposals(cfg)
+    return PatchDataset(cfg, probe_source, held_out, proposals_of, augment=False)
+
+
 def probe(cfg: Config, model: nn.Module, probe_source, held_out: np.ndarray, device: torch.device) -> dict[str, Any]:
     """Mean IoU and recall at 0.5 of the most confident box per query patch, before and after, with the controls of
     evaluation.localization_table, and predictions.png. All processes call it; rank 0 alone gets a table.
@@ -394,8 +402,7 @@ def probe(cfg: Config, model: nn.Module, probe_source, held_out: np.ndarray, dev
     random_boxes: another draw of the sampler, or boxes of the proposals' sizes. shuffled: patches of another image as
     queries.
     """
-    proposals_of = None if cfg.proposal_method == "none" else proposals.Proposals(cfg)
-    probe_set = PatchDataset(cfg, probe_source, held_out, proposals_of, augment=False)
+    probe_set = open_probe(cfg, probe_source, held_out)
     untrained = build_models(cfg)[0].to(device)
     find = functools.partial(find_patches, cfg, probe_set=probe_set, device=device)
     rows = evaluation.before_and_after(find, untrained, model)
@@ -406,7 +413,7 @@ def probe(cfg: Config, model: nn.Module, probe_source, held_out: np.ndarray, dev
 
     def random_boxes(i: int, row: dict) -> Tensor:
         rng, hw = np.random.default_rng([cfg.seed, i]), (480, 640)
-        boxes = (proposals.random_boxes(rng, hw, cfg.num_patches, pool) if proposals_of
+        boxes = (proposals.random_boxes(rng, hw, cfg.num_patches, pool) if probe_set.proposals_of
                  else draw_patches(rng, hw, cfg.num_patches))
         return data.normalized_cxcywh(torch.from_numpy(boxes).float(), hw)
 
@@ -437,6 +444,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     job.restore(model, optimizer, target=target_backbone)
     wrapped = common.wrap_model(model, device, compiled=cfg.compile)
     loader = data.train_loader(job, train_set, data.collate)
+    kept = evaluation.KeptSamples(open_probe(cfg, probe_source, held_out))
+    find = functools.partial(find_patches, cfg, probe_set=kept, device=device)
     for step in job.steps():
         wrapped.train()
         lr = common.set_lr(optimizer, common.step_schedule(step, job.epoch_steps, (cfg.lr_drop,)))
@@ -444,6 +453,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         terms = train_step(cfg, wrapped, target_backbone, criterion, optimizer, micro_batches, device)
         job.check(step, terms, micro_batches)
         job.log(step, terms, "loss", "loss_bbox", "loss_giou", lr=lr)
+        job.probe(step, functools.partial(evaluation.localization_line, find))
         job.save(step)
     if job.fallbacks:
         run.print_rank0(f"{int(job.fallbacks)} samples had fewer than {cfg.num_patches} proposals and were filled up "

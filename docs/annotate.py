@@ -15,12 +15,12 @@ import shutil
 import textwrap
 from pathlib import Path
 
-import compare
 import latex2mathml.converter
-from compare import escape, table
+import side_by_side
 from markdown_it import MarkdownIt
 from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Literal, Name
+from side_by_side import escape, table
 from sources import METHODS, SHARED, Equation, Source, Sources, equations_in
 
 DEVIATION = re.compile(r"(?:\b(\w+)\.py, )?\bD(\d+)\b(?:\s+in\s+(\w+)\.py)?")
@@ -240,7 +240,7 @@ class Site:
 
     def build(self, out: Path, runs: Path | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        bodies = {"index": self.index(), "compare": compare.page(self),
+        bodies = {"index": self.index(), "compare": side_by_side.page(self),
                   **{name: self.page(name, runs, out) for name in self.sources}}
         for name, body in bodies.items():
             current = ' aria-current="page"'

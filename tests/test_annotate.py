@@ -17,7 +17,7 @@ for package in ("pygments", "markdown_it", "latex2mathml"):
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 
-annotate, compare, sources = (importlib.import_module(name) for name in ("annotate", "compare", "sources"))
+annotate, side_by_side, sources = map(importlib.import_module, ("annotate", "side_by_side", "sources"))
 REQUIRED = {"detreg": [2, 3, 4], "updetr": [1, 2, 3], "siamese_detr": [*range(4, 14), 18], "soco": range(1, 7),
             "dupr": [*range(1, 7), 8, 9]}
 UNFOLDED = {
@@ -164,10 +164,10 @@ def test_what_the_papers_differ_in(built, modules):
     assert re.findall(r"<code>(\d+)</code></a>", row) == ["192", "256", "256", "2048", "256"]
     assert "<td><code>max_prop</code></td>" in text and "<code>seed</code>" not in text
     for method in sources.METHODS:
-        parts = compare.step_parts(modules, method)
+        parts = side_by_side.step_parts(modules, method)
         assert all(parts.values()), f"{method}: a part of the training step is empty"
         assert "_loss(" in modules[method].lines[parts["Loss"][0] - 1]
-    assert "<tr><th>a</th></tr><tr><td>1</td></tr>" in compare.table(["a"], [["1"]])
+    assert "<tr><th>a</th></tr><tr><td>1</td></tr>" in side_by_side.table(["a"], [["1"]])
 
 
 def test_the_demo_at_the_end(built, tmp_path, capsys):

@@ -47,10 +47,12 @@ def test_panels_of_a_run(tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(curves, "panel_of", lambda key, found, title: shown.update({title: found}))
     monkeypatch.setattr(curves, "draw_panels", lambda *_: None)
-    curves.draw_run(write_log(tmp_path, 6, AP=0.5, AP50=0.7, APs=0.1, AR100=0.9, VOC07_AP50=0.8, AP75_mask=0.2))
+    curves.draw_run(write_log(tmp_path, 6, AP=0.5, AP50=0.7, APs=0.1, AR100=0.9, VOC07_AP50=0.8, AP75_mask=0.2,
+                              looking=0.1, probe_IoU=0.3))
     assert {title: list(found) for title, found in shown.items()} == {
         "loss (weighted sum)": ["loss"], "terms of the loss": ["loss_ce"], "learning rate": ["lr"],
-        "average precision of evaluations": ["AP", "AP50", "VOC07_AP50", "AP75_mask"], "images/s": ["images_per_s"]}
+        "average precision of evaluations": ["AP", "AP50", "VOC07_AP50", "AP75_mask"],
+        "probe: own question, another image's": ["looking", "probe_IoU"], "images/s": ["images_per_s"]}
 
 
 @pytest.mark.parametrize("content", ("", '{"step": 0, "loss": NaN}\n', '{"step": 0, "los'))
@@ -89,6 +91,19 @@ def test_a_curve_lies_where_its_values_are():
     for share in (0.25, 0.5, 0.75):
         rows = column_of(picture, curves.COLOURS[0], round(left + share * (right - left)))
         assert rows.mean() == pytest.approx(bottom - share * (bottom - top), abs=3)
+
+
+def test_bars_and_the_values_they_are_the_mean_of():
+    """Means 1 and 3 of 0..4; the values of the first group are 0 and 2; what is not finite is left out."""
+    picture = curves.bars({"a": [0.0, 2.0], "b": [4.0, 2.0], "c": [math.nan, math.inf]}, title="AP", size=(300, 200))
+    left, top, right, bottom = 120, 64, 600 - 54, 400 - 84
+    for i, mean in enumerate((1, 3)):
+        rows = column_of(picture, curves.COLOURS[i], round(left + (i + 0.25) / 3 * (right - left)))
+        assert (rows[0], rows[-1]) == pytest.approx((bottom - mean / 4 * (bottom - top), bottom), abs=3)
+    dots = column_of(picture, "#000000", round(left + 0.5 / 3 * (right - left)))
+    assert any(abs(dots - (bottom - 0.5 * (bottom - top))) < 3)
+    assert not len(column_of(picture, curves.COLOURS[2], round(left + 2.3 / 3 * (right - left)))) > 3
+    assert curves.bars({"one": []}, size=(200, 150)).size == (400, 300)
 
 
 def test_runs_side_by_side(tmp_path, fails, capsys):

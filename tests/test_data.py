@@ -291,7 +291,8 @@ def test_coco_with_its_unlabelled_images(tmp_path):
 def open_sets(**values):
     """open_training_images and open_pretraining of a configuration with these values."""
     cfg = SimpleNamespace(**{"data": "synthetic", "data_root": None, "synthetic_images": 6, "synthetic_size": 40,
-                             "seed": 1, "probe_data": None, "probe_images": 2, "train_images": 0, **values})
+                             "seed": 1, "probe_data": None, "probe_images": 2, "probe_every": 0, "train_images": 0,
+                             **values})
     return D.open_training_images(cfg), D.open_pretraining(cfg)
 
 

@@ -683,6 +683,38 @@ def test_proposals_of_a_labelled_set(tmp_path, monkeypatch, capsys):
     assert metrics["rank"]["AR100"] == metrics["ones"]["AR100"] > 0 and metrics["rank"]["AP"] != metrics["ones"]["AP"]
 
 
+def test_line_of_a_probe():
+    """`looking`: what the own question finds beyond another image's; wrong_image: what is found, against what is asked.
+    """
+    own, theirs = [[0.2, 0.2, 0.2, 0.2]], [[0.8, 0.8, 0.2, 0.2]]
+
+    def find(model, other=False, text=""):
+        return [{"true": own, "asked": theirs if other else own, "found": theirs if other else own}]
+
+    line = ev.localization_line(find, None)
+    one = pytest.approx(1)
+    assert line == {"looking": one, "probe_IoU": one, "probe_IoU_wrong_image": one, "probe_IoU_shuffled": 0,
+                    "probe_recall50": 1, "probe_recall50_wrong_image": 1, "probe_recall50_shuffled": 0}
+    line = ev.retrieval_line(find, lambda rows: {"a": rows[0]["found"][0][0], "b": 3.0}, ("a",), None)
+    assert line == {"looking": pytest.approx(-0.6), "probe_a": 0.2, "probe_a_shuffled": 0.8}
+
+
+def test_kept_samples_are_made_once():
+    made = []
+
+    class Set(list):
+        def __getitem__(self, key):
+            made.append(key)
+            return {"x": key[1], "skipped": []}
+
+    def collate(samples):
+        return {"x": [s["x"] for s in samples], "skipped": []}
+
+    kept = ev.KeptSamples(Set(range(5)))
+    one, two = (list(ev.probe_batches(kept, 2, size=2, collate=collate)) for _ in range(2))
+    assert one == two and [b["x"] for b in one] == [[0, 1], [2, 3, 4]] and made == [(0, i) for i in range(5)]
+
+
 def test_class_and_box_error_by_hand():
     """Queries 0, 1, 3 lie on the objects; the last object is ignored; row 2 of the head stands for label 0."""
     matcher = HungarianMatcher(focal=False)

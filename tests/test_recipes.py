@@ -73,6 +73,10 @@ def parse_other(script: str, arguments: list[str]) -> Any:
             patch.setattr(sys, "argv", [script, *arguments])
             train_step.main()
         return parse(*steps[0])
+    if script == "benchmarks/compare":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(ROOT / "benchmarks")
+            return importlib.import_module("compare").parse(arguments)  # by the parsers of the scripts it starts
     if script == "probe":
         task, found = probe.parse(arguments)
         return segmentation.parse(found) if task == "segment" else found

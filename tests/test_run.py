@@ -646,6 +646,7 @@ class JobConfig(run.RunConfig):
     save_every: run.Count = 1  # steps
     lr_drop: run.NonNegative = 3  # epoch
     patience: run.Natural = 0  # evaluations
+    probe_every: run.Natural = 0  # steps
 
 
 class Source:
@@ -881,6 +882,29 @@ def test_curves_and_events_of_a_run(tmp_path, monkeypatch):
     (tmp_path / "curves.png").unlink()
     train(open_job(tmp_path, tensorboard=True)).end({})
     assert (str(tmp_path / "tensorboard"), 2) in events and (tmp_path / "curves.png").exists()
+
+
+def test_what_is_measured_during_training(tmp_path):
+    """After the first step and every second one; the model is in training mode again, nan is left out, and neither the
+    rate of images nor a run without --probe_every knows of it."""
+    job = train(open_job(tmp_path / "on", probe_every=2))
+    seen = []
+
+    def measure(model):
+        seen.append(model.training)
+        model.eval()
+        time.sleep(0.05)
+        return {"looking": 0.125, "probe_AR10": math.nan}
+
+    before, last = torch.get_rng_state(), job.log_file.last
+    for step in range(4):
+        job.probe(step, measure)
+        assert job.model.training
+    assert seen == [True] * 3 and torch.equal(before, torch.get_rng_state())
+    assert log_of(tmp_path / "on")[4:] == [{"step": s, "epoch": (s + 1) // 2, "looking": 0.125} for s in (0, 1, 3)]
+    assert job.log_file.last - last >= 0.15
+    train(open_job(tmp_path / "off")).probe(0, measure)
+    assert len(seen) == 3
 
 
 def test_tensorboard_that_is_not_there(tmp_path, monkeypatch):

@@ -33,6 +33,10 @@ def log_of(out) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def is_probe(line: dict) -> bool:
+    return "looking" in line
+
+
 def test_files(method, finished_run):
     out, metrics = finished_run(method)
     steps = metrics["steps"]
@@ -61,11 +65,21 @@ def test_the_same_command_again(method, finished_run, capsys):
 
 
 def test_resumed_run_is_the_unbroken_one(method, finished_run, tmp_path, capsys):
+    """Also where it measures meanwhile what it has learned: the last of these measurements is that of the table."""
     straight, metrics = finished_run(method)
     middle = metrics["steps"] // 2
     start(method, tmp_path, max_steps=middle)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == middle
-    assert plain(start(method, tmp_path)) == plain(metrics)
+    assert plain(start(method, tmp_path, probe_every=1)) == plain(metrics)
+    probed = [line for line in log_of(tmp_path) if is_probe(line)]
+    assert [line["step"] for line in probed] == list(range(middle, metrics["steps"]))
+    rows = {key.removeprefix("probe_"): value for key, value in probed[-1].items() if key.startswith("probe_")}
+    for row in ("pretrained", "shuffled", "wrong_image"):
+        for name in metrics[row] if row in metrics else ():
+            key = name if row == "pretrained" else f"{name}_{row}"
+            assert rows.get(key, metrics[row][name]) == pytest.approx(metrics[row][name], rel=1e-5, nan_ok=True)
+    first = next(iter(rows))
+    assert probed[-1]["looking"] == pytest.approx(rows[first] - rows[first + "_shuffled"], abs=1e-5)
     assert f"at step {middle}" in capsys.readouterr().out
     one, two = (torch.load(p / "last.pt", weights_only=True) for p in (straight, tmp_path))
     assert one["model"].keys() == two["model"].keys() and one["step"] == two["step"]
@@ -75,7 +89,7 @@ def test_resumed_run_is_the_unbroken_one(method, finished_run, tmp_path, capsys)
     assert one.get("fallbacks") == two.get("fallbacks")
     unmeasured = [[{k: v for k, v in line.items() if k not in MEASURED} for line in log_of(p)]
                   for p in (straight, tmp_path)]
-    assert unmeasured[0] == unmeasured[1]
+    assert unmeasured[0] == [line for line in unmeasured[1] if not is_probe(line)]
 
 
 def test_a_folder_of_another_run_is_refused(method, finished_run, fails):
@@ -99,6 +113,7 @@ def test_what_all_refuse_before_anything_is_written(method, fails, tmp_path):
     assert f"{images} images are fewer than one batch of 64" in fail(batch_size=64)
     assert "--batch_size 0: must be at least 1" in fail(batch_size=0)
     assert "--probe_images 1: the row `shuffled` needs at least 2 images" in fail(probe_images=1)
+    assert "--probe_every 5: give --probe_images N too" in fail(probe_images=0, probe_every=5)
     assert "--accumulate 3" in (line := fail(accumulate=3)) or "3 accumulated micro-batches" in line
     assert str(tmp_path / "nowhere") in fail(data=tmp_path / "nowhere")
     for name, value in (("seed", -1), ("num_workers", -1), ("epochs", 0), ("log_every", 0), ("weight_decay", "nan"),

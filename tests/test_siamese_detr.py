@@ -601,6 +601,8 @@ def test_loss_is_the_weighted_sum():
     model, batch, criterion = build(), batch_case(), siamese_detr.build_criterion(cfg)
     assert (criterion.matcher.cost_class, criterion.matcher.cost_bbox, criterion.matcher.cost_giou,
             criterion.eos_coef) == (1.5, 4, 3, 0.3)
+    assert not criterion.matcher.within_groups  # D18
+    assert siamese_detr.build_criterion(config(match_own=True)).matcher.within_groups
     with torch.no_grad():
         out = model(batch["images"], batch["mask"], batch["rois"])
         targets = siamese_detr.make_targets(cfg, batch["boxes"], batch["sizes"], tensor("f", 4, n, C))

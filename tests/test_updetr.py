@@ -348,6 +348,24 @@ def test_loss_by_hand():
     assert value == pytest.approx(np.mean([(d - unit).square().sum().item() for d in drawn]), rel=1e-5)
 
 
+def test_matching_within_the_groups():
+    """Each target with the best query of its own group, however well another one fits, in every layer; else freely."""
+    boxes = torch.tensor([[[0.2, 0.2, 0.2, 0.2], [0.7, 0.7, 0.1, 0.1], [0.2, 0.2, 0.1, 0.1], [0.8, 0.8, 0.2, 0.2]]])
+    layers = [{"pred_logits": torch.zeros(1, 4, 3), "pred_boxes": b} for b in (boxes, boxes.flip(1))]
+    targets = [{"labels": torch.ones(2, dtype=torch.int64),
+                "boxes": torch.tensor([[0.8, 0.8, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2]])}]  # queries 3 and 0 fit
+
+    def pairs(**values):
+        matcher = updetr.build_criterion(updetr.Config(num_patches=2, num_queries=4, **values)).matcher
+        return [list(zip(*(x.tolist() for x in layer[0]))) for layer in matcher(layers, targets)]
+
+    assert pairs() == [[(0, 1), (3, 0)], [(0, 0), (3, 1)]]
+    assert pairs(match_own=True) == [[(1, 0), (2, 1)], [(0, 0), (3, 1)]]
+    layers[0]["pred_boxes"] = boxes.clone()
+    layers[0]["pred_boxes"][0, 0] = float("nan")  # is matched, so that the loss shows it
+    assert pairs(match_own=True)[0] == [(0, 0), (2, 1)]
+
+
 def test_reconstruction_off():
     model, target = updetr.build_models(config(reconstruction=False, feature_target="start"))
     assert model.feature_align is None and target is None and not any(k.startswith("feature_align")
