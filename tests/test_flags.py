@@ -1,6 +1,7 @@
 """Flags of every script: values outside their range, absurd ones, the ends of a range, and combinations that once ended
 in a traceback in the first step."""
 import argparse
+import dataclasses
 import importlib
 import itertools
 import math
@@ -70,6 +71,13 @@ def parse(script: str, argv: list[str]) -> typing.Any:
                            recipe=module.recipe_of)
     module.check(cfg)
     return cfg
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_the_recipe(method):
+    """What Config says, and the annotated pages repeat, is what a run without flags does."""
+    cfg, written = parse(method, []), importlib.import_module(method).Config()
+    assert cfg == dataclasses.replace(written, out=cfg.out)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
