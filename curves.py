@@ -247,7 +247,7 @@ def draw_run(out: Path) -> bool:
     groups = {"loss": ["loss"], "loss: terms": terms, "lr": ["lr"], "AP": evaluated, "looking": probed,
               "images_per_s": ["images_per_s"]}
     titles = {"loss": "loss (weighted sum)", "loss: terms": "terms of the loss", "lr": "learning rate",
-              "AP": "average precision of evaluations", "looking": "probe: own question, another image's",
+              "AP": "average precision of evaluations", "looking": "probe: with and without looking",
               "images_per_s": "images/s"}
     panels = []
     for name, keys in groups.items():

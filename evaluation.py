@@ -576,9 +576,11 @@ def on_asked_boxes(rows: list[dict]) -> list[dict]:
 
 
 def probe_line(rows: dict[str, dict[str, float]], *names: str) -> dict[str, float]:
-    """What --probe_every logs, of rows of a probe's table: "probe_NAME" of `pretrained`, "probe_NAME_ROW" of others,
-    and "looking": how much better the first of the names is with the own question than with another image's."""
-    line = {"looking": rows["pretrained"][names[0]] - rows["shuffled"][names[0]]}
+    """What --probe_every logs, of rows of a probe's table: "probe_NAME" of `pretrained`, "probe_NAME_ROW" of controls,
+    and "looking": how much better the first of the names is than in the best control. With the row wrong_image that is
+    what neither the question nor the image tells by itself."""
+    controls = [row[names[0]] for name, row in rows.items() if name != "pretrained"]
+    line = {"looking": rows["pretrained"][names[0]] - max(controls)}
     return line | {f"probe_{name}" + f"_{row}" * (row != "pretrained"): metrics[name]
                    for name in names for row, metrics in rows.items()}
 

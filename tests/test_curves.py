@@ -52,7 +52,7 @@ def test_panels_of_a_run(tmp_path, monkeypatch):
     assert {title: list(found) for title, found in shown.items()} == {
         "loss (weighted sum)": ["loss"], "terms of the loss": ["loss_ce"], "learning rate": ["lr"],
         "average precision of evaluations": ["AP", "AP50", "VOC07_AP50", "AP75_mask"],
-        "probe: own question, another image's": ["looking", "probe_IoU"], "images/s": ["images_per_s"]}
+        "probe: with and without looking": ["looking", "probe_IoU"], "images/s": ["images_per_s"]}
 
 
 @pytest.mark.parametrize("content", ("", '{"step": 0, "loss": NaN}\n', '{"step": 0, "los'))

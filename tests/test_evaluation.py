@@ -684,8 +684,7 @@ def test_proposals_of_a_labelled_set(tmp_path, monkeypatch, capsys):
 
 
 def test_line_of_a_probe():
-    """`looking`: what the own question finds beyond another image's; wrong_image: what is found, against what is asked.
-    """
+    """`looking`: what is found beyond both controls; wrong_image: what is found, against what is asked."""
     own, theirs = [[0.2, 0.2, 0.2, 0.2]], [[0.8, 0.8, 0.2, 0.2]]
 
     def find(model, other=False, text=""):
@@ -693,7 +692,7 @@ def test_line_of_a_probe():
 
     line = ev.localization_line(find, None)
     one = pytest.approx(1)
-    assert line == {"looking": one, "probe_IoU": one, "probe_IoU_wrong_image": one, "probe_IoU_shuffled": 0,
+    assert line == {"looking": 0, "probe_IoU": one, "probe_IoU_wrong_image": one, "probe_IoU_shuffled": 0,
                     "probe_recall50": 1, "probe_recall50_wrong_image": 1, "probe_recall50_shuffled": 0}
     line = ev.retrieval_line(find, lambda rows: {"a": rows[0]["found"][0][0], "b": 3.0}, ("a",), None)
     assert line == {"looking": pytest.approx(-0.6), "probe_a": 0.2, "probe_a_shuffled": 0.8}
