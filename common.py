@@ -857,6 +857,20 @@ def align_start(detector: Detector, to_query: nn.Linear) -> None:
                 key.copy_(query)
 
 
+@torch.no_grad()
+def standardize(layer: nn.Linear | nn.Conv2d, features: Tensor) -> None:
+    """Data-dependent start: change the weights of `layer` (a 1 x 1 convolution, if one) so that it does to its input
+    what it did to an input of mean 0 and deviation 1 per channel. features [n, C]: a sample of that input.
+
+    What leaves a ReLU has a mean larger than its differences: a random layer maps all of it to nearly one direction,
+    and in attention every key matches every query. A channel that hardly varies is not blown up.
+    """
+    deviation, mean = torch.std_mean(features.float(), 0)
+    weight = layer.weight.flatten(1) / deviation.clamp(min=0.1 * deviation.mean())
+    layer.bias.sub_(weight @ mean)
+    layer.weight.copy_(weight.view_as(layer.weight))
+
+
 class Pretext(nn.Module):
     """A detector together with the modules that a pretext task adds to it. Checkpoints keep the released names:
     `detector.` is not part of them."""

@@ -495,6 +495,11 @@ def open_pretraining(cfg: Any) -> tuple:
     return source, indices, probe_source, np.arange(min(cfg.probe_images, len(probe_source)))
 
 
+def evenly_spread(images: int, wanted: int) -> list[int]:
+    """Places of at most `wanted` of them, evenly spread: a folder lies in the order of its classes."""
+    return np.linspace(0, images - 1, min(images, wanted)).round().astype(int).tolist()
+
+
 # ==== 3. Synthetic scenes ====
 
 

@@ -58,6 +58,8 @@ def check_detector(cfg: Any, views: int = 1) -> None:
     if "deformable" in cfg.detector and cfg.hidden_dim < 64:
         raise UserError(f"--hidden_dim {cfg.hidden_dim}: Deformable DETR normalises in 32 groups of at least two "
                         "channels; give 64 or more")
+    if "deformable" in cfg.detector and getattr(cfg, "standardized_start", 0):
+        raise UserError(f"--standardized_start: of detr and conditional_detr; {cfg.detector} has a norm there")
     side = min(*cfg.scales, cfg.max_size)
     if not norms_see_enough(cfg, cfg.batch_size * views, side):
         raise UserError(f"--batch_size {cfg.batch_size}: one image per process and micro-batch, of which {side} pixels "

@@ -138,7 +138,7 @@ class ProbeConfig:
 RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change",
             "data_root", "eval_every", "tensorboard", "patience", "probe_every"}
 # What only matters where a run starts: a continuation has the weights of its checkpoint, those of a frozen target too.
-START_ONLY = {"backbone_weights", "init_from", "aligned_start", "zero_init_residual"}
+START_ONLY = {"backbone_weights", "init_from", "aligned_start", "standardized_start", "zero_init_residual"}
 # What may change where it makes the run longer.
 LENGTH = {"epochs", "steps", "lr_drop", "lr_drops"}
 

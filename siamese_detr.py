@@ -48,6 +48,7 @@ Deviations (paper / released code / here; in full in docs/methods/siamese_detr.m
     D16 Edges: - / OpenCV's structured forest, its file apart / without `--edge_model` ours, which the log says.
     D17 DAB-, DN-DAB-Deformable DETR (Table 6): - / - / regions go into the content, no denoising in pretraining.
     D18 Matching, Eq. (18): - / a query may be matched to any region / as released (`--match_own`: to its own only).
+    D19 Start: - / random / as released (`--standardized_start N`: common.standardize on N images, DETR's family).
 
 Expected: the demo logs, from step 0 to its end, loss 16.6 -> 4.0, loss_bbox 0.80 -> 0.22, loss_feature 1.71 -> 0.14.
     Paper, Table 2 (VOC AP): 58.1, from scratch 49.9, UP-DETR 56.9, DETReg 57.5. Not rerun here: no ImageNet.
@@ -77,7 +78,7 @@ import evaluation
 import proposals
 import run
 from common import UserError
-from run import Count, Depth, Images, NonNegative, Pixels, Positive, Share, Width
+from run import Count, Depth, Images, Natural, NonNegative, Pixels, Positive, Share, Width
 
 # ==== 1. Hyperparameters ====
 
@@ -99,6 +100,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     match_own: bool = False  # a query may be matched only to the region that it carries (D18)
     multi_view: bool = True  # queries of one view look into the other; off: into their own (Table 3, single-view)
     aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D15)
+    standardized_start: Natural = 0  # first weights see features less their mean over so many images (D19); 0 = off
     region_target: Literal["crop", "object", "none"] = "crop"  # what L_r draws to: p, z, nothing (Table 3: R-C, R-O)
     feature_target: Literal["current", "start"] = "current"  # the backbone that describes crops: as it is, or as it was
     shared_queries: bool = False  # queries of image 0 for the whole batch, as released for Deformable DETR (D8)
@@ -509,6 +511,19 @@ def build_models(cfg: Config) -> tuple[SiameseDETR, nn.Module | None]:
     return model, target_backbone
 
 
+@torch.no_grad()
+def standardize_start(cfg: Config, model: SiameseDETR, train_set: TwoViewDataset, device: torch.device) -> None:
+    """Let the first weights see standardised features, the map's and the regions' own (D19)."""
+    backbone, maps, regions = model.detector.backbone[0].eval(), [], []
+    for position in data.evenly_spread(len(train_set), cfg.standardized_start):
+        sample = train_set[0, position]
+        features = backbone(torch.stack(sample["views"]).to(device))
+        maps.append(features[-1].flatten(2).transpose(1, 2).flatten(0, 1))  # [2*H*W, C]
+        regions.append(model.region_features(features, sample["rois"].to(device)).flatten(0, 1))  # [2n, C]
+    common.standardize(model.detector.input_proj, torch.cat(maps))
+    common.standardize(model.patch2query, torch.cat(regions))
+
+
 # ==== 4. Loss ====
 
 
@@ -693,6 +708,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     proposals_of = proposals.Proposals(cfg) if online else proposals.open_proposals(cfg, source)
     train_set = TwoViewDataset(cfg, source, indices, proposals_of)
     model, target_backbone = (m.to(device) if m else None for m in build_models(cfg))
+    if cfg.standardized_start:
+        standardize_start(cfg, model, train_set, device)
     optimizer, criterion = common.build_optimizer(cfg, model), build_criterion(cfg)
     job.restore(model, optimizer, target=target_backbone)
     wrapped = common.wrap_model(model, device, compiled=cfg.compile)

@@ -46,6 +46,7 @@ Deviations (paper / released code / here; in full in docs/methods/updetr.md):
     D13 Demo only: `--aligned_start` (common.align_start), and patches in their own colours.
     D14 `--proposal_method` (Siamese DETR, Table 4): - / - / the first M boxes of 8 pixels a side, then random patches.
     D15 Matching, Eq. (1): - / a query may be matched to any patch / as released (`--match_own`: to its own only).
+    D16 Start: - / random / as released (`--standardized_start N`: common.standardize on N images, DETR's family).
 
 Expected: at initialisation the full model's loss is about 48 (released). The demo logs, at step 0 and at its end, loss
     15.6 -> 8.7, loss_bbox 0.74 -> 0.52, loss_giou 0.91 -> 0.83, loss_feature 1.68 -> 0.05. Its table: docs/demos.md.
@@ -73,7 +74,7 @@ import evaluation
 import proposals
 import run
 from common import UserError
-from run import Count, Depth, Images, NonNegative, Pixels, Positive, Share, Width
+from run import Count, Depth, Images, Natural, NonNegative, Pixels, Positive, Share, Width
 
 # ==== 1. Hyperparameters ====
 
@@ -95,6 +96,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     reconstruction: bool = True  # L_rec, Eq. (2), Table 4
     patch_colours: bool = True  # change the colours of the query patches (Sec. 4)
     aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D13)
+    standardized_start: Natural = 0  # first weights see features less their mean over so many images (D16); 0 = off
     feature_target: Literal["current", "start"] = "current"  # L_rec's backbone: as it is, or as it was (D10)
     # model
     detector: detectors.DETECTORS = "detr"  # what is pretrained (Siamese DETR, Tables 1 and 2)
@@ -304,6 +306,18 @@ def build_models(cfg: Config) -> tuple[UPDETR, nn.Module | None]:
     return model, target_backbone
 
 
+@torch.no_grad()
+def standardize_start(cfg: Config, model: UPDETR, train_set: PatchDataset, device: torch.device) -> None:
+    """Let the first weights see standardised features, the map's and the patches' own (D16)."""
+    backbone, maps, patches = model.detector.backbone[0].eval(), [], []
+    for position in data.evenly_spread(len(train_set), cfg.standardized_start):
+        sample = train_set[0, position]
+        maps.append(backbone(sample["image"][None].to(device))[-1][0].flatten(1).T)  # [H*W, C]
+        patches.append(patch_features(backbone, sample["target"]["patches"][None].to(device))[0])  # [M, C]
+    common.standardize(model.detector.input_proj, torch.cat(maps))
+    common.standardize(model.patch2query, torch.cat(patches))
+
+
 # ==== 4. Loss ====
 
 
@@ -440,6 +454,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     proposals_of = None if cfg.proposal_method == "none" else proposals.open_proposals(cfg, source)
     train_set = PatchDataset(cfg, source, indices, proposals_of)
     model, target_backbone = (m.to(device) if m else None for m in build_models(cfg))
+    if cfg.standardized_start:
+        standardize_start(cfg, model, train_set, device)
     optimizer, criterion = common.build_optimizer(cfg, model), build_criterion(cfg)
     job.restore(model, optimizer, target=target_backbone)
     wrapped = common.wrap_model(model, device, compiled=cfg.compile)

@@ -37,6 +37,8 @@ HERE = Path(__file__).resolve().parent
 TEXT = configparser.ConfigParser(interpolation=configparser.ExtendedInterpolation())
 TEXT.read(HERE / "claims.txt", encoding="utf-8")
 SYNTHETIC, BCCD = BOTH = ("synthetic", "bccd")
+VOC, FEW = PHOTOGRAPHS = ("voc07", "voc07_10")  # with all labels, with a tenth
+DATA = BOTH + PHOTOGRAPHS
 DETR_FAMILY = ("detreg", "updetr", "siamese_detr")
 SCENES = 800
 
@@ -46,13 +48,14 @@ SCENES = 800
 
 def places_of(args: argparse.Namespace) -> dict[str, str]:
     """What stands for a path in the flags, so that a run has the same key on every machine."""
-    return {"{scenes}": str(args.work / "scenes"), "{bccd}": str(args.shared / "bccd"),
-            "{bccd_images}": str(args.work / "bccd.txt")}
+    return {"{scenes}": str(args.work / "scenes"), "{resnet18}": str(args.shared / "weights/resnet18_imagenet.pth"),
+            **{f"{{{name}}}": str(args.shared / name) for name in (BCCD, VOC)},
+            **{f"{{{name}_images}}": str(args.work / f"{name}.txt") for name in (BCCD, VOC)}}
 
 
 def prepare(args: argparse.Namespace, have: list[str]) -> None:
-    """The unlabelled images: drawn scenes as files, and the list of BCCD's trainval split, so that nobody pretrains on
-    what is tested on."""
+    """The unlabelled images: drawn scenes as files, and lists of the trainval splits of BCCD and VOC, so that nobody
+    pretrains on what is tested on."""
     scenes = args.work / "scenes"
     scenes.mkdir(parents=True, exist_ok=True)
     source = SyntheticScenes(SCENES, seed=0)
@@ -60,9 +63,10 @@ def prepare(args: argparse.Namespace, have: list[str]) -> None:
         if not (path := scenes / f"{i:04d}.png").exists():
             source.scene(i)[0].save(path.with_suffix(".part"), "PNG")
             path.with_suffix(".part").rename(path)
-    if BCCD in have:
-        images = open_images("voc", str(args.shared / "bccd"))
-        (args.work / "bccd.txt").write_text("".join(f"{images.root / images.key(i)}\n" for i in range(len(images))))
+    for name in {data.removesuffix("_10") for data in have} - {SYNTHETIC}:
+        images = open_images("voc", str(args.shared / name))
+        lines = "".join(f"{images.root / images.key(i)}\n" for i in range(len(images)))
+        (args.work / f"{name}.txt").write_text(lines)
 
 
 # ==== 2. Arms ====
@@ -74,35 +78,35 @@ class Arm(NamedTuple):
     path: str  # which number of it (compare.value)
 
 
-def run(script: str, seed: int, *parts: Any) -> Run:
-    """A run of the demo preset; text is split at spaces."""
+def run(data: str, script: str, seed: int, *parts: Any) -> Run:
+    """A run of the data set's preset; text is split at spaces."""
     words = [word for part in parts
              for word in (part.split() if isinstance(part, str) else [part] if isinstance(part, Run) else part)]
-    return Run(script, ("--preset", "demo", "--seed", str(seed), *words))
+    return Run(script, (*TEXT[data]["preset"].split(), "--seed", str(seed), *words))
 
 
 def backbone(data: str) -> Run | str:
     """The frozen backbone of the DETR family: one for all seeds and arms, as the papers have one SwAV; DUPR's on the
     same unlabelled images, or a file (one of the places)."""
     flags = TEXT[data]["backbone"]
-    return flags if flags.startswith("{") else run("dupr", 0, TEXT[data]["unlabelled"], flags)
+    return flags if flags.startswith("{") else run(data, "dupr", 0, TEXT[data]["unlabelled"], flags)
 
 
 def pretrained(script: str, data: str, seed: int, more: str = "") -> Run:
     flags, boxes, start = TEXT[data], (), ()
     if script in ("detreg", "siamese_detr", "soco") and "--proposal_method" not in more:
-        store = Run("proposals", (*flags["unlabelled"].split(), "--seed", "0", "--rank", "nms"))
+        store = Run("proposals", (*flags["unlabelled"].split(), "--seed", "0", "--rank", flags["rank"]))
         boxes = ("--proposal_store", store)
     if script in DETR_FAMILY:
         rate = () if "--lr_backbone" in more else ("--lr_backbone", "0")  # then its BatchNorm is constant too
-        start = ("--backbone_weights", backbone(data), "--backbone_norm", "bn", *rate, *flags["views"].split())
-    return run(script, seed, flags["unlabelled"], boxes, start, flags[script], more)
+        start = ("--backbone_weights", backbone(data), *flags["norm"].split(), *rate, *flags["views"].split())
+    return run(data, script, seed, flags["unlabelled"], boxes, start, flags[script], more)
 
 
 def tuned(name: str, script: str, path: str, start: Callable[[str, int], tuple[Any, ...]]) -> Arm:
     """The fine-tuning of a method's claims, from what `start` says."""
-    return Arm(name, lambda data, seed: run("finetune", seed, TEXT[data]["labelled"], TEXT[data][f"tune_{script}"],
-                                            *start(data, seed)), path)
+    return Arm(name, lambda data, seed: run(data, "finetune", seed, TEXT[data]["labelled"],
+                                            TEXT[data][f"tune_{script}"], *start(data, seed)), path)
 
 
 def after(name: str, script: str, more: str = "", path: str = "AP") -> Arm:
@@ -155,10 +159,11 @@ DUPR = (("DUPR", "dupr"), ("beta = 0", "image"))  # arms, and what `analysis` ca
 
 def claims() -> list[Claim]:
     judged = [
-        Claim("detreg-scratch", after("DETReg", "detreg"), scratch("detreg"), BOTH),
-        Claim("detreg-boxes", after("own boxes", "detreg"), after("other image's", "detreg", "--strategy other_image")),
+        Claim("detreg-scratch", after("DETReg", "detreg"), scratch("detreg"), DATA),
+        Claim("detreg-boxes", after("own boxes", "detreg"), after("other image's", "detreg", "--strategy other_image"),
+              (SYNTHETIC, FEW)),
         Claim("detreg-ar10", pretext("DETReg", "detreg", "pretrained/AR10"),
-              pretext("selective search", "detreg", "selective_search/AR10"), BOTH),
+              pretext("selective search", "detreg", "selective_search/AR10"), (*BOTH, FEW)),
         Claim("updetr-scratch", after("UP-DETR", "updetr"), scratch("updetr"), BOTH),
         Claim("updetr-speed", after("UP-DETR", "updetr", path="mean AP"), scratch("updetr", "mean AP"), BOTH),
         Claim("siamese-scratch", after("Siamese DETR", "siamese_detr"), scratch("siamese_detr"), BOTH),
@@ -303,7 +308,7 @@ def report(args: argparse.Namespace) -> list[Comparison]:
 def main(argv: list[str] | None = None) -> list[Comparison]:
     parser = Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="claims whose name begins with one of these (--list)")
-    parser.add_argument("--data", nargs="+", choices=BOTH, default=BOTH)
+    parser.add_argument("--data", nargs="+", choices=DATA, default=DATA)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data",
                         help="folder of the data sets (bccd: BCCD, in VOC layout); rows without theirs are left out")
     parser.add_argument("--results", type=Path, default=HERE / "claims.jsonl",
@@ -317,8 +322,9 @@ def main(argv: list[str] | None = None) -> list[Comparison]:
         raise UserError(f"--only {' '.join(args.only)}: no such claim; there are {', '.join(c.name for c in CLAIMS)}")
     have = [d for d in args.data if all((args.shared / name).exists() for name in TEXT[d]["needs"].split())]
     if missing := sorted(set(args.data) - set(have)):
-        print_rank0(f"note: {', '.join(missing)}: not in {args.shared}, its rows are left as they are. BCCD is "
-                    "BCCD_Dataset by Shenggan, MIT, on GitHub; --shared FOLDER")
+        print_rank0(f"note: {', '.join(missing)}: not in {args.shared}, its rows are left as they are "
+                    "(--shared FOLDER). bccd: BCCD_Dataset by Shenggan, MIT, on GitHub. voc07: VOC "
+                    "2007 in our splits, and weights/resnet18_imagenet.pth")
     planned = [cell for cell in cells_of(chosen, args) if cell[1] in args.data]
     if args.list:
         results = compare.read_results(args.results)

@@ -20,7 +20,7 @@ def result(run: C.Run, **metrics) -> dict:
 
 def claim_of(a: str, b: str, **more) -> C.Claim:
     def arm(name: str) -> C.Arm:
-        return C.Arm(name, lambda data, seed: C.run("finetune", seed, "--data", data, name), "AP")
+        return C.Arm(name, lambda data, seed: C.run("synthetic", "finetune", seed, "--data", data, name), "AP")
     return C.Claim("x", arm(a), arm(b), **more)
 
 
@@ -95,7 +95,8 @@ def test_the_report_is_that_of_the_results_beside_it(tmp_path, capsys):
     (tmp_path / "claims.jsonl").write_bytes((ROOT / "benchmarks" / "claims.jsonl").read_bytes())
     argv = ["--results", str(tmp_path / "claims.jsonl"), "--shared", str(tmp_path)]
     C.main([*argv, "--list", "--only", "detreg"])
-    assert "bccd: not in" in (text := capsys.readouterr().out) and "detreg-scratch         bccd       judged" in text
+    text = capsys.readouterr().out
+    assert "bccd, voc07, voc07_10: not in" in text and "detreg-scratch         bccd       judged" in text
     found = C.main([*argv, "--report"])
     assert (tmp_path / "claims.md").read_text() == (ROOT / "benchmarks" / "claims.md").read_text()
     assert (found[0].claim.name, found[0].data, found[0].seeds) == ("detreg-scratch", "synthetic", [0, 1, 2, 3, 4])

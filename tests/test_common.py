@@ -382,6 +382,20 @@ def test_aligned_start(name):
     assert {"query_embed.weight"} < changed <= allowed
 
 
+def test_standardized_weights_do_to_features_what_they_did_to_standardised_ones():
+    features = tensor("standardize", 50, 6).abs() * torch.arange(1.0, 7) + 3
+    features[:, 5] = 2.0  # a dead channel: nothing is divided by zero
+    deviation, mean = torch.std_mean(features, 0)
+    standard = (features - mean) / deviation.clamp(min=0.1 * deviation.mean())
+    linear, conv = nn.Linear(6, 4), nn.Conv2d(6, 4, 1)
+    expected = linear(standard), conv(standard.T[None, :, :, None])
+    for layer in (linear, conv):
+        common.standardize(layer, features)
+    torch.testing.assert_close(linear(features), expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(conv(features.T[None, :, :, None]), expected[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(linear(features).mean(0), linear(mean), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", DETECTORS)
 def test_pretext_models_keep_the_released_names(name):
     class Task(common.Pretext):

@@ -715,6 +715,27 @@ def test_a_frozen_backbone_stays():
                    for k in ("patch2query.weight", "query_embed.weight", "feature_align.layers.0.weight"))
 
 
+def test_standardized_start():
+    """The first weights see regions and places less their mean, over their deviation; nothing else changes (D19)."""
+    dataset = views_of(*(picture(i) for i in range(4)), detector="conditional_detr", stride=16, standardized_start=4)
+    model = siamese_detr.build_models(dataset.cfg)[0].eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        features = [model.detector.backbone[0](torch.stack(dataset[0, i]["views"])) for i in range(4)]
+        z = torch.cat([model.region_features(f, dataset[0, i]["rois"]).flatten(0, 1) for i, f in enumerate(features)])
+        places = torch.cat([f[-1].flatten(2).transpose(1, 2).flatten(0, 1) for f in features])
+    siamese_detr.standardize_start(dataset.cfg, model, dataset, CPU)
+    for layer, x in (("patch2query", z), ("input_proj", places)):
+        deviation, mean = torch.std_mean(x, 0)
+        standard = (x - mean) / deviation.clamp(min=0.1 * deviation.mean())
+        expected = standard @ state[f"{layer}.weight"].flatten(1).T + state[f"{layer}.bias"]
+        now = model.state_dict()
+        torch.testing.assert_close(x @ now[f"{layer}.weight"].flatten(1).T + now[f"{layer}.bias"], expected, atol=1e-3,
+                                   rtol=1e-3)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, state[k])}
+    assert changed == {f"{layer}.{kind}" for layer in ("input_proj", "patch2query") for kind in ("weight", "bias")}
+
+
 def test_bf16_is_close_to_fp32():
     results = []
     for amp in ("off", "bf16"):

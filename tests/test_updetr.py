@@ -502,6 +502,34 @@ def test_a_frozen_backbone_stays():
                    for k in ("patch2query.weight", "query_embed.weight", "feature_align.layers.0.weight"))
 
 
+@pytest.mark.parametrize("detector", ("detr", "conditional_detr"))
+def test_standardized_start_tells_patches_apart(folder, detector):
+    """As released, queries and keys of any two places point the same way (benchmarks/looking.md); D16."""
+    dataset = patches_of(folder, detector=detector, stride=8, scales=(96,), max_size=192, standardized_start=4)
+    model = updetr.build_models(dataset.cfg)[0].eval()
+    backbone, state = model.detector.backbone[0], {k: v.clone() for k, v in model.state_dict().items()}
+
+    def content():  # of the queries [16, D], and of the map's places [.., D]
+        with torch.no_grad():
+            samples = [dataset[0, i] for i in range(4)]
+            queries = [model.patch2query(updetr.patch_features(backbone, s["target"]["patches"][None]))[0]
+                       for s in samples]
+            maps = [model.detector.input_proj(backbone(s["image"][None])[-1])[0].flatten(1).T for s in samples]
+        return torch.cat(queries), torch.cat(maps)
+
+    def alike(x):
+        x = torch.nn.functional.normalize(x, dim=-1)
+        return (x @ x.T).mean().item()
+
+    before = [alike(x) for x in content()]
+    updetr.standardize_start(dataset.cfg, model, dataset, CPU)
+    after = [alike(x) for x in content()]
+    assert min(before) > 0.7 and max(after) < 0.1, (before, after)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, state[k])}
+    assert changed == {f"{layer}.{kind}" for layer in ("input_proj", "patch2query") for kind in ("weight", "bias")}
+    assert data.evenly_spread(10, 4) == [0, 3, 6, 9] and data.evenly_spread(3, 8) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("reconstruction", (True, False))
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_every_detector_learns_with_all_its_parameters(detector, reconstruction):
@@ -662,6 +690,8 @@ def test_bad_input_ends_in_one_line(fails, folder, tmp_path):
     assert "4 images are too few to hold out 2" in fail(data=folder, probe_images=2)
     assert "batch_size 2 (global)" in fail(data=folder, accumulate=3)
     assert "--nheads 5" in fail(data=folder, nheads=5)
+    assert ("--standardized_start: of detr and conditional_detr; deformable_detr has a norm there"
+            in fail(data=folder, standardized_start=4, detector="deformable_detr"))
     assert not (tmp_path / "out").exists()  # nothing was written until here
     for i in range(4):
         picture(i, (16, 60)).save(folder / f"{i}.png")
