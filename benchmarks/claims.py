@@ -248,7 +248,7 @@ def markdown(comparisons: list[Comparison], results: dict[str, dict], used: list
         return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head),
                 *(row(c) for c in comparisons if c.claim.judged == judged), ""]
 
-    spent = [results[r.key] for r in used if r.key in results]
+    spent = [results[r.key] for r in used]
     lines = ["# Do the papers' claims hold at laptop scale?", "", " ".join(TEXT["introduction"]["text"].split()), "",
              f"Written by `python benchmarks/claims.py` from claims.jsonl: {compare.cost(spent)}.", "",
              "![bars](claims-bars.png)", "", "![curves](claims-curves.png)", "", "## Judged", "", *table(True),
@@ -296,7 +296,8 @@ def report(args: argparse.Namespace) -> list[Comparison]:
             f"{c.claim.name} ({c.data}): {name}", name,
             {of: [results[arm.run(c.data, seed).key] for seed in c.seeds] for of, arm in arms.items()}))
     compare.draw_curves(Path(f"{stem}-curves.png"), panels.values())
-    Path(f"{stem}.md").write_text(markdown(comparisons, results, in_order(r for cell in cells for r in runs_of(*cell))))
+    used = [run for run in in_order(r for cell in cells for r in runs_of(*cell)) if run.key in results]
+    Path(f"{stem}.md").write_text(markdown(comparisons, results, used))
     for c in comparisons:
         print_rank0(f"{c.claim.name:22} {c.data:10} {c.claim.a.name} {np.mean(c.a):.4f}  {c.claim.b.name} "
                     f"{np.mean(c.b):.4f}  {compare.in_words(*c.interval)} {len(c.a)} seeds  "
