@@ -37,8 +37,9 @@ HERE = Path(__file__).resolve().parent
 TEXT = configparser.ConfigParser(interpolation=configparser.ExtendedInterpolation())
 TEXT.read(HERE / "claims.txt", encoding="utf-8")
 SYNTHETIC, BCCD = BOTH = ("synthetic", "bccd")
-VOC, FEW = PHOTOGRAPHS = ("voc07", "voc07_10")  # with all labels, with a tenth
-DATA = BOTH + PHOTOGRAPHS
+VOC, FEW, LARGE = ("voc07", "voc07_10", "voc07_gpu")  # with all labels, with a tenth, with a tenth and on a GPU
+SCALES = {"cpu": (*BOTH, VOC, FEW), "gpu": (LARGE,)}
+DATA = [name for names in SCALES.values() for name in names]
 DETR_FAMILY = ("detreg", "updetr", "siamese_detr")
 SCENES = 800
 
@@ -63,7 +64,7 @@ def prepare(args: argparse.Namespace, have: list[str]) -> None:
         if not (path := scenes / f"{i:04d}.png").exists():
             source.scene(i)[0].save(path.with_suffix(".part"), "PNG")
             path.with_suffix(".part").rename(path)
-    for name in {data.removesuffix("_10") for data in have} - {SYNTHETIC}:
+    for name in {data.split("_")[0] for data in have} - {SYNTHETIC}:
         images = open_images("voc", str(args.shared / name))
         lines = "".join(f"{images.root / images.key(i)}\n" for i in range(len(images)))
         (args.work / f"{name}.txt").write_text(lines)
@@ -154,19 +155,28 @@ class Claim:
 
 PATCH_ONLY, CONV5_ONLY = "--alpha 0 0 0 0 --beta 0 0 0 1", "--alpha 0 0 0 1 --beta 0 0 0 0"
 IMAGE_ONLY = "--beta 0 0 0 0"
+PUBLISHED = "--match_own false --aligned_start false --standardized_start 0"
+UNTRAINED = "--max_steps 1 --probe_images 0 --probe_every 0"
 DUPR = (("DUPR", "dupr"), ("beta = 0", "image"))  # arms, and what `analysis` calls them
 
 
 def claims() -> list[Claim]:
     judged = [
-        Claim("detreg-scratch", after("DETReg", "detreg"), scratch("detreg"), DATA),
+        Claim("detreg-scratch", after("DETReg", "detreg"), scratch("detreg"), tuple(DATA)),
         Claim("detreg-boxes", after("own boxes", "detreg"), after("other image's", "detreg", "--strategy other_image"),
               (SYNTHETIC, FEW)),
         Claim("detreg-ar10", pretext("DETReg", "detreg", "pretrained/AR10"),
               pretext("selective search", "detreg", "selective_search/AR10"), (*BOTH, FEW)),
-        Claim("updetr-scratch", after("UP-DETR", "updetr"), scratch("updetr"), BOTH),
-        Claim("updetr-speed", after("UP-DETR", "updetr", path="mean AP"), scratch("updetr", "mean AP"), BOTH),
-        Claim("siamese-scratch", after("Siamese DETR", "siamese_detr"), scratch("siamese_detr"), BOTH),
+        Claim("updetr-looks", pretext("own group, start", "updetr", "last looking"),
+              pretext("as published", "updetr", "last looking", PUBLISHED), (VOC, LARGE)),
+        Claim("updetr-scratch", after("UP-DETR", "updetr"), scratch("updetr"), (*BOTH, VOC, LARGE)),
+        Claim("updetr-start", after("UP-DETR", "updetr"), after("its start", "updetr", UNTRAINED), (VOC, LARGE)),
+        Claim("updetr-speed", after("UP-DETR", "updetr", path="mean AP"), scratch("updetr", "mean AP"), (*BOTH, VOC)),
+        Claim("siamese-looks", pretext("own group, start", "siamese_detr", "last looking"),
+              pretext("as published", "siamese_detr", "last looking", PUBLISHED), (VOC, LARGE)),
+        Claim("siamese-scratch", after("Siamese DETR", "siamese_detr"), scratch("siamese_detr"), (*BOTH, VOC, LARGE)),
+        Claim("siamese-start", after("Siamese DETR", "siamese_detr"), after("its start", "siamese_detr", UNTRAINED),
+              (VOC, LARGE)),
         Claim("siamese-views", after("multi-view R-C G", "siamese_detr"),
               after("single-view R-O", "siamese_detr", "--multi_view false --region_target object --lambda_global 0"),
               margin=0.1),
@@ -309,7 +319,8 @@ def report(args: argparse.Namespace) -> list[Comparison]:
 def main(argv: list[str] | None = None) -> list[Comparison]:
     parser = Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="claims whose name begins with one of these (--list)")
-    parser.add_argument("--data", nargs="+", choices=DATA, default=DATA)
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="gpu: rows for some minutes of one")
+    parser.add_argument("--data", nargs="+", choices=DATA, help="default: all of the scale")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data",
                         help="folder of the data sets (bccd: BCCD, in VOC layout); rows without theirs are left out")
     parser.add_argument("--results", type=Path, default=HERE / "claims.jsonl",
@@ -318,6 +329,8 @@ def main(argv: list[str] | None = None) -> list[Comparison]:
     compare.add_flags(parser, "5 for what is judged, 3 for the rest")
     args = parser.parse_args(argv)
     args.work, args.shared = args.work.resolve(), args.shared.resolve()
+    compare.apart(args)
+    args.data = args.data or SCALES[args.scale]
     chosen = [c for c in CLAIMS if not args.only or c.name.startswith(tuple(args.only))]
     if not chosen:
         raise UserError(f"--only {' '.join(args.only)}: no such claim; there are {', '.join(c.name for c in CLAIMS)}")

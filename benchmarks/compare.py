@@ -88,7 +88,8 @@ def product(run: Run, work: Path) -> Path:
     return folder(run, work) if run.script == "proposals" else folder(run, work) / "last.pt"
 
 
-def execute(run: Run, work: Path, device: str, cores: int, places: dict[str, str]) -> None:
+def execute(run: Run, work: Path, device: str, cores: int, places: dict[str, str], max_steps: int | None = None
+            ) -> None:
     """result.json: the line of the file of results. In a process of its own. cores: for loader processes on a GPU."""
     out, started, kind = folder(run, work), time.time(), common.setup_distributed(device).type
     if kind == "cpu":
@@ -101,7 +102,8 @@ def execute(run: Run, work: Path, device: str, cores: int, places: dict[str, str
     workers = str(cores if kind != "cpu" else 0)
     argv += {"proposals": ["--out", str(out), "--workers", workers],
              "figures": ["--out", str(out / "figure.png"), "--device", device]}.get(
-        run.script, ["--out", str(out), "--device", device, "--num_workers", workers])
+        run.script, ["--out", str(out), "--device", device, "--num_workers", workers,
+                     *(["--max_steps", str(max_steps)] if max_steps else [])])
     with open(out / "printed.txt", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             metrics = importlib.import_module(run.script).main(argv)
@@ -179,7 +181,8 @@ def run_all(runs: list[Run], args: argparse.Namespace, places: dict[str, str] = 
         while waiting or running:
             for run in [r for r in waiting if all(source.key in done for source in r.inputs)][:jobs - len(running)]:
                 waiting.remove(run)
-                process = PROCESSES.Process(target=execute, args=(run, work, args.device, cores, places))
+                process = PROCESSES.Process(target=execute,
+                                            args=(run, work, args.device, cores, places, args.max_steps))
                 process.start()
                 running[process.sentinel] = (process, run)
             for sentinel in multiprocessing.connection.wait(list(running)):
@@ -351,9 +354,18 @@ def add_flags(parser: Parser, seeds: str) -> None:
     parser.add_argument("--seeds", type=Count, help=f"that many, of each arm; default {seeds}")
     parser.add_argument("--first_seed", type=Seed, default=0, help="what is tuned is tuned on others, from 100 say")
     parser.add_argument("--device", default="auto", help="as in the scripts")
+    parser.add_argument("--max_steps", type=Count, help="of every run, to try whether it works: kept apart from what "
+                        "counts, in a folder trial")
     parser.add_argument("--jobs", type=Processes, help="runs at the same time; default: one per core, or one on a GPU")
     parser.add_argument("--list", action="store_true", help="what there is and what is left to run")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report")
+
+
+def apart(args: argparse.Namespace) -> None:
+    """Of a trial (--max_steps): its own runs and results."""
+    if args.max_steps:
+        args.work = args.work / "trial"
+        args.results = args.work / args.results.name
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, list[Run]]]:
@@ -371,6 +383,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, list[Ru
     add_flags(parser, "3")
     args = parser.parse_args(argv)
     args.work, args.results = args.out.resolve() / "runs", args.out / "runs.jsonl"
+    apart(args)
     arms = dict(arm_of(text, args) for text in args.arm)
     if len(arms) < len(args.arm):
         raise UserError("--arm: two have the same name")

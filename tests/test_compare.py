@@ -179,6 +179,13 @@ def test_checkpoints_that_nothing_needs_are_deleted(fake, tmp_path):
     assert not compare.product(second.inputs[0], args.work).exists()
 
 
+def test_a_trial_is_kept_apart(fake):
+    args, _ = compare.parse([*fake, "--arm", "a: --value 1", "--max_steps", "2"])
+    whole, _ = compare.parse([*fake, "--arm", "a: --value 1"])
+    assert args.work == whole.work / "trial" and args.results == whole.work / "trial" / "runs.jsonl"
+    assert args.max_steps == 2 and whole.max_steps is None and whole.results.parent == args.out
+
+
 def test_ctrl_c_ends_the_runs(fake, tmp_path, monkeypatch):
     def interrupted(sentinels):
         while not list(tmp_path.rglob("calls.txt")) or len(calls(tmp_path)) < 2:
@@ -195,10 +202,10 @@ def test_ctrl_c_ends_the_runs(fake, tmp_path, monkeypatch):
 def test_a_real_script(tmp_path, finished_run):
     """What execute() hands to a fine-tuning, and what it keeps of it."""
     out, _ = finished_run("detreg")
-    flags = ("--preset demo --seed 0 --data synthetic --synthetic_images 4 --synthetic_test_images 2 --epochs 1 "
+    flags = ("--preset demo --seed 0 --data synthetic --synthetic_images 4 --synthetic_test_images 2 --epochs 5 "
              "--batch_size 4 --scales 64 --max_size 64 --eval_size 64 --init_from {start}")
     run = Run("finetune", tuple(flags.split()))
-    compare.execute(run, tmp_path, "cpu", 1, {"{start}": str(out / "last.pt")})
+    compare.execute(run, tmp_path, "cpu", 1, {"{start}": str(out / "last.pt")}, max_steps=1)
     folder = compare.folder(run, tmp_path)
     result = json.loads((folder / "result.json").read_text())
     assert (result["key"], result["argv"][-1], result["device"]) == (run.key, "{start}", "cpu")
