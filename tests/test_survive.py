@@ -343,7 +343,7 @@ def test_two_processes_hear_a_signal_at_different_steps(start, unbroken, tmp_pat
     codes, printed = start("dupr", out, (signal.SIGTERM, 3, first),
                            (signal.SIGTERM, 4, 1 - first), world=2, num_workers=1)
     assert codes == [75, 75] and not any("Traceback" in text for text in printed), printed
-    assert load(out)["step"] == (3 if first == 0 else 4)
+    assert load(out)["step"] == 3  # whoever hears it first: its machine may be the only one to be taken away
     assert start("dupr", out, world=2)[0] == [0, 0]
     same_run(out, unbroken("dupr", 2))
 
