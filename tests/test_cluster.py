@@ -308,10 +308,10 @@ def test_evicted_pod(whole, tmp_path):
     """With one pod or two: SIGTERM to the torchrun of the pod without rank 0, whose process tells it; rank 0 saves and
     all end; one goes on alone until the other is there again. No step is lost or done twice."""
     (tmp_path / "detreg.py").write_text(WORKER)
-    given, command = pod_command()
+    (given, command), port = pod_command(), free_port()
     changes = {"--nnodes=4": "--nnodes=1:2", "--nproc_per_node=8": "--nproc_per_node=1",
                "--rdzv_conf=join_timeout=3600": "--rdzv_conf=last_call_timeout=3",
-               "--rdzv_endpoint=detreg-0.detreg:29500": f"--rdzv_endpoint=127.0.0.1:{free_port()}"}
+               "--rdzv_endpoint=detreg-0.detreg:29500": f"--rdzv_endpoint=127.0.0.1:{port}"}
     assert changes.keys() <= set(command)
     command = [sys.executable, "-m", "torch.distributed.run", *(changes.get(a, a) for a in command[1:])]
     env = {**os.environ, **given, **variables(tmp_path, pause=((0, 3), (1, 1)), **WHOLE), "OMP_NUM_THREADS": "1"}
@@ -327,28 +327,33 @@ def test_evicted_pod(whole, tmp_path):
             assert time.monotonic() < deadline, [file.read_text() for file in tmp_path.glob("pod*.txt")]
             time.sleep(0.02)
 
-    pods = {name: pod(name) for name in ("pod0", "pod1")}
+    pods = {"pod0": pod("pod0")}
     try:
+        deadline = time.monotonic() + 60
+        with socket.socket() as s:
+            while s.connect_ex(("127.0.0.1", port)):  # the first pod, too, has the processes' meeting point
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        pods["pod1"] = pod("pod1")
         wait_for("paused0", "paused1")
-        first = next(name for name in pods if any(b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                                                  for pid in slurm.processes(name)))
-        other, = pods.keys() - {first}
-        pods[other].terminate()
+        assert any(b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                   for pid in slurm.processes("pod0"))
+        pods["pod1"].terminate()
         wait_for("run/stop.txt")
         (tmp_path / "go").touch()
-        assert pods[other].wait(60) == 1 and not slurm.processes(other)
+        assert pods["pod1"].wait(60) == 1 and not slurm.processes("pod1")
         for name in ("go", "paused0"):
             (tmp_path / name).unlink()
         assert load(tmp_path / "run")["step"] == 3
         wait_for("paused0")
         pods["again"] = pod("again")
-        wait_for(f"{first}.txt", text="SIGTERM: ends when the running step")
+        wait_for("pod0.txt", text="SIGTERM: ends when the running step")
         (tmp_path / "go").touch()
-        assert [pods[name].wait(120) for name in (first, "again")] == [0, 0]
+        assert [pods[name].wait(120) for name in ("pod0", "again")] == [0, 0]
     finally:
         for name in pods:
             slurm.send(signal.SIGKILL, slurm.processes(name))
-    printed = (tmp_path / f"{first}.txt").read_text()
+    printed = (tmp_path / "pod0.txt").read_text()
     assert all(f"stopped by SIGTERM after step {step}, which is saved" in printed for step in (3, 4))
     assert "with 1 processes rather than 2" in printed and images(tmp_path) == batches(0, 1, 2, 3, 4)
     same_losses(whole, tmp_path / "run")
