@@ -70,7 +70,7 @@ class Job:
         steps = slurm.processes(self.number, step=number != signal.SIGKILL)
         slurm.send(number, steps + [self.shell.pid] * shell)
 
-    def end(self, timeout: float = 60) -> tuple[int, bool, str]:
+    def end(self, timeout: float = 180) -> tuple[int, bool, str]:
         """(exit code, whether it was queued again, what it printed); nothing of it lives on for longer than 10 s."""
         try:
             code = self.shell.wait(timeout)
@@ -87,7 +87,7 @@ class Job:
         return code, again, printed
 
     def wait_for(self, *names: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not all((self.home / name).exists() for name in names):
             assert self.shell.poll() is None and time.monotonic() < deadline, (
                 self.home / f"output{self.attempt}.txt").read_text()
@@ -322,14 +322,14 @@ def test_evicted_pod(whole, tmp_path):
                                     env={**env, **values, "SLURM_JOB_ID": name})
 
     def wait_for(*names: str, text: str = "") -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not all((tmp_path / name).exists() and text in (tmp_path / name).read_text() for name in names):
             assert time.monotonic() < deadline, [file.read_text() for file in tmp_path.glob("pod*.txt")]
             time.sleep(0.02)
 
     pods = {"pod0": pod("pod0")}
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         with socket.socket() as s:
             while s.connect_ex(("127.0.0.1", port)):  # the first pod, too, has the processes' meeting point
                 assert time.monotonic() < deadline
@@ -341,7 +341,7 @@ def test_evicted_pod(whole, tmp_path):
         pods["pod1"].terminate()
         wait_for("run/stop.txt")
         (tmp_path / "go").touch()
-        assert pods["pod1"].wait(60) == 1 and not slurm.processes("pod1")
+        assert pods["pod1"].wait(180) == 1 and not slurm.processes("pod1")
         for name in ("go", "paused0"):
             (tmp_path / name).unlink()
         assert load(tmp_path / "run")["step"] == 3
@@ -349,7 +349,7 @@ def test_evicted_pod(whole, tmp_path):
         pods["again"] = pod("again")
         wait_for("pod0.txt", text="SIGTERM: ends when the running step")
         (tmp_path / "go").touch()
-        assert [pods[name].wait(120) for name in ("pod0", "again")] == [0, 0]
+        assert [pods[name].wait(180) for name in ("pod0", "again")] == [0, 0]
     finally:
         for name in pods:
             slurm.send(signal.SIGKILL, slurm.processes(name))
