@@ -148,11 +148,14 @@ class ImageFiles:
 
     def __init__(self, name: str, root: str | Path, keys: Sequence[str]):
         self.name, self.root = name, Path(root)
-        keys = sorted(set(keys))
-        text = "\n".join(keys).encode("utf-8", "surrogateescape")
-        self._text = torch.from_numpy(np.frombuffer(text, np.uint8).copy())
-        sizes = np.fromiter((len(k.encode("utf-8", "surrogateescape")) + 1 for k in keys), np.int64, len(keys))
-        self._starts = torch.from_numpy(np.concatenate([[0], sizes.cumsum()]))
+        keys, text = sorted(set(keys)), bytearray()
+        starts = np.zeros(len(keys) + 1, np.int64)
+        for first in range(0, len(keys), 2**16):  # in pieces: of nine million keys there is no second copy
+            piece = [key.encode("utf-8", "surrogateescape") for key in keys[first:first + 2**16]]
+            starts[first + 1:first + 1 + len(piece)] = np.cumsum([len(key) + 1 for key in piece]) + len(text)
+            text += b"\n".join(piece) + b"\n"
+        self._text = torch.from_numpy(np.frombuffer(text, np.uint8)[:-1])
+        self._starts = torch.from_numpy(starts)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -939,7 +942,8 @@ class StepSampler:
         """(what stands for the epoch, index) of each sample of an epoch, in order."""
         rng = np.random.default_rng([1, self.seed, epoch])
         if self.repeats is None:
-            return np.full(self.n, epoch), rng.permutation(self.n) if self.shuffle else np.arange(self.n)
+            order = rng.permutation(self.n) if self.shuffle else np.arange(self.n)
+            return np.broadcast_to(epoch, self.n), order
         whole = np.floor(self.repeats).astype(np.int64)
         counts = whole + (rng.random(self.n) < self.repeats - whole)
         copy = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -26,6 +26,7 @@ Deviations:
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import functools
@@ -479,7 +480,7 @@ def compute_rects(source: Any, generator: Generator, dtype: str, todo: range, wo
     read. An executor: a Pool waits for ever on a worker that the system killed."""
     # small, or all wait at the end for one process with a whole chunk to do
     size = max(1, min(16, len(todo) // (32 * workers or 1)))
-    chunks = [todo[a:a + size] for a in range(0, len(todo), size)]
+    chunks = (todo[a:a + size] for a in range(0, len(todo), size))
     cv2.setNumThreads(0)  # here too: forking beside OpenCV's own threads can hang the child
     if not workers:
         _start_worker(source, generator, dtype, False)
@@ -489,7 +490,13 @@ def compute_rects(source: Any, generator: Generator, dtype: str, todo: range, wo
     try:
         with ProcessPoolExecutor(workers, context, _start_worker, (source, generator, dtype, True)) as pool:
             try:
-                yield from pool.map(_rects_of, chunks)
+                waiting = collections.deque()  # not pool.map: it makes all its futures first, one for each chunk
+                for chunk in chunks:
+                    waiting.append(pool.submit(_rects_of, chunk))
+                    if len(waiting) > 8 * workers:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
             except BaseException:  # a signal, say: nobody waits for what is being computed
                 for process in list((pool._processes or {}).values()):
                     process.kill()

@@ -336,7 +336,8 @@ def check_batch_size(images: int, batch_size: int, world: int, accumulate: int) 
 EXIT_NOT_FINITE = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again later"
 EXIT_CLOSED = 141  # 128 + SIGPIPE, as a shell says it
-_failure_file: list[Path] = []  # where a process says why it ended: in the output folder (open_folder)
+# In the output folder (open_folder): where a process says why it ended. Beside it stop.txt: the signal it has heard.
+_failure_file: list[Path] = []
 
 
 class Stopped(SystemExit):
@@ -379,7 +380,7 @@ def cli(main: Callable[[], Any]) -> None:
             print(prefix + printable(text), file=sys.stdout if code == EXIT_STOPPED else sys.stderr, flush=True)
     if _is_closed(sys.stdout):  # what is left in its buffer would end the interpreter with another message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if code and world_size() > 1:
+    if code and dist.is_initialized():  # by torchrun, of one process too: it ends with 1 whatever this one ends with
         record_failure(code, text)
         os._exit(code)  # leaving properly would wait for the others, who wait for this one
     if code:
@@ -508,8 +509,8 @@ def end_at_once(number: int, _: Any) -> None:
 def until_signalled(steps: Iterable[int]) -> Iterator[int]:
     """The steps of a run. Meanwhile STOP_SIGNALS do not end the process: they make a checkpoint due at the end of the
     step (`save_due`), and rank 0 leaves when it is written (`save_checkpoint`), however long that takes; after it, at
-    once. The other processes go on until they miss it: had they left first, its step would fail. A second Ctrl-C ends
-    at once, too."""
+    once. The other processes go on until they miss it: had they left first, its step would fail. What one of them hears
+    alone (its machine is taken away) it leaves in --out for rank 0. A second Ctrl-C ends at once, too."""
     _training.signals.clear()
 
     def on_signal(number: int, _: Any) -> None:
@@ -521,6 +522,9 @@ def until_signalled(steps: Iterable[int]) -> Iterator[int]:
             name, again = signal.Signals(number).name, "; again: at once" if number == signal.SIGINT else ""
             with contextlib.suppress(OSError):  # print() must not be called while it runs
                 os.write(2, f"\n{name}: ends when the running step is finished and saved{again}\n".encode())
+        elif _failure_file:
+            with contextlib.suppress(OSError):
+                _failure_file[0].with_name("stop.txt").write_text(str(int(number)))
 
     with handling_signals(on_signal):
         try:
@@ -542,6 +546,9 @@ def _stop_if_saved() -> None:
 
 def save_due(done: int, total_steps: int, every: int) -> bool:
     """Is a checkpoint due after `done` steps?"""
+    if _failure_file and world_size() > 1 and rank() == 0 and not _training.signals:
+        with contextlib.suppress(OSError, ValueError):  # none; not yet written
+            _training.signals.append(int(_failure_file[0].with_name("stop.txt").read_text()))
     return done % every == 0 or done == total_steps or bool(_training.signals)
 
 
@@ -927,7 +934,8 @@ def open_folder(out: Path) -> None:
             with writing(f"--out {out}"):
                 out.mkdir(parents=True, exist_ok=True)
                 lock_folder(out)
-                (out / "ended.txt").unlink(missing_ok=True)
+                for name in ("ended.txt", "stop.txt"):  # of the run before
+                    (out / name).unlink(missing_ok=True)
         except UserError as error:
             problem = [str(error)]
     if world_size() > 1:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -244,6 +245,17 @@ def test_cli_exit_codes(fails, capsys):
     with pytest.raises(ZeroDivisionError):  # our own faults keep their traceback
         run.cli(lambda: 1 / 0)
     assert run.cli(lambda: 5) is None
+
+
+def test_the_only_process_of_a_torchrun_says_why_it_ended(tmp_path, monkeypatch):
+    """As torchrun's own exit code does not."""
+    ended = []
+    monkeypatch.setattr(run, "dist", types.SimpleNamespace(is_initialized=lambda: True))
+    monkeypatch.setattr(run.os, "_exit", ended.append)
+    monkeypatch.setattr(run, "_failure_file", [tmp_path / "ended.txt"])
+    with pytest.raises(SystemExit):
+        run.cli(lambda: (_ for _ in ()).throw(UserError("x.png: broken")))
+    assert ended == [2] and (tmp_path / "ended.txt").read_text() == "2 process 0: x.png: broken"
 
 
 def test_signals_outside_training(fails, capsys):
