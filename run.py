@@ -449,8 +449,10 @@ def less_memory(training: bool) -> str:
         ways.append("--checkpoint_activations")
     if training and cfg.amp == "off":
         ways.append("--amp bf16 (fp16 on GPUs before Ampere)")
-    names = (("batch_size", "scales", "max_size", "crop_scales", "crop_size", "image_size") if training
-             else ("eval_size", "max_size", "image_size", "tile", "batch_size"))
+    names = ["batch_size", "scales", "max_size", "crop_scales", "crop_size", "image_size"]
+    if not training:  # of eight images at a time in a run's evaluations
+        eight = isinstance(cfg, RunConfig) and (hasattr(cfg, "eval_size") or hasattr(cfg, "probe_images"))
+        names = ["eval_size", "max_size", "image_size", "tile", *(() if eight else ("batch_size",))]
     if smaller := [f"--{name}" for name in names if getattr(cfg, name, None)]:
         ways.append(f"smaller {', '.join(smaller)}")
     text = f"give {' or '.join(ways) or 'fewer or smaller images at a time'}, or a machine with more memory"

@@ -707,9 +707,9 @@ WORLD_BATCHES = {"all": (True,) * 8, "unequal": (True, True, True, False, False,
 
 
 @functools.cache
-def one_step(start=0, stop=8, batch="all", train=False):
-    """dupr.train_step on pairs start..stop -> (terms, gradients, state, keys):
-    one process with all, or one of two with half."""
+def one_step(start=0, stop=8, batch="all", train=False, micro_batches=1):
+    """dupr.train_step on pairs start..stop, cut into micro-batches as data.StepSampler cuts them -> (terms, gradients,
+    state, keys): one process with all, or one of two with half."""
     cfg = config(**ALL_LEVELS, lr=0.0)
     model = small_model(cfg)
     with torch.no_grad():
@@ -718,9 +718,11 @@ def one_step(start=0, stop=8, batch="all", train=False):
     model.train(train)
     seen = {}
     model.register_forward_hook(lambda module, args, output: seen.update(keys=output[1]))
-    pairs = {k: v[start:stop] for k, v in batch_case(8, valid=WORLD_BATCHES[batch]).items()}
+    pairs, size, world = batch_case(8, valid=WORLD_BATCHES[batch]), (stop - start) // micro_batches, common.world_size()
+    starts = [start] if micro_batches == 1 else [(a * world + common.rank()) * size for a in range(micro_batches)]
     run.seed_step(3, 0)
-    terms = dupr.train_step(cfg, common.wrap_model(model, CPU, sync_bn=False), sgd(cfg, model), [pairs], 0, CPU)
+    terms = dupr.train_step(cfg, common.wrap_model(model, CPU, sync_bn=False), sgd(cfg, model),
+                            [{k: v[i:i + size] for k, v in pairs.items()} for i in starts], 0, CPU)
     return ({k: v.item() for k, v in terms.items()},
             {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model.state_dict(), seen["keys"])
 
@@ -730,6 +732,8 @@ def worker():
     r = common.rank()
     gathered = dupr.all_gather([torch.tensor([[r, 10 * r]]), torch.tensor([[r, 7]])])
     return {"gathered": gathered, "train": one_step(4 * r, 4 * r + 4, train=True),
+            "accumulated": one_step(4 * r, 4 * r + 4, "unequal", True, 2),
+            "halves": one_step(4 * r, 4 * r + 4, "unequal", True),
             **{batch: one_step(4 * r, 4 * r + 4, batch) for batch in WORLD_BATCHES}}
 
 
@@ -809,6 +813,24 @@ def test_one_process_shuffles_nothing():
     (one,), (two,) = model.encode_keys(*given, torch.tensor([2, 0, 3, 1])), other.encode_keys(*given)
     assert (all(torch.equal(one[k], two[k]) for k in one)
             and torch.equal(*(m.encoder_k.layer1.bn.running_mean for m in (model, other))))
+
+
+@pytest.mark.parametrize(("name", "micro_batches"), (("halves", 2), ("accumulated", 4)))
+def test_micro_batches_are_processes(two_processes, name, micro_batches):
+    """D13: with BatchNorm in training, queries and shuffled keys of 2 (4) micro-batches of one process are those of two
+    processes with 1 (2): losses, gradients, queues of images, and the running statistics, which are rank 0's."""
+    results = [r[name] for r in two_processes["test_dupr"]]
+    terms, gradients, state, keys = one_step(0, 8, "unequal", True, micro_batches)
+    same_step([r[:2] for r in results], (terms, gradients))
+    assert terms["no_overlap"] == pytest.approx(0.5) and terms != pytest.approx(one_step(0, 8, "unequal", True)[0])
+    for kind, key in keys.items():  # of the last micro-batch: rank 1's last
+        torch.testing.assert_close(key, results[1][3][kind], atol=1e-5, rtol=1e-4)
+    drawn_per_process = "queues.patch"
+    for kind, value in results[0][2].items():
+        if not kind.startswith(drawn_per_process) or kind.endswith("ptr"):
+            torch.testing.assert_close(value, state[kind], atol=1e-5, rtol=1e-4, msg=lambda text: f"{kind}: {text}")
+    counts = [state[f"encoder_{side}.layer1.bn.num_batches_tracked"] for side in "qk"]
+    assert counts == [1, 1]
 
 
 # ==== Schedule =====================================================================================================

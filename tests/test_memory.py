@@ -8,8 +8,9 @@ import math
 import pytest
 import test_finetune
 import test_rcnn
+import test_updetr
 import torch
-from conftest import ROOT, small_config
+from conftest import ROOT, flags, small_config
 from test_dupr import batch_case
 from test_fast import one_step
 from test_run import JobConfig, Source
@@ -20,7 +21,9 @@ import detectors
 import dupr
 import finetune
 
+import probe
 import run
+import updetr
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -242,6 +245,23 @@ def test_what_is_not_trained_is_computed_once():
     assert len(calls) == 1
     other(images, mask)["pred_logits"].sum().backward()
     assert len(calls) == 3
+
+
+# ==== Too little ====
+
+
+def test_out_of_memory_in_probes(fails, tmp_path, monkeypatch):
+    """What a run has trained is saved before."""
+    def run_out(*args, **values):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(updetr, "find_patches", run_out)
+    line = fails(updetr.main, flags({**test_updetr.RUN, "out": tmp_path / "run", "max_steps": 1}))
+    assert "error: out of memory (CUDA out of memory); give smaller --max_size, or a machine with more memory;" in line
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 1
+    monkeypatch.setattr(probe, "fixed_batches", run_out)
+    line = fails(probe.main, ["knn", "random", *flags({"preset": "demo", "out": tmp_path / "knn"})])
+    assert line.endswith("give smaller --image_size, --batch_size, or a machine with more memory")
 
 
 # ==== Two processes ====

@@ -852,13 +852,13 @@ def test_out_of_memory_names_flags(tmp_path, error, fails):
         train_step()
 
     machine = ", or a machine with more memory"
-    assert re.match(rf"error: out of memory \(.+\); give fewer or smaller images at a time{machine}$", fails(main, []))
     saved = f"{machine}; what was saved goes on, with --allow_config_change"
+    assert fails(main, ["in an evaluation"]).endswith(f"); give smaller --eval_size{saved}")
+    assert re.match(rf"error: out of memory \(.+\); give fewer or smaller images at a time{machine}$", fails(main, []))
     assert fails(main, ["in a step"]).endswith(
         "); give a larger --accumulate (now 2) or --checkpoint_activations or --amp bf16 (fp16 on GPUs before Ampere) "
         f"or smaller --batch_size, --scales{saved}")
     assert fails(main, ["bf16"]).endswith(f"); give --checkpoint_activations or smaller --batch_size, --scales{saved}")
-    assert fails(main, ["in an evaluation"]).endswith(f"); give smaller --eval_size, --batch_size{saved}")
 
 
 def test_memory_of_the_machine_in_a_step(tmp_path, fails):
