@@ -27,7 +27,7 @@ Run:
 
 Hyperparameters: in Config below, each with its place in the paper. `--preset paper`: as printed (D1, D2).
 
-Deviations and choices where the paper is silent (paper / here; D9 to D12 are MoCo's; in full in docs/methods/dupr.md):
+Deviations and choices where the paper is silent (paper / here; D9 to D13 are MoCo's; in full in docs/methods/dupr.md):
     D1  RoI sizes: 14 on conv5, 7 on conv4 in Implementation Details, 7 and 14 in Sec. 4.1 / the latter.
     D2  Eq. (5): sum over patches / mean, or conv4 would weigh 196 images (`--patch_reduction`).
     D3  Eq. (6): the mean of the map itself / through MoCo v2's head of two layers, per level.
