@@ -2,23 +2,28 @@
 
     python benchmarks/memory.py [--methods detreg ...] [--ways fp32 bf16 ...] [--device cpu|cuda]
 
-A step of the default recipe, its images of the largest size that the recipe has, on two small batches; between them
-the need is taken to be linear. Counted is what PyTorch's allocator holds at most while gradients are computed: weights,
-frozen networks, queues, activations, gradients; and the optimizer's state. On CPU what a GPU would do is counted,
-attention by grid_sample included, but for its library's workspace and its dropout inside attention, which keeps less
-there. SHARE of a card is taken to be usable.
+A step of the default recipe, its images of the largest size that the recipe has, on two small batches; from them on
+the need is taken to be linear. Counted is what is held at most while gradients are computed: weights, frozen networks,
+queues, activations, gradients; and the optimizer's state. CUDA: what PyTorch's allocator says. CPU: the step's tensors
+without their numbers (FakeTensorMode: nothing is computed; the matcher's answer is made up), deformable attention by
+grid_sample, as a GPU has it; not in it are a library's workspace, and attention with dropout keeps more than on a GPU.
+SHARE of a card is taken to be usable.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import tempfile
+import weakref
 from typing import Any
 from unittest import mock
 
 import measure  # first: it finds the project's files
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import common
 import detectors
@@ -92,31 +97,96 @@ class Case:
         """Bytes of networks, and of the optimizer's state, which its first step makes."""
         tensors = [t for network in self.networks for t in (*network.parameters(), *network.buffers())]
         state = [v for values in self.optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
-        return sum(t.nbytes for t in {t.data_ptr(): t for t in tensors + state}.values())
+        return sum(t.nbytes for t in {id(t.untyped_storage()): t for t in tensors + state}.values())
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of all tensors that operations have made and that are still there: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.add, result)
+        return result
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.held += storage.nbytes()
+            self.most = max(self.most, self.held)
+            weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.held -= size
+
+
+def match_in_order(self, outputs: list[dict], targets: list[dict]) -> list[list[tuple]]:
+    """In the place of the matcher, which reads numbers: target i and query i."""
+    counts = [torch.arange(len(t["labels"])) for t in targets]
+    return [[(n, n) for n in counts] for _ in outputs]
 
 
 def peak_bytes(case: Case, batch: dict[str, Any]) -> int:
-    """Most bytes that the allocator has given out at once in a step, up to the optimizer's, beyond what was held."""
+    """Most bytes held at once in a step, up to the optimizer's, beyond what was held before."""
     case.optimizer.zero_grad()
-    plain = case.device.type == "cpu"
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(case.optimizer, "step", lambda: None))
-        if not plain:
+        if case.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(case.device)
             before = torch.cuda.memory_allocated(case.device)
             case.step(batch)
             return torch.cuda.max_memory_allocated(case.device) - before
         stack.enter_context(mock.patch.object(common, "deformable_attention_for",
                                               lambda device: common.multi_scale_deformable_attention))
-        profile = stack.enter_context(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                                             profile_memory=True))
+        stack.enter_context(mock.patch.object(common.HungarianMatcher, "__call__", match_in_order))
+        ledger = stack.enter_context(Ledger())
         case.step(batch)
-    held = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
-                        key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    return ledger.most
+
+
+def without_numbers(network: torch.nn.Module, fake: FakeTensorMode) -> torch.nn.Module:
+    """The same network, its weights without their numbers, before its optimizer is made."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(parameter.data, FakeTensor):
+                module._parameters[name] = torch.nn.Parameter(fake.from_tensor(parameter.detach()),
+                                                              parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake.from_tensor(buffer)
+    return network
+
+
+def measured(name: str, way: str, folder: str, device: torch.device) -> tuple[Case, int, int, int, int]:
+    """The case after a step, images of the small batch, its peak_bytes, the same of the large one."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if device.type == "cpu" else contextlib.nullcontext()
+    common.constant_tensor.cache_clear()
+    wrap, found = common.wrap_model, []
+
+    def wrap_without_numbers(model: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
+        return wrap(without_numbers(model, fake), *args, **options)
+
+    with mock.patch.object(common, "wrap_model", wrap_without_numbers) if device.type == "cpu" else fake:
+        case = Case(name, WAYS[way], device)
+    for network in case.networks if device.type == "cpu" else ():
+        without_numbers(network, fake)
+    for images in BATCHES.get(name, (1, 2)):
+        batch = case.batch(images, folder)
+        if device.type == "cpu":  # but for what the step reads
+            batch = {k: v if k == "valid" else tree_map_only(torch.Tensor, fake.from_tensor, v)
+                     for k, v in batch.items()}
+        with fake:
+            found += [images, peak_bytes(case, batch)]
+    with fake:
+        case.optimizer.step()
+    common.constant_tensor.cache_clear()
+    return case, *found
 
 
 def fitting(batch: int, least: int, images: float) -> str:
@@ -133,28 +203,25 @@ def fitting(batch: int, least: int, images: float) -> str:
 def main() -> None:
     parser = run.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=[*train_step.LOSS, *DETECTORS],
-                        default=[*train_step.LOSS, "deformable_detr", "faster_rcnn_fpn"])
+                        default=[*train_step.LOSS, *train_step.TRANSFORMERS])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS),
                         help="twice: with --checkpoint_activations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device, rows = torch.device(args.device), []
+    if device.type == "cpu" and {*args.methods} & {*train_step.TORCHVISION}:
+        raise common.UserError("the R-CNN family's step reads what it computes: only with --device cuda")
     columns = ["method", "way", "image", "GiB per image", "GiB beside", *(f"{card} GB" for card in CARDS)]
     for name in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             for way in args.ways:
-                case, found = Case(name, WAYS[way], device), []
-                for images in BATCHES.get(name, (1, 2)):
-                    found.append((images, peak_bytes(case, case.batch(images, folder))))
-                case.optimizer.step()
-                (few, less), (many, more) = found
+                case, few, less, many, more = measured(name, way, folder, device)
                 each = (more - less) / (many - few)
                 beside = case.standing() + less - few * each
                 fits = [(SHARE * card * 1e9 - beside) / each for card in CARDS]
                 rows.append([name, way, "x".join(map(str, case.largest())), each / 2**30, beside / 2**30,
                              *(fitting(case.cfg.batch_size, case.cfg.least_micro_batch, n) for n in fits)])
-                print(f"{name}, {way}: {each / 2**30:.3g} GiB per image", flush=True)
-                del case
+                print(*rows[-1], sep="  ", flush=True)
     measure.report("memory of a training step: batch / --accumulate on one card", columns, rows,
                    measure.machine(device, usable=SHARE))
 
