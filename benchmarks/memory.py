@@ -36,8 +36,9 @@ CARDS = (16, 24, 80)  # GB
 SHARE = 0.9
 WAYS = {"fp32": {}, "bf16": {"amp": "bf16"}, "fp32, twice": {"checkpoint_activations": True},
         "bf16, twice": {"amp": "bf16", "checkpoint_activations": True}}
-# The two batches. DUPR: from 11 images on its logits take the same room (--logit_rows).
-BATCHES = {"soco": (2, 4), "dupr": (12, 16)}
+# The two batches. Siamese DETR: BatchNorm needs two images; DUPR: from 11 on its logits take the same room
+# (--logit_rows).
+BATCHES = {"siamese_detr": (2, 3), "soco": (2, 4), "dupr": (12, 16)}
 DETECTORS = (*train_step.TRANSFORMERS, *train_step.TORCHVISION)
 
 
@@ -191,13 +192,15 @@ def measured(name: str, way: str, folder: str, device: torch.device) -> tuple[Ca
 
 def fitting(batch: int, least: int, images: float) -> str:
     """batch / accumulate on one card that takes so many images at once; least: see RunConfig.least_micro_batch."""
+    if 1 < least < batch:  # DUPR: groups of this size
+        return f"{batch} / {batch // least}" if images >= least else "-"
     if images >= batch:
         return str(batch)
     for parts in range(2, batch + 1):
-        if batch % parts == 0 and batch // parts <= images and batch // parts >= least:
+        if least == 1 and batch % parts == 0 and batch // parts <= images:
             return f"{batch} / {parts}"
-    below = int(images) if images < least > 10**6 else 0  # whole batches only: a smaller one
-    return f"{2 ** (below.bit_length() - 1)} only" if below else "-"
+    whole = int(images) if least > batch else 0  # SoCo: a smaller batch
+    return f"{2 ** (whole.bit_length() - 1)} only" if whole else "-"
 
 
 def main() -> None:
