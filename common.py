@@ -19,13 +19,14 @@ import ctypes
 import datetime
 import functools
 import inspect
+import itertools
 import math
 import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Callable
 
 # Read when torch is loaded: threads must not spin for long on cores that the loader needs; huge pages for large tensors
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou, sigmoid_focal_loss
 
@@ -143,20 +145,26 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def wrap_model(model: nn.Module, device: torch.device, *, sync_bn: bool = True, compiled: bool = False) -> nn.Module:
+def wrap_model(model: nn.Module, device: torch.device, *, sync_bn: bool = True, compiled: bool = False,
+               checkpointed: bool = False) -> nn.Module:
     """DistributedDataParallel at world size > 1, after turning trained BatchNorm into SyncBatchNorm where CUDA is (it
     raises on CPU).
 
     sync_bn False: BatchNorm keeps the statistics of each process. Buffers are never sent around: those that must agree
     are computed alike. compiled: the layers of the transformer and the blocks of a ResNet whose norms learn, by
-    torch.compile, once for all that are alike and for images of any size.
+    torch.compile, once for all that are alike and for images of any size. checkpointed: those of these layers and of
+    all blocks that learn keep for the gradient only their inputs, see `recompute`.
     """
     if world_size() > 1 and device.type == "cuda" and sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if compiled:
-        for module in model.modules():
-            if isinstance(module, (DETREncoderLayer, ConditionalDecoderLayer, DeformableEncoderLayer,
-                                   DeformableDecoderLayer, BasicBlock, Bottleneck)):
+    for module in model.modules():
+        if isinstance(module, (DETREncoderLayer, ConditionalDecoderLayer, DeformableEncoderLayer,
+                               DeformableDecoderLayer, BasicBlock, Bottleneck)):
+            if checkpointed and any(p.requires_grad for p in module.parameters()):
+                form = type(module).forward
+                module.forward = functools.partial(recompute, module,
+                                                   torch.compile(form, dynamic=True) if compiled else form)
+            elif compiled:
                 module.compile(dynamic=True)
     if world_size() == 1:
         return model
@@ -167,14 +175,42 @@ def wrap_model(model: nn.Module, device: torch.device, *, sync_bn: bool = True, 
                **{buffers: False})
 
 
+def recompute(module: nn.Module, form: Callable[..., Tensor], *args: Any) -> Tensor:
+    """form(module, *args), whose inner activations are computed once more for the gradient rather than kept (Chen et
+    al., arXiv 1604.06174): the same values, dropout included, and BatchNorm counts a batch once."""
+    if not torch.is_grad_enabled():
+        return form(module, *args)
+    passes = itertools.count()
+
+    def run_form(*args: Any) -> Tensor:
+        with kept_statistics(module) if next(passes) else contextlib.nullcontext():
+            return form(module, *args)
+
+    return checkpoint(run_form, *args, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def kept_statistics(module: nn.Module) -> Iterator[None]:
+    """Meanwhile BatchNorm in training normalises as always, but its running statistics stay as they are."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 def gradient_sync(model: nn.Module, last_micro_batch: bool) -> contextlib.AbstractContextManager:
     """Context of a micro-batch's backward: processes average gradients in the last of an accumulated batch only."""
     return contextlib.nullcontext() if last_micro_batch or world_size() == 1 else model.no_sync()
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """bf16 needs no loss scaling; boxes, sampling locations, matching and losses stay fp32 inside."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+    """Boxes, sampling locations, matching and losses stay fp32 inside. fp16 needs a scaled loss, see `backward`."""
+    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
 
 
 @functools.cache
@@ -1123,9 +1159,34 @@ def update_average(average: nn.Module, model: nn.Module, momentum: float) -> Non
     torch._foreach_add_(averages, list(model.parameters()), alpha=1 - momentum)
 
 
+def loss_scaler(optimizer: torch.optim.Optimizer, amp: str) -> torch.amp.GradScaler:
+    """The optimizer's own, made when it is first asked for; it does nothing unless `amp` is fp16 (Micikevicius et al.,
+    arXiv 1710.03740). It starts at 2**16, doubles after 2000 good steps and halves where a gradient overflows."""
+    if not hasattr(optimizer, "loss_scaler"):
+        device = optimizer.param_groups[0]["params"][0].device.type
+        optimizer.loss_scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
+    return optimizer.loss_scaler
+
+
+def backward(loss: Tensor, optimizer: torch.optim.Optimizer, amp: str) -> None:
+    """Add the gradient of a micro-batch's loss: with fp16 of the scaled loss, or most of it would be below 6e-8 = 0."""
+    loss_scaler(optimizer, amp).scale(loss).backward()
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Clip the gradient to max_norm (0 = do not clip); returns its norm before, [] on the device."""
     return torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm or math.inf)
+
+
+def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, amp: str, max_norm: float = 0) -> Tensor:
+    """clip_gradients, then the optimizer's step; returns the norm. With fp16 the gradient is unscaled before both, and
+    where it is not finite the weights stay as they are (run.FiniteWatch counts these steps)."""
+    scaler = loss_scaler(optimizer, amp)
+    scaler.unscale_(optimizer)
+    norm = clip_gradients(model, max_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return norm
 
 
 # ==== 10. Forms that exist for speed alone ====
@@ -1140,8 +1201,8 @@ def run_frozen_stages(stages: dict[str, nn.Module], images: Tensor, layers: tupl
         if name == "conv1":
             x = convolve(x, stage, stages["bn1"])
         elif name.startswith("layer"):
-            for block in stage:
-                x = frozen_block(x, block)
+            for block in stage:  # a forward of its own: wrap_model has given it one that recomputes
+                x = recompute(block, frozen_block, x) if "forward" in vars(block) else frozen_block(block, x)
         elif name != "bn1":
             x = stage(x)
         if name in layers:
@@ -1149,7 +1210,7 @@ def run_frozen_stages(stages: dict[str, nn.Module], images: Tensor, layers: tupl
     return outputs
 
 
-def frozen_block(x: Tensor, block: nn.Module) -> Tensor:
+def frozen_block(block: nn.Module, x: Tensor) -> Tensor:
     """block(x), torchvision's BasicBlock or Bottleneck with frozen norms: relu(x + f(x)), f of two or three
     convolutions; x too is convolved where its shape changes."""
     y = x

@@ -389,10 +389,9 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
             with torch.autocast(device.type, enabled=False):
                 outputs["pred_features"] = outputs["pred_features"].float()
                 loss, losses = detreg_loss(cfg, criterion, outputs, targets, num_boxes, num_pairs, class_weight)
-            loss.backward()
+            common.backward(loss, optimizer, cfg.amp)
         common.add_terms(terms, {"loss": loss, **losses}, len(micro_batches))
-    terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
-    optimizer.step()
+    terms["grad_norm"] = common.clip_and_step(model, optimizer, cfg.amp, cfg.clip_max_norm)
     return terms
 
 
@@ -431,7 +430,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model, descriptor = (m.to(device) for m in build_models(cfg))
     optimizer, criterion = common.build_optimizer(cfg, model), build_criterion(cfg)
     job.restore(model, optimizer, target=descriptor)
-    wrapped = common.wrap_model(model, device, compiled=cfg.compile)
+    wrapped = common.wrap_model(model, device, compiled=cfg.compile, checkpointed=cfg.checkpoint_activations)
     loader = data.train_loader(job, train_set, data.collate)
     for step in job.steps():
         wrapped.train()

@@ -27,7 +27,7 @@ Run:
 
 Hyperparameters: in Config below, each with its place in the paper. `--preset paper`: as printed (D1, D2).
 
-Deviations and choices where the paper is silent (paper / here; D9 to D12 are MoCo's; in full in docs/methods/dupr.md):
+Deviations and choices where the paper is silent (paper / here; D9 to D13 are MoCo's; in full in docs/methods/dupr.md):
     D1  RoI sizes: 14 on conv5, 7 on conv4 in Implementation Details, 7 and 14 in Sec. 4.1 / the latter.
     D2  Eq. (5): sum over patches / mean, or conv4 would weigh 196 images (`--patch_reduction`).
     D3  Eq. (6): the mean of the map itself / through MoCo v2's head of two layers, per level.
@@ -40,6 +40,7 @@ Deviations and choices where the paper is silent (paper / here; D9 to D12 are Mo
     D10 The shuffle: drawn on rank 0 and sent / drawn by every process from (seed, step).
     D11 BatchNorm is never synchronised: shuffling the key batch needs statistics of each process.
     D12 The patch loss's gradient: each process has that of its own queries; keys carry none, queues neither.
+    D13 `--accumulate` n: n micro-batches of 32 images, MoCo's batch on a GPU, are n processes.
 
 Expected: at the first step each L_g and L_p starts near ln(queue size + 1) = 11.09 (demo: 6.2) and falls once the queue
     holds real keys. Paper, Table 3 (Faster R-CNN C4, VOC, AP): 58.5; MoCo v2 57.0; supervised 53.5. Table 9 (Mask R-CNN
@@ -49,12 +50,13 @@ from __future__ import annotations
 
 import common  # first: it tells OpenMP how to wait before torch is loaded
 
+import contextlib
 import copy
 import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -74,9 +76,12 @@ from run import Count, Images, NonNegative, Positive, Share, Width
 # ==== 1. Hyperparameters ====
 
 PositiveShare = Annotated[float, run.Range(0, 1, open=True)]
+BN_GROUP = 32  # images that share BatchNorm's statistics: a batch of 256 on MoCo's 8 GPUs (D13)
+
 
 @dataclass
 class Config(run.ProbeConfig, run.RunConfig):
+    least_micro_batch: ClassVar[int] = BN_GROUP
     # images
     image_size: Annotated[int, run.Range(32, 2**14)] = 224  # side of a view, pixels (MoCo v2); 32: stride of conv5
     crop_area: tuple[PositiveShare, ...] = (0.2, 1.0)  # share of the image that a view shows (MoCo v2)
@@ -129,9 +134,12 @@ def check(cfg: Config) -> None:
             raise UserError(f"--{name} {' '.join(map(str, values))}: give four values, for {', '.join(LEVELS)}")
     if not any(cfg.alpha) and not any(cfg.beta):
         raise UserError("--alpha and --beta are all 0: there is nothing to learn; give at least one level a weight")
-    if cfg.accumulate > 1:
-        raise UserError(f"--accumulate {cfg.accumulate}: DUPR needs the whole batch at once (BatchNorm, queues); "
-                        "give a smaller --batch_size")
+    group, processes = cfg.batch_size // (common.world_size() * cfg.accumulate), common.world_size()
+    if cfg.accumulate > 1 and group != BN_GROUP:
+        near = max(round(cfg.batch_size / (processes * BN_GROUP)), 1)
+        raise UserError(f"--accumulate {cfg.accumulate}: BatchNorm would see {group} images at a time rather than the "
+                        f"published {BN_GROUP}, which is another method (D13); give --accumulate {near} with "
+                        f"--batch_size {near * processes * BN_GROUP}")
     if cfg.min_overlap > cfg.image_size:
         raise UserError(f"--min_overlap {cfg.min_overlap}: no overlap is larger than a view of {cfg.image_size} pixels")
     if cfg.batch_size == common.world_size():
@@ -302,28 +310,37 @@ class DUPR(nn.Module):
         common.update_average(self.encoder_k, self.encoder_q, momentum)
 
     def forward(self, views: Tensor, boxes: Tensor, flips: Tensor,
-                permutation: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """views [B, 2, 3, S, S], boxes [B, 2, 4], flips [B, 2] of this process; permutation: of all processes' images
-        (see encode_keys).
+                keys: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """views [B, 2, 3, S, S], boxes [B, 2, 4], flips [B, 2] of this process; keys: of view 2, if they are made.
 
         Returns queries of view 1 and keys of view 2, as Encoder.forward: (i, j) of both is the same place.
         """
         queries = mirror_patches(self.encoder_q(views[:, 0], boxes[:, 0]), flips[:, 0])  # Eq. (3): r_1
-        with torch.no_grad():
-            keys = mirror_patches(self.encode_keys(views[:, 1], boxes[:, 1], permutation), flips[:, 1])  # Eq. (4)
-        return queries, keys
+        return queries, self.encode_keys([views], [boxes], [flips])[0] if keys is None else keys
 
-    def encode_keys(self, images: Tensor, boxes: Tensor, permutation: Tensor | None) -> dict[str, Tensor]:
-        """The key encoder on images of mixed processes, so that its BatchNorm tells nothing about a query's batch
-        (shuffle-BN, MoCo, Sec. 3.3).
+    @torch.no_grad()
+    def encode_keys(self, views: list[Tensor], boxes: list[Tensor], flips: list[Tensor],
+                    permutation: Tensor | None = None) -> list[dict[str, Tensor]]:
+        """Keys of view 2 of this process's micro-batches, Eq. (4): the key encoder on images mixed from all processes
+        and micro-batches, so that its BatchNorm tells nothing about a query's batch (shuffle-BN, MoCo, Sec. 3.3).
 
-        Boxes go with their images. With one process, or permutation None, nothing is shuffled: it would change nothing.
+        Boxes go with their images. With permutation None, or a single micro-batch in all, nothing is shuffled: it would
+        change nothing.
         """
-        if permutation is None or common.world_size() == 1:
-            return self.encoder_k(images, boxes)
-        shuffled, unshuffled = local_part(permutation), local_part(permutation.argsort())
-        embeddings = self.encoder_k(all_gather(images)[shuffled], all_gather(boxes)[shuffled])
-        return {name: all_gather(e)[unshuffled] for name, e in embeddings.items()}
+        images, boxes = [v[:, 1] for v in views], [b[:, 1] for b in boxes]
+        shuffled = permutation is not None and common.world_size() * len(views) > 1
+        if shuffled:
+            images, boxes = ([all_gather(parts)[order] for order in local_parts(permutation, len(views))]
+                             for parts in (images, boxes))
+        made = []
+        for i, pair in enumerate(zip(images, boxes)):
+            with common.kept_statistics(self.encoder_k) if i else contextlib.nullcontext():  # D13
+                made.append(self.encoder_k(*pair))
+        if shuffled:
+            whole = {name: all_gather([part[name] for part in made]) for name in made[0]}
+            made = [{name: e[order] for name, e in whole.items()}
+                    for order in local_parts(permutation.argsort(), len(views))]
+        return [mirror_patches(part, f[:, 1]) for part, f in zip(made, flips)]
 
     @torch.no_grad()
     def enqueue(self, keys: dict[str, Tensor], positions: dict[str, Tensor]) -> None:
@@ -333,21 +350,22 @@ class DUPR(nn.Module):
             if name in positions:
                 rows = key.flatten(2).transpose(1, 2)  # [B, S * S, dim]
                 key = rows.gather(1, positions[name][..., None].expand(-1, -1, rows.shape[2])).flatten(0, 1)
-            self.queues[name].enqueue(all_gather(key))
+            self.queues[name].enqueue(all_gather([key]))
 
 
-def all_gather(x: Tensor) -> Tensor:
-    """The tensors [n, ...] of all processes, in rank order, without gradient; n is the same on each."""
-    if common.world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(common.world_size())]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+def all_gather(parts: list[Tensor]) -> Tensor:
+    """Tensors [n, ...] of all micro-batches and processes, without gradient; n is the same of all. In the order of the
+    batch: micro-batch by micro-batch, of each rank by rank."""
+    world = common.world_size()
+    gathered = [torch.empty_like(x) for x in parts for _ in range(world)] if world > 1 else parts
+    for a, x in enumerate(parts if world > 1 else ()):
+        torch.distributed.all_gather(gathered[a * world:(a + 1) * world], x.contiguous())
+    return torch.cat(gathered)
 
 
-def local_part(order: Tensor) -> Tensor:
-    """Of the images of all processes, in this order, those that fall to this process."""
-    return order.chunk(common.world_size())[common.rank()]
+def local_parts(order: Tensor, micro_batches: int) -> list[Tensor]:
+    """Of the images of the whole batch, in this order, those that fall to each micro-batch of this process."""
+    return list(order.chunk(common.world_size() * micro_batches)[common.rank()::common.world_size()])
 
 
 def draw_permutation(seed: int, step: int, n: int) -> Tensor:
@@ -397,15 +415,16 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float, rows
 
 
 def dupr_loss(cfg: Config, queries: dict[str, Tensor], keys: dict[str, Tensor], queues: dict[str, Queue],
-              valid: Tensor, num_valid: float) -> tuple[Tensor, dict[str, Tensor]]:
+              valid: Tensor, num_valid: float, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. (2): returns (weighted total, unweighted terms image_<level>, patch_<level>). valid bool [B]: pairs with an
-    overlap (D5); num_valid: their number over all processes / processes."""
+    overlap (D5); num_valid: their number over all processes and micro-batches / processes; share: the part of a
+    process's images that these are, for the image loss, which is a mean."""
     total, terms = torch.zeros((), device=valid.device), {}
     for level, alpha, beta in zip(LEVELS, cfg.alpha, cfg.beta):
         if alpha > 0:
             name = f"image_{level}"
             losses = info_nce(queries[name], keys[name], queues[name].keys, cfg.temperature, cfg.logit_rows)  # [B]
-            terms[name] = losses.mean()  # Eq. (6)
+            terms[name] = share * losses.mean()  # Eq. (6)
             total = total + alpha * terms[name]  # Eq. (2)
         if beta > 0:  # a patch against itself in view 2 and patches of other images
             name = f"patch_{level}"
@@ -435,25 +454,33 @@ def build_optimizer(cfg: Config, model: DUPR) -> torch.optim.Optimizer:
                            fused=common.can_fuse(model))
 
 
-def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], step: int,
+def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[dict], step: int,
                device: torch.device) -> dict[str, Tensor]:
-    """One step in MoCo's order. Returns the unweighted loss terms, the total, the share of pairs without an overlap and
-    the gradient norm."""
-    module = getattr(model, "module", model)
-    num_valid = common.normalizer(sum(batch["valid"].tolist()), device)
-    batch = common.batch_to_device(batch, device)
-    permutation = draw_permutation(cfg.seed, step, len(batch["views"]) * common.world_size())
+    """One step in MoCo's order, on n micro-batches as on n times as many processes (D13). Returns the unweighted loss
+    terms, the total, the share of pairs without an overlap and the gradient norm."""
+    module, share = getattr(model, "module", model), 1 / len(micro_batches)
+    num_valid = common.normalizer(sum(sum(batch["valid"].tolist()) for batch in micro_batches), device)
+    batches = common.batch_to_device(micro_batches, device)
+    permutation = draw_permutation(cfg.seed, step, len(batches) * len(batches[0]["views"]) * common.world_size())
     module.update_key_encoder(cfg.ema_momentum)  # before the keys are made
+    terms: dict[str, Tensor] = {}
     optimizer.zero_grad()
     with common.autocast(device, cfg.amp):
-        queries, keys = model(batch["views"], batch["boxes"], batch["flips"], common.to_device(permutation, device))
-    # against the queues as they were
-    loss, losses = dupr_loss(cfg, queries, keys, module.queues, batch["valid"], num_valid)
-    loss.backward()
-    terms = {"loss": loss.detach(), **losses, "no_overlap": (~batch["valid"]).float().mean()}
-    terms["grad_norm"] = common.clip_gradients(model, 0)  # not clipped
-    module.enqueue(keys, draw_positions(keys, cfg.queued_patches))
-    optimizer.step()
+        all_keys = module.encode_keys(*([batch[name] for batch in batches] for name in ("views", "boxes", "flips")),
+                                      common.to_device(permutation, device))
+    for i, (batch, keys) in enumerate(zip(batches, all_keys)):
+        with (common.gradient_sync(model, i == len(batches) - 1),
+              common.kept_statistics(module.encoder_q) if i else contextlib.nullcontext()):
+            with common.autocast(device, cfg.amp):
+                queries, _ = model(batch["views"], batch["boxes"], batch["flips"], keys)
+            # against the queues as they were
+            loss, losses = dupr_loss(cfg, queries, keys, module.queues, batch["valid"], num_valid, share)
+            common.backward(loss, optimizer, cfg.amp)
+        no_overlap = share * (~batch["valid"]).float().mean()
+        common.add_terms(terms, {"loss": loss, **losses, "no_overlap": no_overlap}, len(batches))
+    for keys in all_keys:
+        module.enqueue(keys, draw_positions(keys, cfg.queued_patches))
+    terms["grad_norm"] = common.clip_and_step(model, optimizer, cfg.amp)
     return terms
 
 
@@ -564,16 +591,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = build_model(cfg).to(device)
     optimizer = build_optimizer(cfg, model)
     job.restore(model, optimizer, sync_bn=False)
-    wrapped = common.wrap_model(model, device, sync_bn=False, compiled=cfg.compile)  # D11
+    wrapped = common.wrap_model(model, device, sync_bn=False, compiled=cfg.compile,  # D11
+                                checkpointed=cfg.checkpoint_activations)
     loader = data.train_loader(job, train_set, collate)
     kept = evaluation.KeptSamples(TwoCropsDataset(cfg, probe_source, held_out))
     find = functools.partial(match_patches, probe_set=kept, num_workers=0, device=device)
     for step in job.steps():
         wrapped.train()
         lr = common.set_lr(optimizer, lr_factor(cfg, step, job.epoch_steps))
-        (batch,) = job.next_batches(loader)
-        terms = train_step(cfg, wrapped, optimizer, batch, step, device)
-        job.check(step, terms, [batch])
+        micro_batches = job.next_batches(loader)
+        terms = train_step(cfg, wrapped, optimizer, micro_batches, step, device)
+        job.check(step, terms, micro_batches)
         job.log(step, terms, "loss", *(name for name in terms if name.endswith("conv5")), lr=lr)
         job.probe(step, functools.partial(evaluation.retrieval_line, find, match_metrics,
                                           ("patch", "own_image") if any(cfg.beta) else ("image",)))

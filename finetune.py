@@ -709,10 +709,9 @@ def train_step(cfg: Config, model: nn.Module, criterion: common.SetCriterion | N
                                     **detectors.denoising_input(cfg, model, batch["targets"]))
                 losses, _ = criterion(outputs, batch["targets"], num_boxes, class_weight)
                 loss = criterion.total(losses)
-            loss.backward()
+            common.backward(loss, optimizer, cfg.amp)
         common.add_terms(terms, {"loss": loss, **losses}, len(micro_batches))
-    terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
-    optimizer.step()
+    terms["grad_norm"] = common.clip_and_step(model, optimizer, cfg.amp, cfg.clip_max_norm)
     return terms
 
 
@@ -1016,7 +1015,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     optimizer, criterion = build_optimizer(cfg, model), build_criterion(cfg)
     job.restore(model, optimizer, average=average)
     validation = Validation(cfg, job, model, average, label_map, sets, device)
-    wrapped = common.wrap_model(model, device, compiled=cfg.compile)
+    wrapped = common.wrap_model(model, device, compiled=cfg.compile, checkpointed=cfg.checkpoint_activations)
     loader = data.train_loader(job, dataset, data.collate, dataset.repeats)
     what = "labelled images" + f", some of the {len(dataset)} repeated," * (images > len(dataset))
     for step in job.steps(what=f"{what} of {len(label_map)} categories"):

@@ -565,10 +565,9 @@ def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
             losses = {f"loss_{feature}": F.cross_entropy(x.float(), batch["labels"]) / len(batches)
                       for feature, x in logits.items()}
             loss = sum(losses.values())
-            loss.backward()
+            common.backward(loss, optimizer, cfg.amp)
         common.add_terms(terms, {"loss": loss, **losses}, len(batches))
-    terms["grad_norm"] = common.clip_gradients(model, 0)  # not clipped
-    optimizer.step()
+    terms["grad_norm"] = common.clip_and_step(model, optimizer, cfg.amp)
     return terms
 
 
@@ -606,7 +605,7 @@ def linear(cfg: Config) -> dict[str, Any]:
     model = build_model(cfg, len(train.classes)).to(device)
     optimizer = build_optimizer(cfg, model)
     job.restore(model, optimizer)
-    wrapped = common.wrap_model(model, device, compiled=cfg.compile)
+    wrapped = common.wrap_model(model, device, compiled=cfg.compile, checkpointed=cfg.checkpoint_activations)
     loader = data.train_loader(job, TrainingViews(cfg, train), collate)
     for step in job.steps():
         wrapped.train()

@@ -5,7 +5,8 @@ what happens in a step stands in the script.
 """
 from __future__ import annotations
 
-from common import UserError, all_reduce_sum, barrier, broadcast_buffers, rank, to_device, world_size  # before torch
+from common import (UserError, all_reduce_sum, barrier, broadcast_buffers, loss_scaler, rank, to_device,  # before torch
+                    world_size)
 
 import argparse
 import collections
@@ -33,7 +34,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -105,6 +106,7 @@ Share = Annotated[float, Range(0, 1)]
 @dataclass
 class RunConfig:
     """The knobs of a run, the same in all scripts."""
+    least_micro_batch: ClassVar[int] = 1  # images: what --accumulate may cut the batch into
     data: str = "imagenet"  # imagenet100, imagenet, coco, coco_unlabeled, voc, synthetic, a folder, or a .txt of paths
     data_root: str | None = None  # where a named data set lies; else $DATA_ROOT, else data/<name>
     synthetic_images: Images = 800  # size of the synthetic pool
@@ -112,7 +114,8 @@ class RunConfig:
     out: str | None = None  # output folder; else out/<script>-<preset>-<data>
     preset: str | None = None  # a set of values that differ from the defaults
     accumulate: Images = 1  # micro-batches per step: one GPU reaches the global batch
-    amp: Literal["off", "bf16"] = "off"  # autocast; boxes, sampling, RoIAlign and losses stay fp32
+    amp: Literal["off", "bf16", "fp16"] = "off"  # autocast; boxes, sampling, RoIAlign, losses stay fp32; fp16: old GPUs
+    checkpoint_activations: bool = False  # compute layers twice rather than keep what is in them: less memory
     compile: bool = False  # torch.compile the layers (slow to start; meant for GPUs)
     seed: Seed = 42  # everything random follows from it
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -136,7 +139,7 @@ class ProbeConfig:
 
 # What may differ between a run and its continuation: it changes neither the data nor the arithmetic.
 RUN_ONLY = {"preset", "out", "max_steps", "save_every", "log_every", "num_workers", "device", "allow_config_change",
-            "data_root", "eval_every", "tensorboard", "patience", "probe_every"}
+            "data_root", "eval_every", "tensorboard", "patience", "probe_every", "checkpoint_activations"}
 # What only matters where a run starts: a continuation has the weights of its checkpoint, those of a frozen target too.
 START_ONLY = {"backbone_weights", "init_from", "aligned_start", "standardized_start", "zero_init_residual"}
 # What may change where it makes the run longer.
@@ -208,6 +211,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *args: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
         found, rest = super().parse_known_args(*args, **options)
         check_ranges(vars(found), self.hints)
+        _training.cfg = found
         return found, rest
 
     def error(self, message: str) -> typing.NoReturn:
@@ -273,7 +277,8 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: list[str] |
     check_ranges(values, hints)
     if values["out"] is None:
         values["out"] = default_out(script, values["preset"], values["data"], "data" in preset and "data" not in flags)
-    return config_class(**values)
+    _training.cfg = config_class(**values)
+    return _training.cfg
 
 
 def _moved_drops(base: dict[str, Any], flags: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
@@ -353,7 +358,7 @@ def cli(main: Callable[[], Any]) -> None:
 
     One of several processes records why it ended; the others, whose collectives then fail, repeat it and end alike.
     """
-    _training.cfg = None
+    _training.cfg, _training.saves = None, False
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started it
             setattr(sys, name, open(os.devnull, "w"))
@@ -402,7 +407,8 @@ def how_it_ended(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, FloatingPointError):
         return EXIT_NOT_FINITE, str(error)
     if is_out_of_memory(error):
-        return 2, f"out of memory ({(str(error).splitlines() or ['of this machine'])[0][:160]}); {smaller()}"
+        reason = (str(error).splitlines() or ["of this machine"])[0][:160]
+        return 2, f"out of memory ({reason}); {less_memory(in_training(error))}"
     if isinstance(error, BrokenPipeError) and (_is_closed(sys.stdout) or _is_closed(sys.stderr)):
         return EXIT_CLOSED, ""
     if isinstance(error, RuntimeError):
@@ -429,17 +435,29 @@ def is_out_of_memory(error: BaseException) -> bool:
         re.search(r"out of memory|can't allocate memory|DefaultCPUAllocator|_ALLOC_FAILED", str(error)))
 
 
-def smaller() -> str:
-    """What would take less memory: flags of the run in progress, if there is one."""
-    cfg = _training.cfg
-    if cfg is None:
-        return "give fewer or smaller images at a time, or a machine with more memory"
-    larger = ""
-    if hasattr(cfg, "scales") and cfg.batch_size > world_size() * cfg.accumulate:  # SoCo, DUPR: whole batches only
-        larger = f"a larger --accumulate (now {cfg.accumulate}) or "
-    names = ("batch_size", "scales", "max_size", "crop_scales", "image_size", "eval_size")
-    return (f"give {larger}smaller {', '.join(f'--{name}' for name in names if hasattr(cfg, name))}; what was saved "
-            "goes on with --allow_config_change")
+def in_training(error: BaseException) -> bool:
+    """Was it raised in a training step?"""
+    return any(frame.f_code.co_name == "train_step" for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def less_memory(training: bool) -> str:
+    """What would take less memory, in a training step or elsewhere: flags of the script in progress."""
+    cfg, ways = _training.cfg, []
+    training = training and isinstance(cfg, RunConfig)
+    if training and cfg.batch_size // (world_size() * cfg.accumulate) > cfg.least_micro_batch:
+        ways.append(f"a larger --accumulate (now {cfg.accumulate})")
+    if training and not cfg.checkpoint_activations:
+        ways.append("--checkpoint_activations")
+    if training and cfg.amp == "off":
+        ways.append("--amp bf16 (fp16 on GPUs before Ampere)")
+    names = ["batch_size", "scales", "max_size", "crop_scales", "crop_size", "image_size"]
+    if not training:  # of eight images at a time in a run's evaluations
+        eight = isinstance(cfg, RunConfig) and (hasattr(cfg, "eval_size") or hasattr(cfg, "probe_images"))
+        names = ["eval_size", "max_size", "image_size", "tile", *(() if eight else ("batch_size",))]
+    if smaller := [f"--{name}" for name in names if getattr(cfg, name, None)]:
+        ways.append(f"smaller {', '.join(smaller)}")
+    text = f"give {' or '.join(ways) or 'fewer or smaller images at a time'}, or a machine with more memory"
+    return text + "; what was saved goes on, with --allow_config_change" * _training.saves
 
 
 def loader_failure(text: str) -> str | None:
@@ -479,9 +497,9 @@ def read_failure() -> tuple[int, str] | None:
 
 # Ctrl-C; cluster preemption; SIGUSR1 is not there on Windows.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-# The signals that this training has heard; the step after which all is saved, None once the next has begun; its
-# configuration.
-_training = types.SimpleNamespace(signals=[], saved=None, cfg=None)
+# The signals that this training has heard; the step after which all is saved, None once the next has begun; the flags
+# of the script; is it a run with checkpoints?
+_training = types.SimpleNamespace(signals=[], saved=None, cfg=None, saves=False)
 
 
 @contextlib.contextmanager
@@ -604,7 +622,8 @@ class Log:
         """One line with its "step", on rank 0."""
         if rank() == 0:
             with writing(self.path), open(self.path, "a") as file:
-                rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+                rounded = {k: (float(f"{v:.6g}") if math.isfinite(v) else None) if isinstance(v, float) else v
+                           for k, v in line.items()}  # JSON has no inf, the gradient of a skipped step
                 file.write(json.dumps(rounded) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before the checkpoint that this line belongs to
@@ -846,6 +865,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     state = {"model": getattr(model, "module", model).state_dict(),
              "optimizer": optimizer.state_dict() if optimizer else None,
              "step": step, "config": dataclasses.asdict(config), **extra}
+    if optimizer and (scaler := loss_scaler(optimizer, getattr(config, "amp", "off")).state_dict()):  # of fp16
+        state["scaler"] = scaler
     continues = path.name == "last.pt"
     with replacing(path, path.with_name("previous.pt") if continues else None) as file:
         torch.save(state, file)
@@ -988,12 +1009,14 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, con
     try:
         getattr(model, "module", model).load_state_dict(state["model"])
         _restore_optimizer(state["optimizer"], optimizer)
+        if "scaler" in state and getattr(config, "amp", "off") == "fp16":
+            loss_scaler(optimizer, config.amp).load_state_dict(state["scaler"])
         if target is not None and "target" in state:
             target.load_state_dict(state["target"])
         if average is not None:
             average.load_state_dict(state.get("average", state["model"]))
     except (RuntimeError, ValueError, KeyError) as error:
-        if not state.get("changed"):  # the fault of no flag
+        if not state.get("changed") or is_out_of_memory(error):  # the fault of no flag
             raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{config.out}: its checkpoint does not fit the model that these changes make "
@@ -1016,17 +1039,24 @@ def _restore_optimizer(saved: dict, optimizer: torch.optim.Optimizer) -> None:
 # ==== 6. Numbers that are not finite ====
 
 
+MOST_SKIPPED = 30  # steps in a row: the loss's scale has fallen from 2**16 to 2**-14
+
+
 class FiniteWatch:
     """Ends a run whose loss or gradient is not finite, naming the terms and the images (`name_of` their batch["index"])
     and leaving the batch in the output folder. The same command goes on from the last checkpoint and, as everything is
     seeded, arrives there again.
 
     A step's numbers are looked at when the next has been started, so that nothing waits for the device: `settle` before
-    anything is written.
+    anything is written. skips: with --amp fp16 a step whose gradient is not finite has changed no weight
+    (common.clip_and_step) and is counted; the run ends at MOST_SKIPPED in a row, or where such a step has left its mark
+    on a buffer of `model`.
     """
 
-    def __init__(self, out: Path, name_of: Callable[[int], str]):
-        self.out, self.name_of = out, name_of
+    def __init__(self, out: Path, name_of: Callable[[int], str], skips: bool = False):
+        self.out, self.name_of, self.skips = out, name_of, skips
+        self.skipped = [0, 0]  # steps: in all, the last in a row
+        self.model: nn.Module | None = None
         self.pending: tuple | None = None  # step, names, values, when they are copied, batches
 
     def check(self, step: int, terms: dict[str, Tensor], batches: list[dict]) -> None:
@@ -1040,14 +1070,27 @@ class FiniteWatch:
         self.pending = (step, list(terms), values, copied, batches)
 
     def settle(self) -> None:
-        """FloatingPointError if a number of the last step was not finite."""
+        """FloatingPointError if a number of the last step was not finite and the step not skipped."""
         if self.pending:
             (step, names, values, copied, batches), self.pending = self.pending, None
             if copied:
                 copied.synchronize()
-            bad = [f"{name} {value}" for name, value in zip(names, values.tolist()) if not math.isfinite(value)]
-            if bad:
-                self.fail(step, "not finite: " + ", ".join(bad), batches)
+            bad = {name: value for name, value in zip(names, values.tolist()) if not math.isfinite(value)}
+            reason = "not finite: " + ", ".join(f"{name} {value}" for name, value in bad.items())
+            if not bad:
+                self.skipped[1] = 0
+            elif not self.skips or "grad_norm" not in bad:
+                self.fail(step, reason, batches)
+            else:
+                self.skip(step, reason, batches)
+
+    def skip(self, step: int, reason: str, batches: list[dict]) -> None:
+        self.skipped = [count + 1 for count in self.skipped]
+        if self.skipped[1] == MOST_SKIPPED:
+            self.fail(step, f"{reason}, as the {MOST_SKIPPED - 1} steps before, which were skipped too", batches)
+        for name, buffer in self.model.named_buffers() if self.model is not None else ():
+            if not buffer.isfinite().all():
+                self.fail(step, f"{reason}, and so is {name} now", batches)
 
     def fail(self, step: int, reason: str, batches: list[dict]) -> None:
         files = [self.name_of(int(i)) for batch in batches for i in batch["index"]]
@@ -1087,11 +1130,12 @@ class Run:
         self.start = self.done = self.saved = self.state["step"] if self.state else 0
         self.total_steps = min(self.length(), cfg.max_steps or sys.maxsize)
         self.metrics = self._metrics_of_finished_run()
-        self.skipped, self.watch = SkipCount(len(source)), FiniteWatch(self.out, source.key)
+        self.skipped, self.watch = SkipCount(len(source)), FiniteWatch(self.out, source.key, cfg.amp == "fp16")
+        self.watch.skipped = list(self.state.get("skipped_steps", [0, 0])) if self.state else [0, 0]
         self.fallbacks = torch.tensor(float(self.state.get("fallbacks", 0)) if self.state else 0.0, device=device)
         self.counts_fallbacks = False  # do the script's batches say how many samples had to fall back?
         self.seen = 0  # images of this process since the last line of the log
-        _training.cfg = cfg
+        _training.cfg, _training.saves = cfg, True
 
     def length(self) -> int:
         """Steps of the whole run, --max_steps aside."""
@@ -1123,6 +1167,7 @@ class Run:
         if self.state:
             restore(self.state, model, optimizer, self.cfg, target=target, average=average, sync_bn=sync_bn)
         self.model, self.optimizer, self.state = model, optimizer, None
+        self.watch.model = model
         others = {"target": target, "average": average}
         self.extra |= {name: other.state_dict() for name, other in others.items() if other is not None}
 
@@ -1188,6 +1233,8 @@ class Run:
         self.watch.settle()
         if self.counts_fallbacks:
             values["fallbacks"] = int(self.fallbacks)
+        if self.watch.skips:
+            values["skipped_steps"] = self.watch.skipped[0]
         line = self.log_file.write(step, terms, self.seen, epoch=step // self.steps_per_epoch, **values)
         self.bar.set_postfix({name.removeprefix("loss_"): f"{line[name]:.3f}" for name in shown})
         self.seen = 0
@@ -1229,6 +1276,7 @@ class Run:
             self.watch.settle()
             self.saved = step + 1
             counts = {"fallbacks": int(self.fallbacks)} if self.counts_fallbacks else {}
+            counts |= {"skipped_steps": self.watch.skipped} if self.watch.skips else {}
             save_checkpoint(self.out / "last.pt", self.model, self.optimizer, step + 1, self.cfg, **self.identity,
                             **self.extra, **counts)
 
@@ -1241,6 +1289,8 @@ class Run:
         self.draw()
         finish(self.out, metrics, self.summary(metrics))
         self.skipped.report()
+        if self.watch.skipped[0]:
+            print_rank0(f"{self.watch.skipped[0]} of {self.done} steps were skipped: their gradient overflowed fp16")
         return metrics
 
 

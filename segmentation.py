@@ -315,10 +315,9 @@ def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
             with common.autocast(device, cfg.amp):
                 logits = model(batch["images"])
             loss = F.cross_entropy(logits, batch["labels"].long(), ignore_index=IGNORED, reduction="sum") / pixels
-            loss.backward()
+            common.backward(loss, optimizer, cfg.amp)
         common.add_terms(terms, {"loss": loss}, len(micro_batches))
-    terms["grad_norm"] = common.clip_gradients(model, 0)  # not clipped
-    optimizer.step()
+    terms["grad_norm"] = common.clip_and_step(model, optimizer, cfg.amp)
     return terms
 
 
@@ -421,7 +420,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = build_model(cfg, len(classes)).to(device)
     optimizer = build_optimizer(cfg, model)
     job.restore(model, optimizer)
-    wrapped = common.wrap_model(model, device, compiled=cfg.compile)
+    wrapped = common.wrap_model(model, device, compiled=cfg.compile, checkpointed=cfg.checkpoint_activations)
     loader = data.train_loader(job, CropDataset(cfg, train_set), collate)
     for step in job.steps():
         wrapped.train()

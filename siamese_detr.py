@@ -609,10 +609,9 @@ def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None,
                 targets = make_targets(cfg, batch["boxes"], batch["sizes"], features)
                 loss, losses = siamese_loss(cfg, criterion, outputs, targets, num_boxes, class_weight,
                                             share=1 / cfg.accumulate)
-            loss.backward()
+            common.backward(loss, optimizer, cfg.amp)
         common.add_terms(terms, {"loss": loss, **losses}, len(micro_batches))
-    terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
-    optimizer.step()
+    terms["grad_norm"] = common.clip_and_step(model, optimizer, cfg.amp, cfg.clip_max_norm)
     return terms
 
 
@@ -712,7 +711,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         standardize_start(cfg, model, train_set, device)
     optimizer, criterion = common.build_optimizer(cfg, model), build_criterion(cfg)
     job.restore(model, optimizer, target=target_backbone)
-    wrapped = common.wrap_model(model, device, compiled=cfg.compile)
+    wrapped = common.wrap_model(model, device, compiled=cfg.compile, checkpointed=cfg.checkpoint_activations)
     loader = data.train_loader(job, train_set, collate)
     kept = evaluation.KeptSamples(open_probe(cfg, probe_source, held_out))
     find = functools.partial(find_regions, cfg, probe_set=kept, device=device)

@@ -57,7 +57,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -81,6 +81,7 @@ ViewSide = Annotated[int, run.Range(32, 2**14)]  # pixels; 32 is the stride of C
 
 @dataclass
 class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
+    least_micro_batch: ClassVar[int] = 10**9  # it does not accumulate
     # proposals (more in proposals.ProposalConfig)
     proposal_method: Literal["selective_search", "edge_boxes", "random", "whole"] = "selective_search"  # Tables 4, 5 c
     proposal_grid: run.Grid = 0  # side the image is squeezed to before selective search, 0 = original size (released)
@@ -151,8 +152,9 @@ def check(cfg: Config) -> None:
     if min(cfg.crop_area[1], cfg.size_range[1]) == 0:
         raise UserError("--crop_area, --size_range: the largest share must be above 0")
     if cfg.accumulate > 1:
-        raise UserError(f"--accumulate {cfg.accumulate}: SoCo needs the whole batch at once (BatchNorm, "
-                        "target network); give a smaller --batch_size")
+        raise UserError(f"--accumulate {cfg.accumulate}: SoCo's BatchNorm takes its statistics from the whole batch, "
+                        "which a micro-batch has not; --checkpoint_activations and --amp take less memory, or give a "
+                        "smaller --batch_size, whose rate follows it")
     if cfg.batch_size * cfg.num_boxes == common.world_size():
         raise UserError(f"--batch_size {cfg.batch_size} --num_boxes {cfg.num_boxes}: one box per process, "
                         "but BatchNorm needs two; give more")
@@ -692,10 +694,9 @@ def train_step(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer, 
     with common.autocast(device, cfg.amp):
         pairs = model(batch["views"], batch["boxes1"], batch["boxes"])
     loss, losses = soco_loss(pairs, corres)
-    loss.backward()
+    common.backward(loss, optimizer, cfg.amp)
     terms = {"loss": loss.detach(), **losses, "pairs": corres.sum((1, 2, 3)).mean() / len(pairs)}
-    terms["grad_norm"] = common.clip_gradients(model, 0)  # not clipped
-    optimizer.step()
+    terms["grad_norm"] = common.clip_and_step(model, optimizer, cfg.amp)
     return terms
 
 
@@ -807,7 +808,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = build_model(cfg).to(device)
     optimizer = build_optimizer(cfg, model)
     job.restore(model, optimizer)
-    wrapped = common.wrap_model(model, device, compiled=cfg.compile)
+    wrapped = common.wrap_model(model, device, compiled=cfg.compile, checkpointed=cfg.checkpoint_activations)
     loader = data.train_loader(job, train_set, collate)
     kept = evaluation.KeptSamples(open_probe(cfg, probe_source, held_out))
     find = functools.partial(find_objects, probe_set=kept, num_workers=0, device=device)

@@ -372,10 +372,9 @@ def train_step(cfg: Config, model: nn.Module, target_backbone: nn.Module | None,
             outputs = model(images, batch["mask"], patches, keep, order)
             with torch.autocast(device.type, enabled=False):
                 loss, losses = updetr_loss(criterion, outputs, targets, num_boxes, class_weight)
-            loss.backward()
+            common.backward(loss, optimizer, cfg.amp)
         common.add_terms(terms, {"loss": loss, **losses}, len(micro_batches))
-    terms["grad_norm"] = common.clip_gradients(model, cfg.clip_max_norm)
-    optimizer.step()
+    terms["grad_norm"] = common.clip_and_step(model, optimizer, cfg.amp, cfg.clip_max_norm)
     return terms
 
 
@@ -458,7 +457,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         standardize_start(cfg, model, train_set, device)
     optimizer, criterion = common.build_optimizer(cfg, model), build_criterion(cfg)
     job.restore(model, optimizer, target=target_backbone)
-    wrapped = common.wrap_model(model, device, compiled=cfg.compile)
+    wrapped = common.wrap_model(model, device, compiled=cfg.compile, checkpointed=cfg.checkpoint_activations)
     loader = data.train_loader(job, train_set, data.collate)
     kept = evaluation.KeptSamples(open_probe(cfg, probe_source, held_out))
     find = functools.partial(find_patches, cfg, probe_set=kept, device=device)

@@ -66,13 +66,13 @@ class Step:
         model, *frozen = script.build_models(cfg) if hasattr(script, "build_models") else [script.build_model(cfg)]
         model = model.to(device).train()
         frozen = [network.to(device) if network is not None else None for network in frozen]
-        wrapped = common.wrap_model(model, device, compiled=cfg.compile)
+        wrapped = common.wrap_model(model, device, compiled=cfg.compile, checkpointed=cfg.checkpoint_activations)
         optimizer = getattr(script, "build_optimizer", common.build_optimizer)(cfg, model)
         criterion = [script.build_criterion(cfg)] if hasattr(script, "build_criterion") else []
         self.arguments = cfg, wrapped, *frozen, *criterion, optimizer
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        batch = [batch] if hasattr(self.script, "build_criterion") else batch
+        batch = batch if self.script.__name__ == "soco" else [batch]
         self.number += 1
         # SoCo: momentum of the target network; DUPR: number of the step
         more = {"soco": (0.99,), "dupr": (self.number,)}.get(self.script.__name__, ())

@@ -77,8 +77,8 @@ def two_processes(tmp_path_factory):
     """What worker() of these modules gives in two processes joined by gloo, as torchrun starts them:
     {module: [rank 0, rank 1]}."""
     out = tmp_path_factory.mktemp("two_processes")
-    modules = ("test_cityscapes", "test_detreg", "test_dupr", "test_finetune", "test_predict", "test_rcnn",
-               "test_siamese_detr", "test_soco", "test_updetr", "test_validation")
+    modules = ("test_cityscapes", "test_detreg", "test_dupr", "test_finetune", "test_memory", "test_predict",
+               "test_rcnn", "test_siamese_detr", "test_soco", "test_updetr", "test_validation")
     run_processes(f"for name in {modules}: torch.save(__import__(name).worker(), f'{{name}}{{common.rank()}}.pt')", out)
     return {name: [torch.load(out / f"{name}{r}.pt") for r in (0, 1)] for name in modules}
 

@@ -570,7 +570,7 @@ def test_invalid_pairs_have_no_patch_loss_but_zero_gradients():
     for valid in ((True, True, False, True), (True, True, True, True), (False,) * 4):
         model = small_model(cfg).eval()
         run.seed_step(3, 0)
-        losses.append(dupr.train_step(cfg, model, sgd(cfg, model), batch_case(valid=valid), 0, CPU))
+        losses.append(dupr.train_step(cfg, model, sgd(cfg, model), [batch_case(valid=valid)], 0, CPU))
         gradients.append({n: p.grad for n, p in model.encoder_q.named_parameters()})
         assert not [n for n, g in gradients[-1].items() if g is None]
         # keys enter all the same: the queue moves alike everywhere (D5)
@@ -590,7 +590,7 @@ def test_what_lies_in_an_invalid_pair_does_not_matter():
     for noise in (0.0, 1.0):
         model, batch = small_model(cfg).eval(), batch_case(valid=(True, False, True, True))
         batch["views"][1] += noise
-        terms = dupr.train_step(cfg, model, sgd(cfg, model), batch, 0, CPU)
+        terms = dupr.train_step(cfg, model, sgd(cfg, model), [batch], 0, CPU)
         results.append(({k: v.item() for k, v in terms.items()},
                         {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     same_step(results[1:], results[0])
@@ -619,7 +619,7 @@ def test_key_encoder_is_a_moving_average_of_parameters():
     for momentum, other in ((1.0, snapshot(model.encoder_k)), (0.0, q)):
         model.update_key_encoder(momentum)
         assert all(torch.equal(p, other[n]) for n, p in model.encoder_k.named_parameters())
-    dupr.train_step(cfg, model, sgd(cfg, model), batch_case(), 0, CPU)
+    dupr.train_step(cfg, model, sgd(cfg, model), [batch_case()], 0, CPU)
     assert all(p.grad is None and not p.requires_grad for p in model.encoder_k.parameters())
     assert all(p.grad is not None and p.requires_grad for p in model.encoder_q.parameters())
     assert model.encoder_q.bn1.num_batches_tracked == 1 and model.encoder_k.bn1.num_batches_tracked == 4
@@ -652,7 +652,7 @@ def test_order_of_a_step(monkeypatch):
     watch(optimizer, "step", "sgd")
     start, batch = snapshot(model), batch_case()
     run.seed_step(3, 0)
-    terms = dupr.train_step(cfg, model, optimizer, batch, 0, CPU)
+    terms = dupr.train_step(cfg, model, optimizer, [batch], 0, CPU)
     assert events == ["ema", "keys", "loss", "backward", "enqueue", "sgd"]
     after = model.state_dict()
     # keys are made by the average of the query weights before SGD moved them
@@ -694,7 +694,7 @@ def test_bf16_is_close_to_fp32():
         cfg = config(amp=amp)
         model = dupr.build_model(cfg).train()
         run.seed_step(3, 0)
-        terms = dupr.train_step(cfg, model, sgd(cfg, model), batch_case(), 0, CPU)
+        terms = dupr.train_step(cfg, model, sgd(cfg, model), [batch_case()], 0, CPU)
         assert all(q.keys.dtype == torch.float32 for q in model.queues.values())
         results.append({k: v.item() for k, v in terms.items() if k != "grad_norm"})
     assert results[0] == pytest.approx(results[1], rel=0.05, abs=0.02) and results[0] != results[1]
@@ -707,9 +707,9 @@ WORLD_BATCHES = {"all": (True,) * 8, "unequal": (True, True, True, False, False,
 
 
 @functools.cache
-def one_step(start=0, stop=8, batch="all", train=False):
-    """dupr.train_step on pairs start..stop -> (terms, gradients, state, keys):
-    one process with all, or one of two with half."""
+def one_step(start=0, stop=8, batch="all", train=False, micro_batches=1):
+    """dupr.train_step on pairs start..stop, cut into micro-batches as data.StepSampler cuts them -> (terms, gradients,
+    state, keys): one process with all, or one of two with half."""
     cfg = config(**ALL_LEVELS, lr=0.0)
     model = small_model(cfg)
     with torch.no_grad():
@@ -718,9 +718,11 @@ def one_step(start=0, stop=8, batch="all", train=False):
     model.train(train)
     seen = {}
     model.register_forward_hook(lambda module, args, output: seen.update(keys=output[1]))
-    pairs = {k: v[start:stop] for k, v in batch_case(8, valid=WORLD_BATCHES[batch]).items()}
+    pairs, size, world = batch_case(8, valid=WORLD_BATCHES[batch]), (stop - start) // micro_batches, common.world_size()
+    starts = [start] if micro_batches == 1 else [(a * world + common.rank()) * size for a in range(micro_batches)]
     run.seed_step(3, 0)
-    terms = dupr.train_step(cfg, common.wrap_model(model, CPU, sync_bn=False), sgd(cfg, model), pairs, 0, CPU)
+    terms = dupr.train_step(cfg, common.wrap_model(model, CPU, sync_bn=False), sgd(cfg, model),
+                            [{k: v[i:i + size] for k, v in pairs.items()} for i in starts], 0, CPU)
     return ({k: v.item() for k, v in terms.items()},
             {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model.state_dict(), seen["keys"])
 
@@ -728,8 +730,10 @@ def one_step(start=0, stop=8, batch="all", train=False):
 def worker():
     """What one of two processes does (conftest.two_processes)."""
     r = common.rank()
-    gathered = dupr.all_gather(torch.tensor([[r, 10 * r]]))
+    gathered = dupr.all_gather([torch.tensor([[r, 10 * r]]), torch.tensor([[r, 7]])])
     return {"gathered": gathered, "train": one_step(4 * r, 4 * r + 4, train=True),
+            "accumulated": one_step(4 * r, 4 * r + 4, "unequal", True, 2),
+            "halves": one_step(4 * r, 4 * r + 4, "unequal", True),
             **{batch: one_step(4 * r, 4 * r + 4, batch) for batch in WORLD_BATCHES}}
 
 
@@ -764,7 +768,7 @@ def test_boxes_are_shuffled_with_their_images(two_processes):
 
 def test_queues_are_the_same_on_every_process(two_processes):
     one, two = (r["train"] for r in two_processes["test_dupr"])
-    assert two_processes["test_dupr"][1]["gathered"].tolist() == [[0, 0], [1, 10]]
+    assert two_processes["test_dupr"][1]["gathered"].tolist() == [[0, 0], [1, 10], [0, 7], [1, 7]]
     names = [n for n in one[2] if n.startswith("queues.")]
     assert len(names) == 8 and all(torch.equal(one[2][n], two[2][n]) for n in names)
     assert torch.equal(one[2]["queues.image_conv5.keys"][:, :8],
@@ -805,11 +809,28 @@ def test_batchnorm_of_the_keys_sees_mixed_batches(two_processes):
 def test_one_process_shuffles_nothing():
     model, batch = small_model(config(**ALL_LEVELS)).train(), batch_case()
     other = copy.deepcopy(model)
-    given = [batch[k] for k in ("views", "boxes", "flips")]
-    with torch.no_grad():
-        one, two = model(*given, torch.tensor([2, 0, 3, 1]))[1], other(*given)[1]
+    given = [[batch[k]] for k in ("views", "boxes", "flips")]
+    (one,), (two,) = model.encode_keys(*given, torch.tensor([2, 0, 3, 1])), other.encode_keys(*given)
     assert (all(torch.equal(one[k], two[k]) for k in one)
             and torch.equal(*(m.encoder_k.layer1.bn.running_mean for m in (model, other))))
+
+
+@pytest.mark.parametrize(("name", "micro_batches"), (("halves", 2), ("accumulated", 4)))
+def test_micro_batches_are_processes(two_processes, name, micro_batches):
+    """D13: with BatchNorm in training, queries and shuffled keys of 2 (4) micro-batches of one process are those of two
+    processes with 1 (2): losses, gradients, queues of images, and the running statistics, which are rank 0's."""
+    results = [r[name] for r in two_processes["test_dupr"]]
+    terms, gradients, state, keys = one_step(0, 8, "unequal", True, micro_batches)
+    same_step([r[:2] for r in results], (terms, gradients))
+    assert terms["no_overlap"] == pytest.approx(0.5) and terms != pytest.approx(one_step(0, 8, "unequal", True)[0])
+    for kind, key in keys.items():  # of the last micro-batch: rank 1's last
+        torch.testing.assert_close(key, results[1][3][kind], atol=1e-5, rtol=1e-4)
+    drawn_per_process = "queues.patch"
+    for kind, value in results[0][2].items():
+        if not kind.startswith(drawn_per_process) or kind.endswith("ptr"):
+            torch.testing.assert_close(value, state[kind], atol=1e-5, rtol=1e-4, msg=lambda text: f"{kind}: {text}")
+    counts = [state[f"encoder_{side}.layer1.bn.num_batches_tracked"] for side in "qk"]
+    assert counts == [1, 1]
 
 
 # ==== Schedule =====================================================================================================
@@ -1015,7 +1036,8 @@ def test_bad_input_ends_in_one_line(fails, folder, tmp_path):
         assert f": must be at least {low}" in fail(**{name: (1, 1, 1, low - 1)})
         assert "give four values" in fail(**{name: (1, 1, 1, 1, 1)})
     assert "--alpha and --beta are all 0: there is nothing to learn" in fail(alpha=(0, 0, 0, 0), beta=(0, 0, 0, 0))
-    assert "--accumulate 2: DUPR needs the whole batch at once" in fail(accumulate=2)
+    assert ("--accumulate 2: BatchNorm would see 1 images at a time rather than the published 32" in fail(accumulate=2)
+            and "--accumulate 2 with --batch_size 64" in fail(accumulate=4, batch_size=68))
     for area in ((0.5,), (0, 1), (0.6, 0.5), (0.5, 1.1), (0.1, 0.2, 0.3)):
         assert "--crop_area" in fail(crop_area=area)
     assert "--image_size 31: must be at least 32" in fail(image_size=31)

@@ -2,6 +2,7 @@
 must not creep back (reads from the device, recompilation for every size, copies of queues and averages). No times:
 those are in benchmarks/."""
 import copy
+import dataclasses
 import functools
 import importlib
 
@@ -244,24 +245,25 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def one_step(method):
-    """(the network, a training step of the method on a small case)"""
+def one_step(method, device=CPU, **values):
+    """(the network, a training step of the method on a small case, with these values of its configuration)"""
     if method == "soco":
-        cfg = test_soco.config()
-        model, batch = soco.build_model(cfg).train(), test_soco.batch_of(cfg)
+        cfg = test_soco.config(**values)
+        model, batch = soco.build_model(cfg).train().to(device), test_soco.batch_of(cfg)
         optimizer = soco.build_optimizer(cfg, model)
-        return model, lambda: soco.train_step(cfg, model, optimizer, batch, 0.9, CPU)
+        return model, lambda: soco.train_step(cfg, model, optimizer, batch, 0.9, device)
     if method == "dupr":
-        cfg = test_dupr.config(**test_dupr.ALL_LEVELS)
-        model, batch = test_dupr.small_model(cfg), test_dupr.batch_case()
+        cfg = test_dupr.config(**test_dupr.ALL_LEVELS, **values)
+        model, batch = test_dupr.small_model(cfg).to(device), test_dupr.batch_case()
         optimizer = dupr.build_optimizer(cfg, model)
-        return model, lambda: dupr.train_step(cfg, model, optimizer, batch, 0, CPU)
+        return model, lambda: dupr.train_step(cfg, model, optimizer, [batch], 0, device)
     script = importlib.import_module(method)
     cfg, model, batch = importlib.import_module(f"test_{method}").step_case()
+    cfg, model = dataclasses.replace(cfg, **values), model.to(device)
     frozen = nn.Identity() if method == "detreg" else None
     optimizer = common.build_optimizer(cfg, model)
     criterion = script.build_criterion(cfg)
-    return model, lambda: script.train_step(cfg, model.train(), frozen, criterion, optimizer, [batch], CPU)
+    return model, lambda: script.train_step(cfg, model.train(), frozen, criterion, optimizer, [batch], device)
 
 
 @pytest.mark.parametrize("method", ("detreg", "updetr", "siamese_detr", "soco", "dupr"))

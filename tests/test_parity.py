@@ -1863,7 +1863,7 @@ def moco_stepper(cfg, model, optimizer, permutation=None):
         batch = {"views": torch.stack([query_images, key_images], 1),
                  "boxes": torch.tensor([0.0, 0.0, w, h]).repeat(n, 2, 1),
                  "flips": torch.zeros(n, 2, dtype=torch.bool), "valid": torch.ones(n, dtype=torch.bool)}
-        terms = dupr.train_step(cfg, wrapped, optimizer, batch, 0, torch.device("cpu"))
+        terms = dupr.train_step(cfg, wrapped, optimizer, [batch], 0, torch.device("cpu"))
         query, key = (e["image_conv5"].detach() for e in seen["output"])
         return terms, torch.cat([(query * key).sum(1, keepdim=True), query @ queue], 1) / cfg.temperature
 

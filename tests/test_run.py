@@ -852,15 +852,25 @@ def test_durations():
     RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), MemoryError(),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), OSError(errno.ENOMEM, "Cannot allocate memory")))
 def test_out_of_memory_names_flags(tmp_path, error, fails):
-    def main(argv):
-        if argv:
-            open_job(tmp_path).cfg.scales = (1, 2)
+    def train_step():
         raise error
 
-    assert re.match(r"error: out of memory \(.+\); give fewer or smaller images at a time, or a mach", fails(main, []))
-    line = fails(main, ["in a run"])
-    assert line.endswith("); give a larger --accumulate (now 2) or smaller --batch_size, --scales; what was saved goes "
-                         "on with --allow_config_change")
+    def main(argv):
+        if argv:
+            cfg = open_job(tmp_path, **({"amp": "bf16"} if argv[0] == "bf16" else {})).cfg
+            cfg.scales, cfg.eval_size, cfg.least_micro_batch = (1, 2), 800, 1 + (argv[0] == "bf16")
+        if argv == ["in an evaluation"]:
+            raise error
+        train_step()
+
+    machine = ", or a machine with more memory"
+    saved = f"{machine}; what was saved goes on, with --allow_config_change"
+    assert fails(main, ["in an evaluation"]).endswith(f"); give smaller --eval_size{saved}")
+    assert re.match(rf"error: out of memory \(.+\); give fewer or smaller images at a time{machine}$", fails(main, []))
+    assert fails(main, ["in a step"]).endswith(
+        "); give a larger --accumulate (now 2) or --checkpoint_activations or --amp bf16 (fp16 on GPUs before Ampere) "
+        f"or smaller --batch_size, --scales{saved}")
+    assert fails(main, ["bf16"]).endswith(f"); give --checkpoint_activations or smaller --batch_size, --scales{saved}")
 
 
 def test_memory_of_the_machine_in_a_step(tmp_path, fails):

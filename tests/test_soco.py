@@ -898,7 +898,7 @@ def test_own_images(tmp_path):
 
 
 WRONG = [
-    (dict(accumulate=2), "--accumulate 2: SoCo needs the whole batch at once"),
+    (dict(accumulate=2), "--accumulate 2: SoCo's BatchNorm takes its statistics from the whole batch"),
     (dict(batch_size=1, num_boxes=1), "--batch_size 1 --num_boxes 1: one box per process, but BatchNorm needs two"),
     (dict(pipeline="c4", scale_aware="true"), "--pipeline c4 has neither FPN nor box head"),
     (dict(pipeline="c4", fpn="false"), "--pipeline c4 has neither FPN nor box head"),

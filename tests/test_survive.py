@@ -99,7 +99,7 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def faulty_step(cfg, model, *args):
+    def train_step(cfg, model, *args):  # the name by which run.in_training knows it
         calls["step"] += 1
         for kind in now("step"):
             if isinstance(kind, signal.Signals):  # as a cluster sends it: to the loader processes too
@@ -124,6 +124,8 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
         calls["evaluate"] += 1
         if "stop evaluating" in now("evaluate"):
             os.kill(os.getpid(), signal.SIGTERM)
+        if "memory evaluating" in now("evaluate"):
+            actions["memory"]()
         return evaluate(*args, **kwargs)
 
     def lose_agent():
@@ -136,7 +138,8 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
             os.kill(os.getpid(), signal.SIGINT)
 
     actions = {"kill": die, "fault": lambda: fail(ValueError("a fault of ours")),
-               "bad input": lambda: fail(common.UserError("x.png: broken")), "wait": lambda: time.sleep(5),
+               "bad input": lambda: fail(common.UserError("x.png: broken")),
+               "memory": lambda: fail(torch.OutOfMemoryError("CUDA out of memory")), "wait": lambda: time.sleep(5),
                "lose agent": lose_agent, "interrupt twice": interrupt_twice}
 
     def faulty_save(state, file):
@@ -152,7 +155,7 @@ def child(method: str, argv: list[str], faults: list[tuple], output: Path | None
         if "kill renaming" in now("save") and Path(target).name == "previous.pt":
             die()
 
-    script.train_step, torch.save, os.replace = faulty_step, faulty_save, faulty_replace
+    script.train_step, torch.save, os.replace = train_step, faulty_save, faulty_replace
     script.evaluate = faulty_evaluate
     run.cli(lambda: script.main(argv))
 
@@ -503,14 +506,17 @@ def test_labels_are_part_of_the_data_set():
 
 # ==== Several processes ============================================================================================
 
-@pytest.mark.parametrize(("fault", "code", "text"),
-                         [("fault", 1, "ValueError: a fault of ours"), ("bad input", 2, "x.png: broken")])
-@pytest.mark.parametrize("failing", [0, 1])
-def test_error_of_one_process_ends_all(start, tmp_path, fault, code, text, failing):
+@pytest.mark.parametrize(("method", "fault", "failing", "code", "text"), [
+    ("updetr", "fault", 1, 1, "ValueError: a fault of ours"), ("updetr", "bad input", 0, 2, "x.png: broken"),
+    ("updetr", "memory", 1, 2, "out of memory (CUDA out of memory); give a larger --accumulate (now 1) or "
+     "--checkpoint_activations or --amp bf16 (fp16 on GPUs before Ampere) or smaller --batch_size, --scales, --max"),
+    ("rcnn", "memory evaluating", 0, 2, "out of memory (CUDA out of memory); give smaller --eval_size, --max_size")])
+def test_error_of_one_process_ends_all(start, tmp_path, method, fault, failing, code, text):
     began = time.monotonic()
-    codes, printed = start("updetr", tmp_path / "run", (fault, 2, failing), world=2)
+    codes, printed = start(method, tmp_path / "run", (fault, 2, failing), world=2,
+                           **{"eval_every": 1} if method == "rcnn" else {})
     assert codes == [code, code] and time.monotonic() - began < 30
-    assert ("Traceback" in printed[failing]) == (code == 1)
+    assert ("Traceback" in printed[failing]) == (code == 1) and text in printed[failing]
     assert (f"ended because of process {failing}: {text}" in printed[1 - failing]
             and "Traceback" not in printed[1 - failing])
 
