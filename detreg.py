@@ -200,13 +200,16 @@ class RegionDataset(torch.utils.data.Dataset):
 
     def __init__(self, cfg: Config, source, indices: np.ndarray, proposals_of: proposals.Proposals):
         self.cfg, self.source, self.indices, self.proposals_of = cfg, source, indices, proposals_of
+        self.needs = data.Needs(functools.partial(data.view_needs, scales=cfg.scales, max_size=cfg.max_size,
+                                                  crop_scales=cfg.crop_scales, crop_range=cfg.crop_range), whole=True)
         # "similar augmentations", Sec. 6
         self.photometric = data.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=0.5)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def propose(self, image: Image.Image, index: int, epoch: int, rng: np.random.Generator) -> np.ndarray:
+    def propose(self, image: Image.Image | data.ImagePyramid, index: int, epoch: int, rng: np.random.Generator
+                ) -> np.ndarray:
         """Policies of Sec. 4. `other_image`: another image's boxes, stretched to this one (Table 5, first row)."""
         cfg = self.cfg
         if cfg.strategy != "other_image":
@@ -221,7 +224,8 @@ class RegionDataset(torch.utils.data.Dataset):
         rng = data.sample_rng(cfg.seed, epoch, position)
         skipped: list[str] = []
         for attempt in range(11):
-            image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices)
+            image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices,
+                                            needs=self.needs)
             hw = image.height, image.width
             boxes = torch.from_numpy(self.propose(image, index, epoch, rng))
             if attempt == 10:  # D9

@@ -151,9 +151,9 @@ def draw_view(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, 
             "flip": bool(rng.random() < 0.5)}
 
 
-def apply_view(image: Image.Image, draw: dict[str, Any], size: int) -> Tensor:
+def apply_view(image: Image.Image | data.ImagePyramid, draw: dict[str, Any], size: int) -> Tensor:
     """Crop, resize to size x size, colours, flip: MoCo v2's order. [3, size, size]"""
-    view = data.resize(image.crop(draw["crop"]), (size, size))
+    view = data.cut(image, draw["crop"], (size, size))
     view = data.apply_photometric(view, draw["colours"])
     return data.to_normalized_tensor(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw["flip"] else view)
 
@@ -194,6 +194,7 @@ class TwoCropsDataset(torch.utils.data.Dataset):
 
     def __init__(self, cfg: Config, source, indices: np.ndarray):
         self.cfg, self.source, self.indices, self.photometric = cfg, source, indices, COLOURS
+        self.needs = data.Needs(functools.partial(data.crop_needs, side=cfg.image_size, area=cfg.crop_area))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -202,7 +203,8 @@ class TwoCropsDataset(torch.utils.data.Dataset):
         cfg, (epoch, position) = self.cfg, key
         rng = data.sample_rng(cfg.seed, epoch, position)
         skipped: list[str] = []
-        image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices)
+        image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices,
+                                        needs=self.needs)
         draws = [draw_view(rng, (image.height, image.width), cfg.crop_area, self.photometric) for _ in range(2)]
         flips = [draw["flip"] for draw in draws]
         boxes, valid = overlap_boxes([draw["crop"] for draw in draws], flips, cfg.image_size, cfg.min_overlap)

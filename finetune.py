@@ -360,6 +360,8 @@ class LabelledDataset(torch.utils.data.Dataset):
 
     def __init__(self, cfg: Config, labelled: DetectionSet):
         self.cfg, self.labelled = cfg, labelled
+        self.needs = data.Needs(functools.partial(data.view_needs, scales=cfg.scales, max_size=cfg.max_size,
+                                                  crop_scales=cfg.crop_scales, crop_range=cfg.crop_range))
         present = [r.labels[~r.crowd].tolist() for r in labelled.records] if cfg.repeat_threshold else []
         self.repeats = lvis_v1.repeat_factors(present, cfg.repeat_threshold) if present else None
 
@@ -370,7 +372,7 @@ class LabelledDataset(torch.utils.data.Dataset):
         cfg, (epoch, index) = self.cfg, key
         rng = data.sample_rng(cfg.seed, epoch, index)
         skipped: list[str] = []
-        (image, target), index = data.load_usable(self.labelled, index, rng, skipped)
+        (image, target), index = data.load_usable(self.labelled, index, rng, skipped, needs=self.needs)
         objects = ~target["crowd"]
         geometry = data.draw_geometry(rng, (image.height, image.width), scales=cfg.scales, max_size=cfg.max_size,
                                       crop_scales=cfg.crop_scales, crop_range=cfg.crop_range, augment=cfg.augment)

@@ -194,6 +194,8 @@ class PatchDataset(torch.utils.data.Dataset):
                  augment: bool = True):
         self.cfg, self.source, self.indices, self.proposals_of = cfg, source, indices, proposals_of
         self.scales = cfg.scales if augment else (max(cfg.scales),)
+        self.needs = data.Needs(functools.partial(data.view_needs, scales=self.scales, max_size=cfg.max_size,
+                                                  crop_scales=None), whole=True)
         p = (0.8, 0.2, 0.5) if augment and cfg.patch_colours else (0, 0, 0)
         # Sec. 4: as SimCLR; released strengths
         self.photometric = data.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=p[0], p_gray=p[1], p_blur=p[2])
@@ -201,7 +203,7 @@ class PatchDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def propose(self, image: Image.Image, index: int, epoch: int) -> np.ndarray:
+    def propose(self, image: Image.Image | data.ImagePyramid, index: int, epoch: int) -> np.ndarray:
         """The first M proposals of at least 8 pixels a side, as patches have: [m, 4] xyxy px, m <= M (D14)."""
         if self.proposals_of is None:
             return np.zeros((0, 4), np.int64)
@@ -213,7 +215,7 @@ class PatchDataset(torch.utils.data.Dataset):
         rng = data.sample_rng(cfg.seed, epoch, position)
         skipped: list[str] = []
         image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices,
-                                        min_side=17)  # D11
+                                        min_side=17, needs=self.needs)  # D11
         hw = image.height, image.width
         proposed = self.propose(image, index, epoch)
         missing = cfg.num_patches - len(proposed)
