@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms import functional as TF  # not v2: it imports torch._dynamo, as slowly as torch itself
 
 from common import UserError, rank, world_size
 from run import STOP_SIGNALS, Run, check_batch_size, loader_failure, print_rank0
@@ -722,6 +722,11 @@ class Geometry:
     hw: tuple[int, int]
     turns: int = 0
 
+    def needs(self) -> tuple[int, int]:
+        """To which size the image, not yet turned, is resized first: for Needs."""
+        hw = self.first_hw or self.hw
+        return hw[::-1] if self.turns % 2 else hw
+
 
 def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequence[int], max_size: int | None,
                   crop_scales: Sequence[int] | None = (400, 500, 600), crop_range: tuple[int, int] | None = (384, 600),
@@ -824,8 +829,7 @@ def apply_geometry(image: Image.Image | ImagePyramid, boxes_xyxy: Tensor, geomet
     boxes, keep = boxes_xyxy, torch.arange(len(boxes_xyxy))
     hw = image.height, image.width  # of the original; a pyramid's image is resized before it is turned
     if isinstance(image, ImagePyramid):
-        first = geometry.first_hw or geometry.hw
-        image = image.cut((0, 0, *image.size), first[::-1] if geometry.turns % 2 else first)
+        image = image.cut((0, 0, *image.size), geometry.needs())
     if geometry.turns:
         boxes = turn_boxes(boxes, hw, geometry.turns)
         image = image.transpose(_TURNS[geometry.turns])
@@ -864,7 +868,7 @@ def normalized_cxcywh(boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
 
 # ==== 5. Colours: drawn, then applied ====
 
-_LEVELS = TF.to_dtype(torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), torch.float32, scale=True)
+_LEVELS = (torch.arange(256, dtype=torch.float32) * (1 / 255)).expand(3, 1, 256)  # transforms.v2's to_dtype
 # [3, 1, 256]: what each of a channel's 256 values becomes
 _NORMALIZED_LEVELS = TF.normalize(_LEVELS, list(IMAGENET_MEAN), list(IMAGENET_STD)).numpy()
 
