@@ -20,7 +20,8 @@ from torch import Tensor
 
 import cityscapes
 from common import UserError
-from data import SYNTHETIC_OFFSET, ImageFiles, SyntheticScenes, UnreadableImage, decode_image, image_header
+from data import (SYNTHETIC_OFFSET, ImageFiles, ImagePyramid, Needs, SyntheticScenes, UnreadableImage, decode_image,
+                  image_header)
 from formats import LOOKED_FOR, LabelledImage, Labels, Layout, find_layout, named_layout, what_is_there
 from run import print_rank0
 
@@ -73,7 +74,7 @@ class DetectionSet:
         for note in self.notes:
             print_rank0(f"note: {note}")
 
-    def load(self, i: int) -> tuple[Image.Image, dict]:
+    def load(self, i: int, needs: Needs | None = None) -> tuple[Image.Image | ImagePyramid, dict]:
         """-> (PIL RGB, target): boxes_xyxy float32 [n, 4] px, labels int64 [n], ignore (COCO crowd or VOC difficult)
         and crowd (COCO crowd alone) bool [n], image_id int or str, orig_size int64 [2] (h, w). Raises UnreadableImage,
         or UserError where the size is another one."""
@@ -81,7 +82,7 @@ class DetectionSet:
         h, w = record.hw
         for exif in self.frames:
             drawn = isinstance(record.image, int)
-            image = self.scenes.load(record.image) if drawn else decode_image(record.image, exif)
+            image = self.scenes.load(record.image) if drawn else decode_image(record.image, exif, needs)
             if image.size == (w, h):
                 break
         else:

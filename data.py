@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms import functional as TF  # not v2: it imports torch._dynamo, as slowly as torch itself
 
 from common import UserError, rank, world_size
 from run import STOP_SIGNALS, Run, check_batch_size, loader_failure, print_rank0
@@ -93,17 +93,66 @@ class UnreadableImage(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode_image(path: str | Path, exif: bool = True) -> Image.Image:
+class Needs(NamedTuple):
+    """How finely an image is needed. size: (h, w) of an image -> the size to which it is reduced at least. whole: its
+    own pixels too, as small regions are cut from it or boxes are searched on it."""
+    size: Callable[[tuple[int, int]], tuple[float, float]]
+    whole: bool = False
+
+
+def reduction(hw: tuple[float, float], needed_hw: tuple[float, float]) -> int:
+    """The largest of 1, 2, 4, 8 by which the sides `hw` can be divided without falling below needed_hw."""
+    ratio = min(side / needed for side, needed in zip(hw, needed_hw))
+    return next((n for n in (8, 4, 2) if n <= ratio), 1)
+
+
+class ImagePyramid:
+    """A large picture as copies with 1/n of its sides, n = finest, .., 8, each made when first asked for. `size`
+    (width, height) and all boxes are those of the original."""
+
+    def __init__(self, image: Image.Image, size: tuple[int, int], finest: int):
+        self.size, (self.width, self.height), self.finest, self._copies = size, size, finest, {finest: image}
+
+    def copy(self, n: int) -> Image.Image:
+        """Of finest <= n; sides are rounded up, as libjpeg does."""
+        if n not in self._copies:
+            self._copies[n] = self.copy(n // 2).reduce(2)
+        return self._copies[n]
+
+    def cut(self, box: tuple[int, int, int, int], hw: tuple[int, int]) -> Image.Image:
+        """A region at size hw, from the smallest copy that has as many pixels."""
+        n = max(self.finest, reduction((box[3] - box[1], box[2] - box[0]), hw))
+        left, top, right, bottom = box[0] // n, box[1] // n, -(-box[2] // n), -(-box[3] // n)
+        part = self.copy(n).crop((left, top, right, bottom))
+        if all(side % n == 0 for side in box):
+            return resize(part, hw)
+        inside = box[0] / n - left, box[1] / n - top, box[2] / n - left, box[3] / n - top
+        return part.resize(hw[::-1], Image.Resampling.BILINEAR, box=inside)
+
+
+def decode_image(path: str | Path, exif: bool = True, needs: Needs | None = None) -> Image.Image | ImagePyramid:
     """A picture file (FORMATS) -> PIL RGB. EXIF rotation applied (unless `exif` is False), alpha composited on white,
     16 bit divided by 257 (not clipped), floats stretched to their range; of an animation the first frame. Raises
     UnreadableImage for what is missing, truncated, corrupt, no image, or above 179 million pixels (Pillow's limit
-    against decompression bombs)."""
+    against decompression bombs).
+
+    needs: a picture of at least twice the size needed becomes an ImagePyramid; libjpeg decodes a JPEG to 1/2, 1/4 or
+    1/8 of its sides at once."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("not a regular file")  # reading a named pipe would wait for ever
         with Image.open(path, formats=FORMATS) as image:
+            wh, hw = image.size, image.size[::-1]
+            n = reduction(hw, needs.size(hw)) if needs else 1
+            if n > 1 and not needs.whole:
+                image.draft(None, (wh[0] // n, wh[1] // n))
+            finest = round(wh[0] / image.width)
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image) if exif else image)
+            turned = exif and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            if exif:
+                ImageOps.exif_transpose(image, in_place=True)
+            rgb = to_rgb(image)
+            return ImagePyramid(rgb, hw if turned else wh, finest) if n > 1 else rgb
     except Exception as error:
         # not only OSError: decoders raise SyntaxError, ValueError, struct.error, ... on corrupt bytes
         raise UnreadableImage(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
@@ -121,7 +170,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def image_header(path: str | Path) -> tuple[int, int, int] | None:
@@ -164,8 +213,8 @@ class ImageFiles:
     def keys(self) -> list[str]:
         return [self.key(i) for i in range(len(self))]
 
-    def load(self, i: int) -> Image.Image:
-        return decode_image(self.root / self.key(i))
+    def load(self, i: int, needs: Needs | None = None) -> Image.Image | ImagePyramid:
+        return decode_image(self.root / self.key(i), needs=needs)
 
     def key(self, i: int) -> str:
         first, after = self._starts[i:i + 2].tolist()
@@ -545,7 +594,7 @@ class SyntheticScenes:
     def __len__(self) -> int:
         return self.n
 
-    def load(self, i: int) -> Image.Image:
+    def load(self, i: int, needs: Needs | None = None) -> Image.Image:
         if i not in self.drawn and len(self.drawn) * self.size ** 2 < 5e7:  # at most 150 MB
             self.drawn[i] = self.scene(i)[0]
         return self.drawn[i] if i in self.drawn else self.scene(i)[0]
@@ -648,6 +697,21 @@ def resized_hw(hw: tuple[int, int], size: int, max_size: int | None = None) -> t
     return (int(size * h / w), size) if w < h else (size, int(size * w / h))
 
 
+def view_needs(hw: tuple[int, int], *, scales: Sequence[int], max_size: int | None,
+               crop_scales: Sequence[int] | None = (400, 500, 600), crop_range: tuple[int, int] | None = (384, 600)
+               ) -> tuple[int, int]:
+    """The largest size to which draw_geometry with these arguments first resizes an image: for Needs."""
+    first = resized_hw(hw, max(crop_scales), 20 * max(crop_scales)) if crop_scales and crop_range else (1, 1)
+    return tuple(map(max, resized_hw(hw, max(scales), max_size), first))
+
+
+def crop_needs(hw: tuple[int, int], side: int, area: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+               ) -> tuple[float, float]:
+    """The size of an image in which the smallest region of draw_crop has side x side pixels: for Needs."""
+    smallest = [min(*hw, math.sqrt(area[0] * hw[0] * hw[1] * least)) for least in (1 / ratio[1], ratio[0])]
+    return side * hw[0] / smallest[0], side * hw[1] / smallest[1]
+
+
 Augmentation = Literal["flips", "rotate90", "colour"]  # what --augment adds; the first two are drawn by draw_geometry
 
 
@@ -660,6 +724,11 @@ class Geometry:
     crop: tuple[int, int, int, int] | None
     hw: tuple[int, int]
     turns: int = 0
+
+    def needs(self) -> tuple[int, int]:
+        """To which size the image, not yet turned, is resized first: for Needs."""
+        hw = self.first_hw or self.hw
+        return hw[::-1] if self.turns % 2 else hw
 
 
 def draw_geometry(rng: np.random.Generator, hw: tuple[int, int], *, scales: Sequence[int], max_size: int | None,
@@ -739,6 +808,8 @@ def resize(image: Image.Image, hw: tuple[int, int]) -> Image.Image:
     """PIL RGB -> PIL RGB of size hw, bilinear and antialiased: Pillow, or for 200 x 200 px and more torch's kernel of
     the same rule, which takes half the time. Its weights have fewer bits: in 1 of 100 values (a quarter, where the
     ratio of the sizes makes ties) it is off by one grey level, two in pure noise. The demos are below that size."""
+    if image.size == hw[::-1]:
+        return image
     if hw[0] * hw[1] < 200 * 200:
         return image.resize(hw[::-1], Image.Resampling.BILINEAR)
     array = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -746,27 +817,37 @@ def resize(image: Image.Image, hw: tuple[int, int]) -> Image.Image:
     return Image.fromarray(cv2.merge(list(planes)))
 
 
+def cut(image: Image.Image | ImagePyramid, box: tuple[int, int, int, int], hw: tuple[int, int]) -> Image.Image:
+    """The region `box` (xyxy px of the image) squeezed to size hw, aspect not kept."""
+    return image.cut(box, hw) if isinstance(image, ImagePyramid) else resize(image.crop(box), hw)
+
+
 _TURNS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 
 
-def apply_geometry(image: Image.Image, boxes_xyxy: Tensor, geometry: Geometry) -> tuple[Image.Image, Tensor, Tensor]:
+def apply_geometry(image: Image.Image | ImagePyramid, boxes_xyxy: Tensor, geometry: Geometry
+                   ) -> tuple[Image.Image, Tensor, Tensor]:
     """-> (image, boxes_xyxy [m, 4] px of it, keep int64 [m]). Antialiased bilinear, as torchvision's resize of a PIL
     image."""
     boxes, keep = boxes_xyxy, torch.arange(len(boxes_xyxy))
+    hw = image.height, image.width  # of the original; a pyramid's image is resized before it is turned
+    if isinstance(image, ImagePyramid):
+        image = image.cut((0, 0, *image.size), geometry.needs())
     if geometry.turns:
-        boxes = turn_boxes(boxes, (image.height, image.width), geometry.turns)
+        boxes = turn_boxes(boxes, hw, geometry.turns)
         image = image.transpose(_TURNS[geometry.turns])
+        hw = hw[::-1] if geometry.turns % 2 else hw
     if geometry.flip:
-        boxes = flip_boxes(boxes, image.width)
+        boxes = flip_boxes(boxes, hw[1])
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for resized in (geometry.first_hw, geometry.hw):
         if resized is geometry.hw and geometry.crop:
-            top, left, h, w = geometry.crop
-            image = image.crop((left, top, left + w, top + h))
+            top, left, *hw = geometry.crop
+            image = image.crop((left, top, left + hw[1], top + hw[0]))
             boxes, keep = crop_boxes(boxes, geometry.crop)
         if resized:
-            boxes = resize_boxes(boxes, (image.height, image.width), resized)
-            image = resize(image, resized)
+            boxes = resize_boxes(boxes, hw, resized)
+            image, hw = resize(image, resized), resized
     return image, boxes, keep
 
 
@@ -790,7 +871,7 @@ def normalized_cxcywh(boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
 
 # ==== 5. Colours: drawn, then applied ====
 
-_LEVELS = TF.to_dtype(torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), torch.float32, scale=True)
+_LEVELS = (torch.arange(256, dtype=torch.float32) * (1 / 255)).expand(3, 1, 256)  # transforms.v2's to_dtype
 # [3, 1, 256]: what each of a channel's 256 values becomes
 _NORMALIZED_LEVELS = TF.normalize(_LEVELS, list(IMAGENET_MEAN), list(IMAGENET_STD)).numpy()
 
@@ -884,10 +965,10 @@ def apply_photometric(image: Image.Image, draw: dict) -> Image.Image:
     return ImageOps.solarize(image, 128) if draw["solarize"] else image
 
 
-def cut_patch(image: Image.Image, box_xyxy: Sequence[float], size: int, draw: dict) -> Tensor:
+def cut_patch(image: Image.Image | ImagePyramid, box_xyxy: Sequence[float], size: int, draw: dict) -> Tensor:
     """A region (px, rounded as PIL does) squeezed to size x size, aspect not kept, then recoloured by
     apply_photometric. [3, size, size]"""
-    region = resize(image.crop(tuple(round(v) for v in box_xyxy)), (size, size))
+    region = cut(image, tuple(round(v) for v in box_xyxy), (size, size))
     return to_normalized_tensor(apply_photometric(region, draw))
 
 
@@ -972,13 +1053,13 @@ def collate(samples: list[dict]) -> dict:
 
 
 def load_usable(source: ImageFiles | SyntheticScenes | Any, index: int, rng: np.random.Generator, skipped: list,
-                candidates: Sequence[int] | None = None, min_side: int = 1) -> tuple:
+                candidates: Sequence[int] | None = None, min_side: int = 1, needs: Needs | None = None) -> tuple:
     """-> (what source.load gives, index used). An unreadable image, or one with a side below min_side px, is appended
     to `skipped` ("path: reason") and another index drawn (from `candidates`, else from the whole source), at most 10
     times; then UserError."""
     for _ in range(11):
         try:
-            loaded = source.load(index)
+            loaded = source.load(index, needs) if needs else source.load(index)
             width, height = (loaded[0] if isinstance(loaded, tuple) else loaded).size
             if min(width, height) < min_side:
                 raise UnreadableImage(source.key(index),

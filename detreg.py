@@ -41,6 +41,7 @@ Deviations (paper / released code / here; in full in docs/methods/detreg.md):
     D10 Number of boxes below the number of processes: - / 1 per process / 1 over all processes.
     D11 The descriptor network: - / runs to the end, what follows res3 unused / stops after res3, the same values.
     D12 Other detectors: - (Siamese DETR's tables) / DETR / each keeps its own head, loss and schedule.
+    D13 Large pictures: - / decoded whole / no finer than needed (data.ImagePyramid).
 
 Expected: the demo logs, at step 0 and at its end, loss 19.4 -> 7.2, loss_ce 1.07 -> 0.23, loss_bbox 0.51 -> 0.19,
     loss_giou 0.86 -> 0.46, loss_object_embedding 0.37 -> 0.12. Its table: README.md. Paper, Table 6 (COCO val,
@@ -200,13 +201,16 @@ class RegionDataset(torch.utils.data.Dataset):
 
     def __init__(self, cfg: Config, source, indices: np.ndarray, proposals_of: proposals.Proposals):
         self.cfg, self.source, self.indices, self.proposals_of = cfg, source, indices, proposals_of
+        self.needs = data.Needs(functools.partial(data.view_needs, scales=cfg.scales, max_size=cfg.max_size,
+                                                  crop_scales=cfg.crop_scales, crop_range=cfg.crop_range), whole=True)
         # "similar augmentations", Sec. 6
         self.photometric = data.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=0.5)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def propose(self, image: Image.Image, index: int, epoch: int, rng: np.random.Generator) -> np.ndarray:
+    def propose(self, image: Image.Image | data.ImagePyramid, index: int, epoch: int, rng: np.random.Generator
+                ) -> np.ndarray:
         """Policies of Sec. 4. `other_image`: another image's boxes, stretched to this one (Table 5, first row)."""
         cfg = self.cfg
         if cfg.strategy != "other_image":
@@ -221,7 +225,8 @@ class RegionDataset(torch.utils.data.Dataset):
         rng = data.sample_rng(cfg.seed, epoch, position)
         skipped: list[str] = []
         for attempt in range(11):
-            image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices)
+            image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices,
+                                            needs=self.needs)
             hw = image.height, image.width
             boxes = torch.from_numpy(self.propose(image, index, epoch, rng))
             if attempt == 10:  # D9

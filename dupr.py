@@ -41,6 +41,7 @@ Deviations and choices where the paper is silent (paper / here; D9 to D13 are Mo
     D11 BatchNorm is never synchronised: shuffling the key batch needs statistics of each process.
     D12 The patch loss's gradient: each process has that of its own queries; keys carry none, queues neither.
     D13 `--accumulate` n: n micro-batches of 32 images, MoCo's batch on a GPU, are n processes.
+    D14 Large pictures: decoded whole / no finer than needed (data.ImagePyramid).
 
 Expected: at the first step each L_g and L_p starts near ln(queue size + 1) = 11.09 (demo: 6.2) and falls once the queue
     holds real keys. Paper, Table 3 (Faster R-CNN C4, VOC, AP): 58.5; MoCo v2 57.0; supervised 53.5. Table 9 (Mask R-CNN
@@ -159,9 +160,9 @@ def draw_view(rng: np.random.Generator, hw: tuple[int, int], area: tuple[float, 
             "flip": bool(rng.random() < 0.5)}
 
 
-def apply_view(image: Image.Image, draw: dict[str, Any], size: int) -> Tensor:
+def apply_view(image: Image.Image | data.ImagePyramid, draw: dict[str, Any], size: int) -> Tensor:
     """Crop, resize to size x size, colours, flip: MoCo v2's order. [3, size, size]"""
-    view = data.resize(image.crop(draw["crop"]), (size, size))
+    view = data.cut(image, draw["crop"], (size, size))
     view = data.apply_photometric(view, draw["colours"])
     return data.to_normalized_tensor(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw["flip"] else view)
 
@@ -202,6 +203,7 @@ class TwoCropsDataset(torch.utils.data.Dataset):
 
     def __init__(self, cfg: Config, source, indices: np.ndarray):
         self.cfg, self.source, self.indices, self.photometric = cfg, source, indices, COLOURS
+        self.needs = data.Needs(functools.partial(data.crop_needs, side=cfg.image_size, area=cfg.crop_area))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -210,7 +212,8 @@ class TwoCropsDataset(torch.utils.data.Dataset):
         cfg, (epoch, position) = self.cfg, key
         rng = data.sample_rng(cfg.seed, epoch, position)
         skipped: list[str] = []
-        image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices)
+        image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices,
+                                        needs=self.needs)
         draws = [draw_view(rng, (image.height, image.width), cfg.crop_area, self.photometric) for _ in range(2)]
         flips = [draw["flip"] for draw in draws]
         boxes, valid = overlap_boxes([draw["crop"] for draw in draws], flips, cfg.image_size, cfg.min_overlap)

@@ -41,6 +41,7 @@ Deviations (released code / here; in full in docs/methods/finetune.md):
     F13 SoCo's cutout: - / not built.
     F14 DN-DETR's denoising losses: means of each process / over all; DAB from a Deformable DETR: all but its queries.
     F15 Few shots (few_shot.py): TFA's records have one box each / those of an image together; new class head.
+    F16 Large pictures: decoded whole / no finer than needed (data.ImagePyramid).
 
 Expected: the demo from DETReg's demo checkpoint ends with AP 0.056 (AR100 0.378), from scratch with 0.022 (0.264).
     The papers' own numbers need COCO or VOC and were not rerun here.
@@ -360,6 +361,9 @@ class LabelledDataset(torch.utils.data.Dataset):
 
     def __init__(self, cfg: Config, labelled: DetectionSet):
         self.cfg, self.labelled = cfg, labelled
+        self.draw_geometry = functools.partial(
+            data.draw_geometry, scales=cfg.scales, max_size=cfg.max_size, crop_scales=cfg.crop_scales,
+            crop_range=cfg.crop_range, augment=cfg.augment)
         present = [r.labels[~r.crowd].tolist() for r in labelled.records] if cfg.repeat_threshold else []
         self.repeats = lvis_v1.repeat_factors(present, cfg.repeat_threshold) if present else None
 
@@ -370,10 +374,11 @@ class LabelledDataset(torch.utils.data.Dataset):
         cfg, (epoch, index) = self.cfg, key
         rng = data.sample_rng(cfg.seed, epoch, index)
         skipped: list[str] = []
-        (image, target), index = data.load_usable(self.labelled, index, rng, skipped)
+        # drawn ahead from a copy of rng: how finely the image has to be decoded
+        needs = data.Needs(lambda hw: self.draw_geometry(copy.deepcopy(rng), hw).needs())
+        (image, target), index = data.load_usable(self.labelled, index, rng, skipped, needs=needs)
         objects = ~target["crowd"]
-        geometry = data.draw_geometry(rng, (image.height, image.width), scales=cfg.scales, max_size=cfg.max_size,
-                                      crop_scales=cfg.crop_scales, crop_range=cfg.crop_range, augment=cfg.augment)
+        geometry = self.draw_geometry(rng, (image.height, image.width))
         view, boxes, keep = data.apply_geometry(image, target["boxes_xyxy"][objects], geometry)
         if "colour" in cfg.augment:
             view = data.apply_photometric(view, data.draw_photometric(rng, data.COLOUR))

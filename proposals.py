@@ -56,7 +56,7 @@ from tqdm import tqdm
 import common
 import run
 from common import UserError
-from data import UnreadableImage, open_images
+from data import ImagePyramid, UnreadableImage, open_images
 from run import SkipCount
 
 FORMAT_VERSION = 1
@@ -637,11 +637,12 @@ class Proposals:
                                    cfg.seed, cfg.max_boxes)
         self.seed, self.store = cfg.seed, store
 
-    def __call__(self, image: Image.Image, index: int, epoch: int) -> np.ndarray:
+    def __call__(self, image: Image.Image | ImagePyramid, index: int, epoch: int) -> np.ndarray:
         """float32 [n, 4] xyxy px."""
         if self.store is not None:
             return self.store.boxes(index, (image.height, image.width))
-        return self.generator(image, image_seed(self.seed, epoch, index))
+        return self.generator(image.copy(1) if isinstance(image, ImagePyramid) else image,
+                              image_seed(self.seed, epoch, index))
 
 
 def open_proposals(cfg: ProposalConfig, source: Any) -> Proposals:

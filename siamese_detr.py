@@ -49,6 +49,7 @@ Deviations (paper / released code / here; in full in docs/methods/siamese_detr.m
     D17 DAB-, DN-DAB-Deformable DETR (Table 6): - / - / regions go into the content, no denoising in pretraining.
     D18 Matching, Eq. (18): - / a query may be matched to any region / as released (`--match_own`: to its own only).
     D19 Start: - / random / as released (`--standardized_start N`: common.standardize on N images, DETR's family).
+    D20 Large pictures: - / decoded whole / no finer than needed (data.ImagePyramid).
 
 Expected: the demo logs, from step 0 to its end, loss 16.6 -> 4.0, loss_bbox 0.80 -> 0.22, loss_feature 1.71 -> 0.14.
     Paper, Table 2 (VOC AP): 58.1, from scratch 49.9, UP-DETR 56.9, DETReg 57.5. Not rerun here: no ImageNet.
@@ -326,6 +327,8 @@ class TwoViewDataset(torch.utils.data.Dataset):
                  augment: bool = True):
         self.cfg, self.source, self.indices, self.proposals_of = cfg, source, indices, proposals_of
         self.scales = cfg.scales if augment else (max(cfg.scales),)
+        self.needs = data.Needs(functools.partial(data.view_needs, scales=self.scales, max_size=cfg.max_size,
+                                                  crop_scales=None), whole=getattr(proposals_of, "store", None) is None)
         self.jitter = cfg.box_jitter if augment else 0.0
         p = (0.8, 0.2, 0.5) if augment else (0, 0, 0)
         # as SimSiam (released)
@@ -334,7 +337,8 @@ class TwoViewDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def draw_views(self, rng: np.random.Generator, image: Image.Image, index: int, epoch: int) -> tuple:
+    def draw_views(self, rng: np.random.Generator, image: Image.Image | data.ImagePyramid, index: int, epoch: int
+                   ) -> tuple:
         """-> (the image resized and flipped, its view_boxes, size of a view, the usable_regions)."""
         cfg = self.cfg
         geometry = data.draw_geometry(rng, (image.height, image.width), scales=self.scales, max_size=cfg.max_size,
@@ -366,7 +370,7 @@ class TwoViewDataset(torch.utils.data.Dataset):
         skipped: list[str] = []
         for _ in range(11):
             original, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices,
-                                               min_side=16)
+                                               min_side=16, needs=self.needs)
             image, views, hw, usable = self.draw_views(rng, original, index, epoch)
             fallback = len(usable[0]) == 0
             if not fallback:

@@ -42,6 +42,7 @@ Deviations (paper / released code / here; in full in docs/methods/soco.md):
     D12 Random generators: - / those of Python, NumPy and torch, unseeded / one, from (seed, epoch, index).
     D13 Table 4 without FPN or head: - / no code / the mean of the RoI; not scale-aware: each level with itself.
     D14 Last BatchNorm of every residual block: - / starts at 0 / as released (`--zero_init_residual`).
+    D15 Large pictures: - / decoded whole / no finer than needed (data.ImagePyramid).
 
 Expected: the loss falls from about 0 towards -8 (SoCo*: -12, C4: -4), which is perfect agreement; there within a few
     hundred steps, the network has collapsed. Paper, Table 1 (Mask R-CNN FPN 1x, COCO): 42.3 / 37.6 after 100 epochs,
@@ -335,9 +336,9 @@ class View:
     flip: bool
 
 
-def apply_view(image: Image.Image, view: View, colours: dict[str, Any]) -> Tensor:
+def apply_view(image: Image.Image | data.ImagePyramid, view: View, colours: dict[str, Any]) -> Tensor:
     """Crop, squash, flip, colours (data.draw_photometric). [3, side, side]"""
-    cropped = data.resize(image.crop(view.crop), (view.side, view.side))
+    cropped = data.cut(image, view.crop, (view.side, view.side))
     if view.flip:
         cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return data.to_normalized_tensor(data.apply_photometric(cropped, colours))
@@ -368,6 +369,8 @@ class ObjectViewsDataset(torch.utils.data.Dataset):
         self.cfg, self.source, self.indices, self.proposals_of = cfg, source, indices, proposals_of
         self.separate = separate
         self.sides, self.crop_of_view = zip(*view_layout(cfg))
+        self.needs = data.Needs(functools.partial(data.crop_needs, side=max(self.sides), area=cfg.crop_area),
+                                whole=getattr(proposals_of, "store", None) is None)
         self.levels = 4 if cfg.pipeline == "fpn" and cfg.fpn else 1
         # BYOL's two pipelines; V1 has the first, all others the second (released)
         self.photometric = [data.Photometric(0.4, 0.4, 0.2, 0.1, p_jitter=0.8, p_gray=0.2, p_blur=1.0),
@@ -376,7 +379,7 @@ class ObjectViewsDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def propose(self, image: Image.Image, index: int, epoch: int) -> np.ndarray:
+    def propose(self, image: Image.Image | data.ImagePyramid, index: int, epoch: int) -> np.ndarray:
         """[n, 5], see usable_boxes."""
         if self.cfg.proposal_method == "whole":
             return inclusive_boxes(np.array([[0, 0, *image.size]]))
@@ -411,7 +414,8 @@ class ObjectViewsDataset(torch.utils.data.Dataset):
         epoch, position = key
         rng = data.sample_rng(self.cfg.seed, epoch, position)
         skipped: list[str] = []
-        image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices)
+        image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices,
+                                        needs=self.needs)
         boxes = self.propose(image, index, epoch)
         if self.separate:
             boxes = without_overlaps(boxes, rng)

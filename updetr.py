@@ -47,6 +47,7 @@ Deviations (paper / released code / here; in full in docs/methods/updetr.md):
     D14 `--proposal_method` (Siamese DETR, Table 4): - / - / the first M boxes of 8 pixels a side, then random patches.
     D15 Matching, Eq. (1): - / a query may be matched to any patch / as released (`--match_own`: to its own only).
     D16 Start: - / random / as released (`--standardized_start N`: common.standardize on N images, DETR's family).
+    D17 Large pictures: - / decoded whole / no finer than needed (data.ImagePyramid).
 
 Expected: at initialisation the full model's loss is about 48 (released). The demo logs, at step 0 and at its end, loss
     15.6 -> 8.7, loss_bbox 0.74 -> 0.52, loss_giou 0.91 -> 0.83, loss_feature 1.68 -> 0.05. Its table: docs/demos.md.
@@ -194,6 +195,8 @@ class PatchDataset(torch.utils.data.Dataset):
                  augment: bool = True):
         self.cfg, self.source, self.indices, self.proposals_of = cfg, source, indices, proposals_of
         self.scales = cfg.scales if augment else (max(cfg.scales),)
+        self.needs = data.Needs(functools.partial(data.view_needs, scales=self.scales, max_size=cfg.max_size,
+                                                  crop_scales=None), whole=True)
         p = (0.8, 0.2, 0.5) if augment and cfg.patch_colours else (0, 0, 0)
         # Sec. 4: as SimCLR; released strengths
         self.photometric = data.Photometric(0.4, 0.4, 0.4, 0.1, p_jitter=p[0], p_gray=p[1], p_blur=p[2])
@@ -201,7 +204,7 @@ class PatchDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def propose(self, image: Image.Image, index: int, epoch: int) -> np.ndarray:
+    def propose(self, image: Image.Image | data.ImagePyramid, index: int, epoch: int) -> np.ndarray:
         """The first M proposals of at least 8 pixels a side, as patches have: [m, 4] xyxy px, m <= M (D14)."""
         if self.proposals_of is None:
             return np.zeros((0, 4), np.int64)
@@ -213,7 +216,7 @@ class PatchDataset(torch.utils.data.Dataset):
         rng = data.sample_rng(cfg.seed, epoch, position)
         skipped: list[str] = []
         image, index = data.load_usable(self.source, int(self.indices[position]), rng, skipped, self.indices,
-                                        min_side=17)  # D11
+                                        min_side=17, needs=self.needs)  # D11
         hw = image.height, image.width
         proposed = self.propose(image, index, epoch)
         missing = cfg.num_patches - len(proposed)

@@ -4,6 +4,7 @@ for themselves.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py                       # both tables, 3 minutes
     python benchmarks/loader.py --methods soco dupr --images FOLDER --rounds 9 --list 0
+    python benchmarks/loader.py --large --per_round 8 --list 0          # of 12 megapixels, and without reduced copies
 
 CPU time of one thread, draws anew in every round, files in the page cache. Proposals are read from a store (ours) or
 from memory (baseline, where the released codes have them in files); DETReg's released loader searches them while it
@@ -183,8 +184,33 @@ def labels_file(folder: Path, source: data.ImageFiles) -> Path:
     return folder / "boxes.json"
 
 
-def ways_of(method: str, source: data.ImageFiles, work: Path) -> dict[str, Callable]:
-    """-> {way: (position, epoch) -> a sample}, ours first. Proposals are computed here."""
+def make_large(source: data.ImageFiles, folder: Path, grain: float) -> data.ImageFiles:
+    """The pictures resized to 12 megapixels, with noise of a standard deviation of `grain` grey levels."""
+    folder.mkdir()
+    for i in range(len(source)):
+        image = source.load(i)
+        side = (4000, 3000) if image.width >= image.height else (3000, 4000)
+        array = np.asarray(image.resize(side, Image.Resampling.BICUBIC)) + RNG.normal(0, grain, (side[1], side[0], 1))
+        Image.fromarray(array.clip(0, 255).astype(np.uint8)).save(folder / f"{i:04d}.jpg", quality=90)
+    return data.open_images(str(folder), None)
+
+
+def without_pyramid(way: Callable, position: int, epoch: int) -> dict:
+    kept, data.reduction = data.reduction, lambda *sizes: 1
+    try:
+        return way(position, epoch)
+    finally:
+        data.reduction = kept
+
+
+def ways_of(method: str, source: data.ImageFiles, work: Path, large: bool = False) -> dict[str, Callable]:
+    """-> {way: (position, epoch) -> a sample}, ours first. Proposals are computed here. large: searched on a small copy
+    whatever the method, and one way more, which decodes every picture whole."""
+    ways = _ways_of(method, source, work, large)
+    return ways | ({"ours, decoded whole": functools.partial(without_pyramid, ways["ours"])} if large else {})
+
+
+def _ways_of(method: str, source: data.ImageFiles, work: Path, large: bool) -> dict[str, Callable]:
     cfg = SCRIPTS[method].Config()
     everything = np.arange(len(source))
     paths = [source.root / key for key in source.keys]
@@ -199,7 +225,8 @@ def ways_of(method: str, source: data.ImageFiles, work: Path) -> dict[str, Calla
         boxes = [torch.from_numpy(record.boxes) for record in labelled.records]
         return {"ours": lambda i, epoch: ours[epoch, i],
                 "baseline": lambda i, epoch: detr_transform(Image.open(paths[i]).convert("RGB"), boxes[i], cfg)}
-    store = proposals.build_store(work / method, source, proposals.Proposals(cfg).generator, progress=False)
+    generator = proposals.Generator() if large else proposals.Proposals(cfg).generator
+    store = proposals.build_store(work / method, source, generator, progress=False)
     found = [store.boxes(i, Image.open(path).size[::-1]) for i, path in enumerate(paths)]
     if method == "soco":  # its file holds x, y, w, h in whole pixels
         found = [np.rint(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)).astype(np.int64)
@@ -221,7 +248,7 @@ def speed(args, source: data.ImageFiles, work: Path) -> None:
     device = torch.device("cpu")
     for method in args.methods:
         ways = {name: lambda way=way: [way(i, next(epochs)) for i in range(len(source))]
-                for name, way in ways_of(method, source, work).items()}
+                for name, way in ways_of(method, source, work, args.large).items()}
         seconds = interleave(ways, args.rounds, device, clock=time.process_time)
         per_s = {name: len(source) / median(s) for name, s in seconds.items()}
         rows += [[method, name, per_s["ours"], per_s[name], spread(ratios(seconds, name, "ours"))]
@@ -298,6 +325,9 @@ def main(argv: list[str] | None = None) -> None:
                         help="folder of pictures (default: ../shared/data/imagenet_sample, else drawn scenes)")
     parser.add_argument("--rounds", type=run.Count, default=5)
     parser.add_argument("--per_round", type=run.Images, default=24, help="images in a round, spread over the folder")
+    parser.add_argument("--large", action="store_true", help="the pictures resized to 12 megapixels")
+    parser.add_argument("--grain", type=run.NonNegative, default=0.0,
+                        help="with --large: standard deviation of noise on them, grey levels")
     parser.add_argument("--list", type=run.Natural, default=1_281_167, help="files of the long list; 0: no such part")
     parser.add_argument("--open", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -319,7 +349,8 @@ def main(argv: list[str] | None = None) -> None:
                     scenes.load(i).save(folder / f"{i:04d}.jpg", quality=95)
             everything = data.open_images(str(folder), None)
             chosen = np.linspace(0, len(everything) - 1, min(args.per_round, len(everything))).astype(int)
-            speed(args, data.ImageFiles(folder.name, everything.root, [everything.key(i) for i in chosen]), Path(work))
+            source = data.ImageFiles(folder.name, everything.root, [everything.key(i) for i in chosen])
+            speed(args, make_large(source, Path(work) / "large", args.grain) if args.large else source, Path(work))
     if args.list:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
             start_up(args.list, Path(folder))

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import tempfile
 import time
@@ -255,8 +256,19 @@ def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device:
     return {"ours": our_step, "transformers": their_step}
 
 
+def do_our_work(model: nn.Module, ours: nn.Module) -> None:
+    """torchvision's detector with what detectron2, and so ours, has otherwise: the multiple to which images are padded,
+    norms in the pyramid, samples of RoIAlign."""
+    model.transform.size_divisible = ours.transform.size_divisible
+    fpn, wanted = model.backbone.fpn, ours.backbone.fpn
+    fpn.inner_blocks, fpn.layer_blocks = copy.deepcopy((wanted.inner_blocks, wanted.layer_blocks))
+    if hasattr(model, "roi_heads"):
+        model.roi_heads.box_roi_pool.sampling_ratio = ours.roi_heads.box_roi_pool.sampling_ratio
+
+
 def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: torch.device, amp: str) -> dict[str, Any]:
-    """Forward, loss, backward and SGD of a detector of the R-CNN family, ResNet-50, all BatchNorm learning."""
+    """Forward, loss, backward and SGD of a detector of the R-CNN family, ResNet-50, all BatchNorm learning: ours,
+    torchvision's, and torchvision's that does our work (do_our_work)."""
     flags = ["--data", "coco", "--detector", name, "--backbone_weights", "random"]
     cfg = run.parse_config(finetune.Config, finetune.PRESETS, flags, script="finetune", description="",
                            recipe=finetune.recipe_of)
@@ -264,9 +276,11 @@ def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: tor
              "retinanet_fpn": "retinanet_resnet50_fpn", "fcos_fpn": "fcos_resnet50_fpn"}[name]
     first = rcnn.first_label(name)
     height, width = images.shape[-2:]
-    theirs = getattr(torchvision.models.detection, build)(
+    theirs, same = (getattr(torchvision.models.detection, build)(
         weights=None, weights_backbone=None, num_classes=91 + first, trainable_backbone_layers=5,
-        min_size=min(height, width), max_size=max(height, width))
+        min_size=min(height, width), max_size=max(height, width)) for _ in range(2))
+    ours = rcnn.build_rcnn(cfg, 91)
+    do_our_work(same, ours)
     wanted = []
     for t in targets:
         centre, size = t["boxes"].split(2, 1)
@@ -275,7 +289,7 @@ def rcnn_steps(name: str, images: torch.Tensor, targets: list[dict], device: tor
         if name == "mask_rcnn_fpn":
             wanted[-1]["masks"] = torch.ones(len(boxes), height, width, dtype=torch.uint8, device=device)
     steps = {}
-    for way, model in (("ours", rcnn.build_rcnn(cfg, 91)), ("torchvision", theirs)):
+    for way, model in (("ours", ours), ("torchvision", theirs), ("torchvision, our settings", same)):
         model = model.to(device).train()
         optimizer = (rcnn.build_sgd(cfg, model) if way == "ours"
                      else torch.optim.SGD(model.parameters(), 0.02, momentum=0.9))
@@ -305,13 +319,13 @@ def library_step(args: argparse.Namespace, argv: list[str]) -> None:
     build_steps = detector_steps if args.method in TRANSFORMERS else rcnn_steps
     steps = build_steps(args.method, images, targets, device, sizes.amp)
     seconds = measure.interleave(steps, args.rounds, device)
-    other = next(way for way in steps if way != "ours")
+    other = list(steps)[1]
     rows = [[way, measure.spread(seconds[way]), sizes.batch_size / measure.median(seconds[way]),
-             measure.spread(measure.ratios(seconds, other, way)), measure.peak_mib(steps[way], device)]
-            for way in steps]
+             *(measure.spread(measure.ratios(seconds, base, way)) for base in list(steps)[1:]),
+             measure.peak_mib(steps[way], device)] for way in steps]
     versions = {other: importlib.import_module(other).__version__}
     measure.report(f"{args.method}: forward, loss, backward, optimizer",
-                   ["way", "seconds", "images/s", f"{other} / way", "peak MiB"], rows,
+                   ["way", "seconds", "images/s", *(f"{base} / way" for base in list(steps)[1:]), "peak MiB"], rows,
                    measure.machine(device, batch_size=sizes.batch_size, size=str(tuple(sizes.size)), amp=sizes.amp,
                                    **versions))
 

@@ -175,7 +175,7 @@ def test_image(case, good, quick, tmp_path, monkeypatch, capsys):
     else:
         os.symlink(content, path) if isinstance(content, str) else path.write_bytes(content)
     seen, decode = {}, data.decode_image
-    monkeypatch.setattr(data, "decode_image", lambda p, *a: seen.setdefault(os.fspath(p), decode(p, *a)))
+    monkeypatch.setattr(data, "decode_image", lambda p, *a, **k: seen.setdefault(os.fspath(p), decode(p, *a, **k)))
     run.cli(lambda: proposals.main(["--data", str(folder), "--method", "random", "--out", str(tmp_path / "store")]))
     store = proposals.ProposalStore.open(tmp_path / "store")
     errors = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]

@@ -567,7 +567,7 @@ def test_labelled_samples_are_turned_and_recoloured_with_their_boxes_and_masks()
     mask[0, BOX[1]:BOX[3], BOX[0]:BOX[2]] = 1
     target = {"boxes_xyxy": torch.tensor([BOX], dtype=torch.float32), "labels": torch.tensor([2]),
               "crowd": torch.tensor([False])}
-    labelled = SimpleNamespace(load=lambda i: (Image.fromarray(array), target), masks=lambda i: mask)
+    labelled = SimpleNamespace(load=lambda i, needs: (Image.fromarray(array), target), masks=lambda i: mask)
 
     def dataset(*augment):
         cfg = finetune.Config(**SAME_SIZE, detector="mask_rcnn_fpn", augment=augment)
@@ -589,7 +589,7 @@ def test_labelled_samples_are_turned_and_recoloured_with_their_boxes_and_masks()
 
 def test_proposals_are_turned_and_patches_are_not():
     array, boxes = marked_picture(), np.float32([BOX, (50, 5, 85, 50)])
-    source = SimpleNamespace(load=lambda i: Image.fromarray(array))
+    source = SimpleNamespace(load=lambda i, needs: Image.fromarray(array))
 
     def dataset(*augment):
         cfg = detreg.Config(**SAME_SIZE, patch_size=16, augment=augment)

@@ -797,7 +797,7 @@ def test_samples_leave_crowds_out_and_keep_difficult_objects():
     boxes = torch.tensor([[4.0, 6, 24, 30], [0, 0, 60, 40], [30, 12, 44, 36]])
     target = {"boxes_xyxy": boxes, "labels": torch.tensor([1, 0, 2]), "crowd": torch.tensor([False, True, False]),
               "ignore": torch.tensor([False, True, True])}
-    labelled = SimpleNamespace(load=lambda i: (drawn(0)[0], target), __len__=lambda: 1)
+    labelled = SimpleNamespace(load=lambda i, needs: (drawn(0)[0], target), __len__=lambda: 1)
     cfg = finetune.Config(scales=(48,), max_size=100, crop_scales=())
     seen = set()
     for epoch in range(6):

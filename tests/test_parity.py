@@ -1989,7 +1989,7 @@ def moco_augmentation(case, arrays, _):
         [float(v) for v in re.findall(r"(?<![\w/])\d*\.?\d+(?![\w/])", text)] for _, text in order)
     cfg = dupr.Config()
     source = [data.Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))]
-    dataset = dupr.TwoCropsDataset(cfg, SimpleNamespace(load=lambda i: source[i]), np.arange(1))
+    dataset = dupr.TwoCropsDataset(cfg, SimpleNamespace(load=lambda i, needs: source[i]), np.arange(1))
     assert [cfg.image_size, *cfg.crop_area] == crop[:3]
     assert dataset.photometric == data.Photometric(*jitter[:4], p_jitter=jitter[4], p_gray=gray[0], p_blur=blur[2],
                                                    blur_radius=tuple(blur[:2]))

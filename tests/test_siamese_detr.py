@@ -189,7 +189,7 @@ class Pictures:
     def __len__(self):
         return len(self.images)
 
-    def load(self, i):
+    def load(self, i, needs=None):
         return self.images[i]
 
     def key(self, i):
@@ -317,7 +317,7 @@ def test_no_proposal_ends_in_random_boxes():
     loads = []
     for choice in ("top", "random"):
         dataset = views_of(*greys, boxes=TINY_BOX, region_choice=choice)
-        dataset.source.load = lambda i: loads.append(i) or greys[i]
+        dataset.source.load = lambda i, needs: loads.append(i) or greys[i]
         for epoch in range(4):
             loads.clear()
             sample = dataset[epoch, 1]
