@@ -324,7 +324,7 @@ class DUPR(nn.Module):
     @torch.no_grad()
     def encode_keys(self, views: list[Tensor], boxes: list[Tensor], flips: list[Tensor],
                     permutation: Tensor | None = None) -> list[dict[str, Tensor]]:
-        """Keys of view 2 of this process's micro-batches, Eq. (4): the key encoder on images mixed from all processes
+        """Keys of view 2 of this process's micro-batches: the key encoder on images mixed from all processes
         and micro-batches, so that its BatchNorm tells nothing about a query's batch (shuffle-BN, MoCo, Sec. 3.3).
 
         Boxes go with their images. With permutation None, or a single micro-batch in all, nothing is shuffled: it would
@@ -343,7 +343,7 @@ class DUPR(nn.Module):
             whole = {name: all_gather([part[name] for part in made]) for name in made[0]}
             made = [{name: e[order] for name, e in whole.items()}
                     for order in local_parts(permutation.argsort(), len(views))]
-        return [mirror_patches(part, f[:, 1]) for part, f in zip(made, flips)]
+        return [mirror_patches(part, f[:, 1]) for part, f in zip(made, flips)]  # Eq. (4): r_2
 
     @torch.no_grad()
     def enqueue(self, keys: dict[str, Tensor], positions: dict[str, Tensor]) -> None:

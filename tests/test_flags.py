@@ -222,8 +222,10 @@ def first_step(script: str, cfg: typing.Any) -> tuple[torch.nn.Module, dict[str,
     collate = getattr(module, "collate", data.collate)
     size = cfg.batch_size // cfg.accumulate
     batches = [collate([dataset[0, i] for i in range(start, start + size)]) for start in range(0, cfg.batch_size, size)]
-    if script in ("soco", "dupr"):
-        terms = module.train_step(cfg, model, optimizer, batches[0], 0.99 if script == "soco" else 0, CPU)
+    if script == "soco":
+        terms = module.train_step(cfg, model, optimizer, batches[0], 0.99, CPU)
+    elif script == "dupr":
+        terms = module.train_step(cfg, model, optimizer, batches, 0, CPU)
     else:
         terms = module.train_step(cfg, model, *step, optimizer, batches, CPU)
     return model, {name: value.item() for name, value in terms.items()}
