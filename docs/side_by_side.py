@@ -9,7 +9,7 @@ from typing import Any
 from sources import METHODS, Sources
 
 # Where a part of a training step begins.
-PARTS = {"Before the forward pass": "", "Forward": r"zero_grad\(\)", "Loss": r"= \w+_loss\(", "Step": r"\.backward\(\)"}
+PARTS = {"Before the forward pass": "", "Forward": r"zero_grad\(\)", "Loss": r"= \w+_loss\(", "Step": r"\bbackward\("}
 PAGE = """<p class="lead">Five training steps, part by part; lines that at least three of them have are pale.</p>
 <h2>Training steps</h2><div class="steps">{steps}</div>
 <h2>Knobs with different defaults</h2>

@@ -30,7 +30,7 @@ OBJECTS_OF = {  # with each script's default detector
     "updetr": {**DETR, "model": "updetr.UPDETR", "decoder": "common.DETRDecoder"},
     "siamese_detr": {**DETR, "model": "siamese_detr.SiameseDETR", "module": "siamese_detr.SiameseDETR",
                      "decoder": "common.ConditionalDecoder"},
-    "soco": {"model": "soco.SoCo", "module": "soco.SoCo", "neck": "soco.FPN", "encoder": "", "optimizer": "soco.LARS"},
+    "soco": {"model": "soco.SoCo", "module": "soco.SoCo", "neck": "soco.FPN", "encoder": "", "scaler": "soco.LARS"},
     "dupr": {"model": "dupr.DUPR", "module": "dupr.DUPR", "encoder_q": "dupr.Encoder", "encoder_k": "dupr.Encoder",
              "encoder": "", "queues": "dupr.Queue"},
 }
