@@ -51,7 +51,7 @@ from run import Parser, Positive, cli, print_rank0
 
 HERE = Path(__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "data"
-WORK = ROOT / "out" / "gpu"
+WORK = Path(tempfile.gettempdir()) / "gpu-data"  # on every machine: a store of proposals knows its images' paths
 EMPTY = "No GPU has been had: nothing was measured on one."
 MARKS = "<!-- gpu -->", "<!-- /gpu -->"  # around what --report writes
 METHODS = {"detreg": 24, "updetr": 32, "siamese_detr": 32, "soco": 128, "dupr": 32}  # images of a step: of one GPU of 8
@@ -187,28 +187,27 @@ def pack(folder: Path, shared: Path) -> None:
     """data.tar.xz: VOC's photographs (as JPEG of quality 70, 32 MiB instead of 62), ResNet-18, 48 pictures of
     imagenet_sample, the proposals of claims.py (OpenCV there may not find them); beside it WHEELS."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as work:
-        made = Path(work)
-        for source in (p for name in ("voc07", "weights") for p in (shared / name).rglob("*") if p.is_file()):
-            path = made / source.relative_to(shared)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".jpg":
-                Image.open(source).convert("RGB").save(path, quality=70, optimize=True)
-            else:
-                shutil.copyfile(source, path)
-        (made / "imagenet_sample").mkdir()
-        for source in sorted((shared / "imagenet_sample").rglob("*.JPEG"))[::8][:48]:
-            shutil.copyfile(source, made / "imagenet_sample" / source.name)
-        flags = argparse.Namespace(work=made / "claims", shared=made)
-        flags.work.mkdir()
-        claims.prepare(flags, [claims.LARGE])
-        store = next(r for r in claims.runs_of(claims.CLAIMS[0], claims.LARGE, range(1)) if r.script == "proposals")
-        compare.execute(store, flags.work, "cpu", 1, claims.places_of(flags))
-        result = json.loads((compare.folder(store, flags.work) / "result.json").read_text())
-        (flags.work / "results.jsonl").write_text(json.dumps(result) + "\n")
-        with tarfile.open(folder / "data.tar.xz", "w:xz", preset=3) as tar:
-            for name in ("voc07", "weights", "imagenet_sample", "claims"):
-                tar.add(made / name, name)
+    shutil.rmtree(WORK, ignore_errors=True)
+    for source in (p for name in ("voc07", "weights") for p in (shared / name).rglob("*") if p.is_file()):
+        path = WORK / source.relative_to(shared)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jpg":
+            Image.open(source).convert("RGB").save(path, quality=70, optimize=True)
+        else:
+            shutil.copyfile(source, path)
+    (WORK / "imagenet_sample").mkdir()
+    for source in sorted((shared / "imagenet_sample").rglob("*.JPEG"))[::8][:48]:
+        shutil.copyfile(source, WORK / "imagenet_sample" / source.name)
+    flags = argparse.Namespace(work=WORK / "claims", shared=WORK)
+    flags.work.mkdir()
+    claims.prepare(flags, [claims.LARGE])
+    store = next(r for r in claims.runs_of(claims.CLAIMS[0], claims.LARGE, range(1)) if r.script == "proposals")
+    compare.execute(store, flags.work, "cpu", 1, claims.places_of(flags))
+    result = json.loads((compare.folder(store, flags.work) / "result.json").read_text())
+    (flags.work / "results.jsonl").write_text(json.dumps(result) + "\n")
+    with tarfile.open(folder / "data.tar.xz", "w:xz", preset=3) as tar:
+        for name in ("voc07", "weights", "imagenet_sample", "claims"):
+            tar.add(WORK / name, name)
     platforms = [f"--platform=manylinux{v}_x86_64" for v in ("_2_28", "_2_27", "_2_17", "2014")]
     subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
                     "--python-version=3.12", *platforms, "-d", str(folder), *WHEELS], check=True)
@@ -217,20 +216,19 @@ def pack(folder: Path, shared: Path) -> None:
 
 
 def unpack(folder: Path, here: Path) -> Path:
-    """Where the data is: what `pack` has packed goes to out/gpu, its proposals to where claims.py looks for them."""
-    made = WORK
+    """Where the data is: WORK, if this is what `pack` has packed, whose proposals are then a finished run."""
     if not (folder / "data.tar.xz").exists():
         return folder
-    if not (made / "voc07").is_dir():
+    if not (WORK / "voc07").is_dir():
         with tarfile.open(folder / "data.tar.xz") as tar:
-            tar.extractall(made, filter="data")
+            tar.extractall(WORK, filter="data")
         for wheel in folder.glob("deformops*.whl"):
-            zipfile.ZipFile(wheel).extractall(made / "deformops")
+            zipfile.ZipFile(wheel).extractall(WORK / "deformops")
     results = here / "gpu-claims.jsonl"
-    for line in read(made / "claims" / "results.jsonl"):
+    for line in read(WORK / "claims" / "results.jsonl"):
         if line["key"] not in compare.read_results(results):
             add_line(results, line)
-    return made
+    return WORK
 
 
 # ==== 3. Report ====

@@ -67,8 +67,8 @@ def step_of(method, device, compiled=False, **values):
 @pytest.mark.parametrize("compiled", (False, True))
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_is_that_of_the_cpu(method, compiled, fp32):
-    """Losses to 1e-3, each gradient to 1 % of its norm; of sampling points to 10 %: some start on the border of a pixel,
-    where the gradient of their place jumps, and the CPU has another form. The steps draw no dropout."""
+    """Losses to 1e-3, gradients to 1 % of their norm; those of sampling points to 10 %: some start on the border of a
+    pixel, where the gradient of a place jumps, and the CPU has another form. The steps draw no dropout."""
     torch._dynamo.reset()
     (terms, gradients), (expected, others) = step_of(method, CUDA, compiled), step_of(method, torch.device("cpu"))
     assert terms == pytest.approx(expected, rel=1e-3, abs=1e-4)
