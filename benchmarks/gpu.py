@@ -73,17 +73,18 @@ class Part(NamedTuple):
 def parts_of(args: argparse.Namespace) -> list[Part]:
     on = ("--device", args.device)
     if args.tiny:
-        return [Part("tests", ("-m", "pytest", "-m", "cuda", "tests/test_cuda.py"), 60),
+        return [Part("tests", ("-m", "pytest", "-m", "cuda", "tests/test_cuda.py"), 120),
                 Part("step dupr", bench("train_step", "--method dupr --preset demo --rounds 1 --batch_size 2 "
-                                        "--data synthetic --synthetic_size 64 --ways ours bf16", *on), 60),
+                                        "--data synthetic --synthetic_size 64 --ways ours bf16", *on), 120),
                 Part("step detr off", bench("train_step", "--method detr --rounds 1 --size 64 96 --batch_size 1", *on),
-                     60),
-                Part("attention", bench("attention", "--rounds 1 --sizes 64x96", *on), 60),
-                Part("memory", bench("memory", "--methods updetr --ways bf16", *on), 60),
-                Part("loader", bench("loader", "--methods dupr --rounds 1 --per_round 2 --list 0"), 60),
-                Part("claims", bench("claims", "--scale gpu --only updetr-scratch --seeds 1 --list"), 60)]
+                     120),
+                Part("attention", bench("attention", "--rounds 1 --sizes 64x96", *on), 120),
+                Part("memory", bench("memory", "--methods updetr --ways bf16", *on), 120),
+                Part("loader", bench("loader", "--methods dupr --rounds 1 --per_round 2 --list 0"), 120),
+                Part("claims", bench("claims", "--scale gpu --only updetr-scratch --seeds 1 --list"), 120)]
     images = args.data / "imagenet_sample"
-    pictures = ("--data", str(images)) if images.is_dir() else ()
+    pictures = ("--data", *((str(images),) if images.is_dir() else (
+        "synthetic", "--synthetic_size", "448", "--synthetic_images", str(max(METHODS.values())))))
     sample = ("--images", str(images)) if images.is_dir() else ()
     here = args.results.resolve().parent
     fused = [("deformops", str(args.data / "deformops"))] if (args.data / "deformops").is_dir() else []
@@ -98,8 +99,9 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     attention = [Part("attention", bench("attention", "--rounds 5 --batch_sizes 2 16 --compile", *on), 60),
                  *(Part(f"attention {name}", bench("attention", "--rounds 5 --batch_sizes 2 16", *on), 45, path)
                    for name, path in fused)]
-    memory = [Part("memory", bench("memory", "--check 24 --ways bf16", "bf16, twice", *on, "--methods",
-                                   *METHODS, *DETECTORS[:4]), 120)]
+    memory = [Part(f"memory {name}", bench("memory", "--check 24 --ways", way, *on, "--methods", *METHODS,
+                                           *DETECTORS[:4]), 90) for name, way in (("bf16", "bf16"),
+                                                                                  ("twice", "bf16, twice"))]
     return [Part("tests", ("-m", "pytest", "-m", "cuda", "--tb=short", "-rf", "tests/test_cuda.py",
                            "tests/test_common.py", "tests/test_memory.py"), 150),
             *methods, *detectors[:6], *memory, *attention,
@@ -184,7 +186,7 @@ def run_all(parts: list[Part], args: argparse.Namespace) -> list[dict]:
 
 
 def pack(folder: Path, shared: Path) -> None:
-    """data.tar.xz: VOC's photographs (as JPEG of quality 70, 32 MiB instead of 62), ResNet-18, 48 pictures of
+    """data.tar.xz: VOC's photographs (as JPEG of quality 70, 32 MiB instead of 62), ResNet-18, some pictures of
     imagenet_sample, the proposals of claims.py (OpenCV there may not find them); beside it WHEELS."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(WORK, ignore_errors=True)
@@ -196,7 +198,7 @@ def pack(folder: Path, shared: Path) -> None:
         else:
             shutil.copyfile(source, path)
     (WORK / "imagenet_sample").mkdir()
-    for source in sorted((shared / "imagenet_sample").rglob("*.JPEG"))[::8][:48]:
+    for source in sorted((shared / "imagenet_sample").rglob("*.JPEG"))[::3][:max(METHODS.values())]:
         shutil.copyfile(source, WORK / "imagenet_sample" / source.name)
     flags = argparse.Namespace(work=WORK / "claims", shared=WORK)
     flags.work.mkdir()
