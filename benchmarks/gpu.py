@@ -107,8 +107,10 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
             *methods, *detectors[:6], *memory, *attention,
             Part("loader", bench("loader", "--rounds 3 --per_round 12 --list 0 --random_boxes", *sample), 60),
             *detectors[6:],
-            Part("claims", bench("claims", "--scale gpu --jobs 4 --seeds 2", *on, "--shared", str(args.data),
-                                 "--work", str(WORK / "claims"), "--results", str(here / "gpu-claims.jsonl")), 1800)]
+            *(Part(f"claims {name}", bench(  # detreg's probe searches: it needs OpenCV's contrib modules
+                "claims", f"--scale gpu --jobs 4 --seeds 2 --only {name}", *on, "--shared", str(args.data), "--work",
+                str(WORK / "claims"), "--results", str(here / "gpu-claims.jsonl")), 1800)
+              for name in ("updetr", "siamese", "detreg"))]
 
 
 def bench(script: str, flags: str, *more: str) -> tuple[str, ...]:
