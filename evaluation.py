@@ -536,7 +536,7 @@ def most_confident(logits: Tensor, boxes: Tensor, groups: int) -> tuple[Tensor, 
     """
     scores = logits.detach().cpu().softmax(-1)[..., :-1].max(-1).values.unflatten(1, (groups, -1))
     best, place = scores.max(-1)
-    index = place + torch.arange(groups) * scores.shape[-1]
+    index = place + torch.arange(groups, device=place.device) * scores.shape[-1]
     return best, boxes.detach().cpu().gather(1, index[..., None].expand(-1, -1, 4)), index
 
 

@@ -203,14 +203,15 @@ def without_pyramid(way: Callable, position: int, epoch: int) -> dict:
         data.reduction = kept
 
 
-def ways_of(method: str, source: data.ImageFiles, work: Path, large: bool = False) -> dict[str, Callable]:
+def ways_of(method: str, source: data.ImageFiles, work: Path, large: bool = False, random_boxes: bool = False
+            ) -> dict[str, Callable]:
     """-> {way: (position, epoch) -> a sample}, ours first. Proposals are computed here. large: searched on a small copy
     whatever the method, and one way more, which decodes every picture whole."""
-    ways = _ways_of(method, source, work, large)
+    ways = _ways_of(method, source, work, large, random_boxes)
     return ways | ({"ours, decoded whole": functools.partial(without_pyramid, ways["ours"])} if large else {})
 
 
-def _ways_of(method: str, source: data.ImageFiles, work: Path, large: bool) -> dict[str, Callable]:
+def _ways_of(method: str, source: data.ImageFiles, work: Path, large: bool, random_boxes: bool) -> dict[str, Callable]:
     cfg = SCRIPTS[method].Config()
     everything = np.arange(len(source))
     paths = [source.root / key for key in source.keys]
@@ -225,7 +226,8 @@ def _ways_of(method: str, source: data.ImageFiles, work: Path, large: bool) -> d
         boxes = [torch.from_numpy(record.boxes) for record in labelled.records]
         return {"ours": lambda i, epoch: ours[epoch, i],
                 "baseline": lambda i, epoch: detr_transform(Image.open(paths[i]).convert("RGB"), boxes[i], cfg)}
-    generator = proposals.Generator() if large else proposals.Proposals(cfg).generator
+    generator = (proposals.Generator("random") if random_boxes else proposals.Generator() if large
+                 else proposals.Proposals(cfg).generator)
     store = proposals.build_store(work / method, source, generator, progress=False)
     found = [store.boxes(i, Image.open(path).size[::-1]) for i, path in enumerate(paths)]
     if method == "soco":  # its file holds x, y, w, h in whole pixels
@@ -237,7 +239,7 @@ def _ways_of(method: str, source: data.ImageFiles, work: Path, large: bool) -> d
     ours = ours(cfg, source, everything, proposals.Proposals(cfg, store))
     ways = {"ours": lambda i, epoch: ours[epoch, i],
             "baseline": lambda i, epoch: baseline(paths[i], cfg, lambda image: found[i])}
-    if method == "detreg":
+    if method == "detreg" and not random_boxes:
         ways["baseline, online search"] = lambda i, epoch: baseline(paths[i], cfg, online_search)
     return ways
 
@@ -248,7 +250,7 @@ def speed(args, source: data.ImageFiles, work: Path) -> None:
     device = torch.device("cpu")
     for method in args.methods:
         ways = {name: lambda way=way: [way(i, next(epochs)) for i in range(len(source))]
-                for name, way in ways_of(method, source, work, args.large).items()}
+                for name, way in ways_of(method, source, work, args.large, args.random_boxes).items()}
         seconds = interleave(ways, args.rounds, device, clock=time.process_time)
         per_s = {name: len(source) / median(s) for name, s in seconds.items()}
         rows += [[method, name, per_s["ours"], per_s[name], spread(ratios(seconds, name, "ours"))]
@@ -328,6 +330,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--large", action="store_true", help="the pictures resized to 12 megapixels")
     parser.add_argument("--grain", type=run.NonNegative, default=0.0,
                         help="with --large: standard deviation of noise on them, grey levels")
+    parser.add_argument("--random_boxes", action="store_true", help="in the store: no search, which needs OpenCV's "
+                        "contrib modules")
     parser.add_argument("--list", type=run.Natural, default=1_281_167, help="files of the long list; 0: no such part")
     parser.add_argument("--open", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

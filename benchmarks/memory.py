@@ -1,13 +1,14 @@
 """What a training step keeps in memory: GiB per image, and how large a batch a card takes.
 
-    python benchmarks/memory.py [--methods detreg ...] [--ways fp32 bf16 ...] [--device cpu|cuda]
+    python benchmarks/memory.py [--methods detreg ...] [--ways fp32 bf16 ...] [--device cpu|cuda] [--check GB]
 
 A step of the default recipe, its images of the largest size that the recipe has, on two small batches; from them on
 the need is taken to be linear. Counted is what is held at most while gradients are computed: weights, frozen networks,
 queues, activations, gradients; and the optimizer's state. CUDA: what PyTorch's allocator says. CPU: the step's tensors
 without their numbers (FakeTensorMode: nothing is computed; the matcher's answer is made up), deformable attention by
 grid_sample, as a GPU has it; not in it are a library's workspace, and attention with dropout keeps more than on a GPU.
-SHARE of a card is taken to be usable.
+SHARE of a card is taken to be usable. --check: one step more, on the batch that fits a card of so many GB; CUDA: with
+no more memory than that.
 """
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ import argparse
 import contextlib
 import tempfile
 import weakref
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 from unittest import mock
 
 import measure  # first: it finds the project's files
@@ -32,7 +34,7 @@ import rcnn
 import run
 import train_step
 
-CARDS = (16, 24, 80)  # GB
+CARDS = (16, 24, 40, 80)  # GB
 SHARE = 0.9
 WAYS = {"fp32": {}, "bf16": {"amp": "bf16"}, "fp32, twice": {"checkpoint_activations": True},
         "bf16, twice": {"amp": "bf16", "checkpoint_activations": True}}
@@ -91,7 +93,7 @@ class Case:
         if getattr(self.cfg, "proposal_method", "none") != "none":
             flags += ["--proposal_method", "random"]
         _, dataset, collate = train_step.open_data(self.name, flags, folder)
-        batch = collate([dataset[0, i] for i in range(images)])
+        batch = collate([dataset[0, i % len(dataset)] for i in range(images)])
         return train_step.resized(batch, list(hw)) if "images" in batch else batch
 
     def standing(self) -> int:
@@ -164,11 +166,22 @@ def without_numbers(network: torch.nn.Module, fake: FakeTensorMode) -> torch.nn.
     return network
 
 
-def measured(name: str, way: str, folder: str, device: torch.device) -> tuple[Case, int, int, int, int]:
-    """The case after a step, images of the small batch, its peak_bytes, the same of the large one."""
+class Need(NamedTuple):
+    """Bytes of an image, and beside the images; --check: images of that step, what it took / what was fitted."""
+    each: float
+    beside: float
+    images: int | None = None
+    ratio: float | None = None
+
+    def fits(self, card: int) -> float:
+        """Images."""
+        return (SHARE * card * 1e9 - self.beside) / self.each
+
+
+def measured(name: str, way: str, folder: str, device: torch.device, check: int | None) -> tuple[Case, Need]:
     fake = FakeTensorMode(allow_non_fake_inputs=True) if device.type == "cpu" else contextlib.nullcontext()
     common.constant_tensor.cache_clear()
-    wrap, found = common.wrap_model, []
+    wrap = common.wrap_model
 
     def wrap_without_numbers(model: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
         return wrap(without_numbers(model, fake), *args, **options)
@@ -177,17 +190,42 @@ def measured(name: str, way: str, folder: str, device: torch.device) -> tuple[Ca
         case = Case(name, WAYS[way], device)
     for network in case.networks if device.type == "cpu" else ():
         without_numbers(network, fake)
-    for images in BATCHES.get(name, (1, 2)):
+
+    def peak(images: int) -> int:
         batch = case.batch(images, folder)
         if device.type == "cpu":  # but for what the step reads
             batch = {k: v if k == "valid" else tree_map_only(torch.Tensor, fake.from_tensor, v)
                      for k, v in batch.items()}
         with fake:
-            found += [images, peak_bytes(case, batch)]
+            return peak_bytes(case, batch)
+
+    few, many = BATCHES.get(name, (1, 2))
+    less, more = peak(few), peak(many)
     with fake:
         case.optimizer.step()
+    each = (more - less) / (many - few)
+    need = Need(each, case.standing() + less - few * each)
+    if check:
+        images = max(many, min(int(need.fits(check)), case.cfg.batch_size))
+        with allowed(check * 1e9, device):
+            taken = peak(images)
+        need = need._replace(images=images, ratio=taken / (less + (images - few) * each))
     common.constant_tensor.cache_clear()
-    return case, *found
+    return case, need
+
+
+@contextlib.contextmanager
+def allowed(size: float, device: torch.device) -> Iterator[None]:
+    """CUDA: no more than so many bytes may be taken."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device)
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def fitting(batch: int, least: int, images: float) -> str:
@@ -210,20 +248,20 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS),
                         help="twice: with --checkpoint_activations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--check", type=run.Count, metavar="GB", help="of a card: a step on as many images as fit")
     args = parser.parse_args()
     device, rows = torch.device(args.device), []
     if device.type == "cpu" and {*args.methods} & {*train_step.TORCHVISION}:
         raise common.UserError("the R-CNN family's step reads what it computes: only with --device cuda")
-    columns = ["method", "way", "image", "GiB per image", "GiB beside", *(f"{card} GB" for card in CARDS)]
+    columns = ["method", "way", "image", "GiB per image", "GiB beside", *(f"{card} GB" for card in CARDS),
+               "checked, images", "taken / fitted"]
     for name in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             for way in args.ways:
-                case, few, less, many, more = measured(name, way, folder, device)
-                each = (more - less) / (many - few)
-                beside = case.standing() + less - few * each
-                fits = [(SHARE * card * 1e9 - beside) / each for card in CARDS]
-                rows.append([name, way, "x".join(map(str, case.largest())), each / 2**30, beside / 2**30,
-                             *(fitting(case.cfg.batch_size, case.cfg.least_micro_batch, n) for n in fits)])
+                case, need = measured(name, way, folder, device, args.check)
+                rows.append([name, way, "x".join(map(str, case.largest())), need.each / 2**30, need.beside / 2**30,
+                             *(fitting(case.cfg.batch_size, case.cfg.least_micro_batch, need.fits(card))
+                               for card in CARDS), need.images, need.ratio])
                 print(*rows[-1], sep="  ", flush=True)
     measure.report("memory of a training step: batch / --accumulate on one card", columns, rows,
                    measure.machine(device, usable=SHARE))

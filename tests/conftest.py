@@ -38,6 +38,12 @@ def plain(value):
     return None if isinstance(value, float) and value != value else value
 
 
+def pytest_collection_modifyitems(items):
+    for item in () if torch.cuda.is_available() else items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """One thread: on tensors as small as here a second one only waits, and where other work shares the cores it
@@ -48,14 +54,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def run_processes(code: str, out: Path, world: int = 2, timeout: float = 180) -> None:
-    """`code` in `world` processes joined by gloo, as torchrun starts them, in the folder `out`."""
+def run_processes(code: str, out: Path, world: int = 2, timeout: float = 180, device: str = "cpu") -> None:
+    """`code` in `world` processes joined by gloo (CUDA: NCCL), as torchrun starts them, in the folder `out`."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     code = ("import torch, common\n"
             "torch.set_num_threads(1)\n"
-            f"assert common.setup_distributed('cpu').type == 'cpu' and common.world_size() == {world}\n"
+            f"assert common.setup_distributed({device!r}).type == {device!r} and common.world_size() == {world}\n"
             f"{code}\n"
             "torch.distributed.destroy_process_group()")
     processes = []

@@ -130,7 +130,7 @@ def test_deformable_attention_module(coordinates):
     np.testing.assert_allclose(module(query, reference, source, SHAPES, mask).detach().numpy(), expected, atol=2e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_deformable_attention_is_the_same_on_cuda():
     torch.manual_seed(0)
     shapes = [(7, 9), (4, 5)]

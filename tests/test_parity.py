@@ -44,6 +44,7 @@ import siamese_detr
 import soco
 import updetr
 
+SLACK = 1  # times the tolerances; more on a GPU (test_cuda.py)
 FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "parity")
 CASES = {f"{p.parent.name}/{p.stem}": p for p in sorted(FOLDER.rglob("*.json"))}
 KINDS = {}
@@ -88,7 +89,7 @@ def tensor(name, shape, seed):
 
 def close(actual, expected, atol, rtol=0.0, what=""):
     actual = actual.detach().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
-    np.testing.assert_allclose(actual, np.asarray(expected), atol=atol, rtol=rtol, err_msg=what)
+    np.testing.assert_allclose(actual, np.asarray(expected), atol=SLACK * atol, rtol=SLACK * rtol, err_msg=what)
 
 
 def close_samples(actual, arrays, name, atol, rtol=0.0):
@@ -1143,11 +1144,11 @@ def decoder_rounding(model, features, mask, rois):
     noise of that size (7e-7 of a feature's spread, measured against float64 on ResNet-50). 1e-6 in a well-conditioned
     network; the six deformable decoder layers of siam_r50_deform_ms_bs1 make 1e-3 of it, which is twice that case's
     tolerance: there even the float64 result is 1.2e-3 from the stored one."""
-    generator, moved = torch.Generator().manual_seed(0), {}
+    generator, moved = torch.Generator(rois.device).manual_seed(0), {}
     with torch.no_grad():
         exact = model.from_features(features, mask, rois)
         for _ in range(5):
-            noisy = [f + 7e-7 * f.std() * torch.randn(f.shape, generator=generator) for f in features]
+            noisy = [f + 7e-7 * f.std() * torch.randn(f.shape, generator=generator, device=f.device) for f in features]
             other = model.from_features(noisy, mask, rois)
             for ours, name in (("hs", "hs"), ("pred_logits", "pred_logits"), ("pred_boxes", "pred_boxes"),
                                ("pred_features", "pred_feature")):
