@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
-from torchvision.transforms import functional as TF  # not v2: it imports torch._dynamo, as slowly as torch itself
+from torchvision.transforms.v2 import functional as TF
 
 from common import UserError, rank, world_size
 from run import STOP_SIGNALS, Run, check_batch_size, loader_failure, print_rank0
@@ -871,7 +871,7 @@ def normalized_cxcywh(boxes_xyxy: Tensor, hw: tuple[int, int]) -> Tensor:
 
 # ==== 5. Colours: drawn, then applied ====
 
-_LEVELS = (torch.arange(256, dtype=torch.float32) * (1 / 255)).expand(3, 1, 256)  # transforms.v2's to_dtype
+_LEVELS = TF.to_dtype(torch.arange(256, dtype=torch.uint8).expand(3, 1, 256), torch.float32, scale=True)
 # [3, 1, 256]: what each of a channel's 256 values becomes
 _NORMALIZED_LEVELS = TF.normalize(_LEVELS, list(IMAGENET_MEAN), list(IMAGENET_STD)).numpy()
 

@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common import (MLP, Backbone, DeformableDETR, DeformableTransformer, Detector, DETR, DETRTransformer, SetCriterion,
-                    UserError, inverse_sigmoid, sine_embedding, to_device, world_size, xavier_init)
+from common import (MLP, Backbone, ConditionalDecoderLayer, DeformableDETR, DeformableTransformer, Detector, DETR,
+                    DETRTransformer, SetCriterion, UserError, inverse_sigmoid, sine_embedding, to_device, world_size,
+                    xavier_init)
 
 DETECTORS = Literal["detr", "conditional_detr", "deformable_detr_ss", "deformable_detr", "dab_deformable_detr",
                     "dn_deformable_detr"]
@@ -73,6 +74,43 @@ def norms_see_enough(cfg: Any, images: int, side: int) -> bool:
     learns = cfg.backbone_norm == "bn" and cfg.lr_backbone > 0
     stride = 32 if "deformable" in cfg.detector else cfg.stride
     return not learns or images > world_size() * cfg.accumulate or side > stride
+
+
+def align_start(detector: Detector, to_query: nn.Linear) -> None:
+    """Let a random DETR or Conditional DETR compare queries with the image from the first step: features enter queries
+    as they enter the encoder, and the decoder's keys start as its queries do. Not part of any paper: without it a model
+    of the demos' size still answered the same for any image after 600 steps. Deformable DETR compares no keys and is
+    left as it is. to_query: features [.., C] -> query content."""
+    if not isinstance(detector, DETR):
+        return
+    with torch.no_grad():
+        to_query.weight.copy_(detector.input_proj.weight[:, :, 0, 0])
+        to_query.bias.copy_(detector.input_proj.bias)
+        detector.query_embed.weight.mul_(0.1)  # what a query asks for outweighs which query it is
+        for layer in detector.transformer.decoder.layers:
+            if isinstance(layer, ConditionalDecoderLayer):
+                query = layer.ca_qcontent_proj.weight
+                keys = [layer.ca_kcontent_proj.weight]
+                keys += [layer.ca_qpos_proj.weight] if layer.ca_qpos_proj is not None else []
+            else:
+                query, *keys = layer.multihead_attn.in_proj_weight.chunk(3)[:2]
+            query.mul_(2)  # attention sharp enough to see a difference
+            for key in keys:
+                key.copy_(query)
+
+
+@torch.no_grad()
+def standardize(layer: nn.Linear | nn.Conv2d, features: Tensor) -> None:
+    """Data-dependent start: change the weights of `layer` (a 1 x 1 convolution, if one) so that it does to its input
+    what it did to an input of mean 0 and deviation 1 per channel. features [n, C]: a sample of that input.
+
+    What leaves a ReLU has a mean larger than its differences: a random layer maps all of it to nearly one direction,
+    and in attention every key matches every query. A channel that hardly varies is not blown up.
+    """
+    deviation, mean = torch.std_mean(features.float(), 0)
+    weight = layer.weight.flatten(1) / deviation.clamp(min=0.1 * deviation.mean())
+    layer.bias.sub_(weight @ mean)
+    layer.weight.copy_(weight.view_as(layer.weight))
 
 
 # ==== 2. DAB-Deformable DETR ====

@@ -44,11 +44,11 @@ Deviations (paper / released code / here; in full in docs/methods/siamese_detr.m
     D12 Box jitter: "following [33]" / width x (0.2 sigmoid(N(0, 1)) - 0.1), for the RoIs only / as released.
     D13 R-O (Table 3, c): target z1 / - / z1 of the unjittered box, without gradient.
     D14 BatchNorm in L_g: - / of all processes / so on CUDA, of each process on CPU; 2 images per process at least.
-    D15 Demo only: `--aligned_start` (common.align_start).
+    D15 Demo only: `--aligned_start` (detectors.align_start).
     D16 Edges: - / OpenCV's structured forest, its file apart / without `--edge_model` ours, which the log says.
     D17 DAB-, DN-DAB-Deformable DETR (Table 6): - / - / regions go into the content, no denoising in pretraining.
     D18 Matching, Eq. (18): - / a query may be matched to any region / as released (`--match_own`: to its own only).
-    D19 Start: - / random / as released (`--standardized_start N`: common.standardize on N images, DETR's family).
+    D19 Start: - / random / as released (`--standardized_start N`: detectors.standardize; not Deformable DETR).
     D20 Large pictures: - / decoded whole / no finer than needed (data.ImagePyramid).
 
 Expected: the demo logs, from step 0 to its end, loss 16.6 -> 4.0, loss_bbox 0.80 -> 0.22, loss_feature 1.71 -> 0.14.
@@ -101,7 +101,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     match_own: bool = False  # a query may be matched only to the region that it carries (D18)
     multi_view: bool = True  # queries of one view look into the other; off: into their own (Table 3, single-view)
     aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D15)
-    standardized_start: Natural = 0  # first weights see features less their mean over so many images (D19); 0 = off
+    standardized_start: Natural = 0  # images that say how the first weights standardise features (D19); 0 = off
     region_target: Literal["crop", "object", "none"] = "crop"  # what L_r draws to: p, z, nothing (Table 3: R-C, R-O)
     feature_target: Literal["current", "start"] = "current"  # the backbone that describes crops: as it is, or as it was
     shared_queries: bool = False  # queries of image 0 for the whole batch, as released for Deformable DETR (D8)
@@ -511,7 +511,7 @@ def build_models(cfg: Config) -> tuple[SiameseDETR, nn.Module | None]:
                         global_width=cfg.hidden_dim if cfg.lambda_global > 0 else 0,
                         multi_view=cfg.multi_view, shared_queries=cfg.shared_queries)
     if cfg.aligned_start:
-        common.align_start(detector, model.patch2query)
+        detectors.align_start(detector, model.patch2query)
     return model, target_backbone
 
 
@@ -524,8 +524,8 @@ def standardize_start(cfg: Config, model: SiameseDETR, train_set: TwoViewDataset
         features = backbone(torch.stack(sample["views"]).to(device))
         maps.append(features[-1].flatten(2).transpose(1, 2).flatten(0, 1))  # [2*H*W, C]
         regions.append(model.region_features(features, sample["rois"].to(device)).flatten(0, 1))  # [2n, C]
-    common.standardize(model.detector.input_proj, torch.cat(maps))
-    common.standardize(model.patch2query, torch.cat(regions))
+    detectors.standardize(model.detector.input_proj, torch.cat(maps))
+    detectors.standardize(model.patch2query, torch.cat(regions))
 
 
 # ==== 4. Loss ====
@@ -711,7 +711,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     proposals_of = proposals.Proposals(cfg) if online else proposals.open_proposals(cfg, source)
     train_set = TwoViewDataset(cfg, source, indices, proposals_of)
     model, target_backbone = (m.to(device) if m else None for m in build_models(cfg))
-    if cfg.standardized_start:
+    if cfg.standardized_start and job.start == 0:
         standardize_start(cfg, model, train_set, device)
     optimizer, criterion = common.build_optimizer(cfg, model), build_criterion(cfg)
     job.restore(model, optimizer, target=target_backbone)

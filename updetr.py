@@ -43,10 +43,10 @@ Deviations (paper / released code / here; in full in docs/methods/updetr.md):
     D10 Target of Eq. (2), backbone learning: - / the current feature, with gradient / so (`--feature_target`).
     D11 Images of at most 16 pixels a side: - / the next image / another one is drawn, the file is named and counted.
     D12 Scales 320..480 in steps of 16: - / 384 is missing / as released.
-    D13 Demo only: `--aligned_start` (common.align_start), and patches in their own colours.
+    D13 Demo only: `--aligned_start` (detectors.align_start), and patches in their own colours.
     D14 `--proposal_method` (Siamese DETR, Table 4): - / - / the first M boxes of 8 pixels a side, then random patches.
     D15 Matching, Eq. (1): - / a query may be matched to any patch / as released (`--match_own`: to its own only).
-    D16 Start: - / random / as released (`--standardized_start N`: common.standardize on N images, DETR's family).
+    D16 Start: - / random / as released (`--standardized_start N`: detectors.standardize; not Deformable DETR).
     D17 Large pictures: - / decoded whole / no finer than needed (data.ImagePyramid).
 
 Expected: at initialisation the full model's loss is about 48 (released). The demo logs, at step 0 and at its end, loss
@@ -97,7 +97,7 @@ class Config(run.ProbeConfig, proposals.ProposalConfig, run.RunConfig):
     reconstruction: bool = True  # L_rec, Eq. (2), Table 4
     patch_colours: bool = True  # change the colours of the query patches (Sec. 4)
     aligned_start: bool = False  # begin with queries and keys that can be compared (demo; D13)
-    standardized_start: Natural = 0  # first weights see features less their mean over so many images (D16); 0 = off
+    standardized_start: Natural = 0  # images that say how the first weights standardise features (D16); 0 = off
     feature_target: Literal["current", "start"] = "current"  # L_rec's backbone: as it is, or as it was (D10)
     # model
     detector: detectors.DETECTORS = "detr"  # what is pretrained (Siamese DETR, Tables 1 and 2)
@@ -305,7 +305,7 @@ def build_models(cfg: Config) -> tuple[UPDETR, nn.Module | None]:
         target_backbone = copy.deepcopy(backbone).requires_grad_(False).eval()
     model = UPDETR(detector, cfg.num_patches, cfg.attention_mask, cfg.reconstruction and cfg.lambda_rec > 0)
     if cfg.aligned_start:
-        common.align_start(detector, model.patch2query)
+        detectors.align_start(detector, model.patch2query)
     return model, target_backbone
 
 
@@ -317,8 +317,8 @@ def standardize_start(cfg: Config, model: UPDETR, train_set: PatchDataset, devic
         sample = train_set[0, position]
         maps.append(backbone(sample["image"][None].to(device))[-1][0].flatten(1).T)  # [H*W, C]
         patches.append(patch_features(backbone, sample["target"]["patches"][None].to(device))[0])  # [M, C]
-    common.standardize(model.detector.input_proj, torch.cat(maps))
-    common.standardize(model.patch2query, torch.cat(patches))
+    detectors.standardize(model.detector.input_proj, torch.cat(maps))
+    detectors.standardize(model.patch2query, torch.cat(patches))
 
 
 # ==== 4. Loss ====
@@ -456,7 +456,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     proposals_of = None if cfg.proposal_method == "none" else proposals.open_proposals(cfg, source)
     train_set = PatchDataset(cfg, source, indices, proposals_of)
     model, target_backbone = (m.to(device) if m else None for m in build_models(cfg))
-    if cfg.standardized_start:
+    if cfg.standardized_start and job.start == 0:
         standardize_start(cfg, model, train_set, device)
     optimizer, criterion = common.build_optimizer(cfg, model), build_criterion(cfg)
     job.restore(model, optimizer, target=target_backbone)

@@ -167,15 +167,15 @@ def claims() -> list[Claim]:
               (SYNTHETIC, FEW)),
         Claim("detreg-ar10", pretext("DETReg", "detreg", "pretrained/AR10"),
               pretext("selective search", "detreg", "selective_search/AR10"), (*BOTH, FEW)),
-        Claim("updetr-looks", pretext("own group, start", "updetr", "last looking"),
+        Claim("updetr-looks", pretext("adapted", "updetr", "last looking"),
               pretext("as published", "updetr", "last looking", PUBLISHED), (VOC, LARGE)),
         Claim("updetr-scratch", after("UP-DETR", "updetr"), scratch("updetr"), (*BOTH, VOC, LARGE)),
-        Claim("updetr-start", after("UP-DETR", "updetr"), after("its start", "updetr", UNTRAINED), (VOC, LARGE)),
+        Claim("updetr-start", after("UP-DETR", "updetr"), after("one step", "updetr", UNTRAINED), (VOC, LARGE)),
         Claim("updetr-speed", after("UP-DETR", "updetr", path="mean AP"), scratch("updetr", "mean AP"), (*BOTH, VOC)),
-        Claim("siamese-looks", pretext("own group, start", "siamese_detr", "last looking"),
+        Claim("siamese-looks", pretext("adapted", "siamese_detr", "last looking"),
               pretext("as published", "siamese_detr", "last looking", PUBLISHED), (VOC, LARGE)),
         Claim("siamese-scratch", after("Siamese DETR", "siamese_detr"), scratch("siamese_detr"), (*BOTH, VOC, LARGE)),
-        Claim("siamese-start", after("Siamese DETR", "siamese_detr"), after("its start", "siamese_detr", UNTRAINED),
+        Claim("siamese-start", after("Siamese DETR", "siamese_detr"), after("one step", "siamese_detr", UNTRAINED),
               (VOC, LARGE)),
         Claim("siamese-views", after("multi-view R-C G", "siamese_detr"),
               after("single-view R-O", "siamese_detr", "--multi_view false --region_target object --lambda_global 0"),
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> list[Comparison]:
     compare.add_flags(parser, "5 for what is judged, 3 for the rest")
     args = parser.parse_args(argv)
     args.work, args.shared = args.work.resolve(), args.shared.resolve()
-    compare.apart(args)
+    compare.separate_trial(args)
     args.data = args.data or SCALES[args.scale]
     chosen = [c for c in CLAIMS if not args.only or c.name.startswith(tuple(args.only))]
     if not chosen:

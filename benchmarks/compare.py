@@ -127,14 +127,26 @@ def commit() -> str:
     return ""
 
 
-def read_results(path: Path) -> dict[str, dict]:
-    """Finished runs by their key; a line that a kill cut in two is no run."""
-    found = {}
+def read_lines(path: Path) -> list[dict]:
+    """Those of a file of JSON lines that a kill has not cut in two."""
+    found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            result = json.loads(line)
-            found[result["key"]] = result
+            found.append(json.loads(line))
     return found
+
+
+def add_line(path: Path, line: dict) -> None:
+    """One more, also behind a line that a kill has cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut = path.exists() and not path.read_text().endswith("\n")
+    with open(path, "a") as file:
+        file.write("\n" * cut + json.dumps(line) + "\n")
+
+
+def read_results(path: Path) -> dict[str, dict]:
+    """Finished runs by their key."""
+    return {result["key"]: result for result in read_lines(path)}
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
@@ -170,10 +182,6 @@ def run_all(runs: list[Run], args: argparse.Namespace, places: dict[str, str] = 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs = args.jobs or (os.cpu_count() if common.setup_distributed(args.device).type == "cpu" else 1)
     cores = max(1, os.cpu_count() // jobs)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    if args.results.exists() and not args.results.read_text().endswith("\n"):  # a kill cut its last line
-        with open(args.results, "a") as file:
-            file.write("\n")
     bar = progress(range(len(todo)), total=len(todo), desc="runs")
     waiting, running = list(todo), {}
     done = {run.key for run in in_order(todo)} - {run.key for run in todo}
@@ -194,8 +202,7 @@ def run_all(runs: list[Run], args: argparse.Namespace, places: dict[str, str] = 
                 bar.update()
                 if run.key not in results:
                     results[run.key] = json.loads((folder(run, work) / "result.json").read_text())
-                    with open(args.results, "a") as file:
-                        file.write(json.dumps(results[run.key]) + "\n")
+                    add_line(args.results, results[run.key])
                 if later is not None:
                     delete_unneeded([r for r in todo if r.key in done], work, [
                         *(r for r in todo if r.key not in done), *(r for r in later if r.key not in results)])
@@ -361,7 +368,7 @@ def add_flags(parser: Parser, seeds: str) -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, write the report")
 
 
-def apart(args: argparse.Namespace) -> None:
+def separate_trial(args: argparse.Namespace) -> None:
     """Of a trial (--max_steps): its own runs and results."""
     if args.max_steps:
         args.work = args.work / "trial"
@@ -383,7 +390,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, list[Ru
     add_flags(parser, "3")
     args = parser.parse_args(argv)
     args.work, args.results = args.out.resolve() / "runs", args.out / "runs.jsonl"
-    apart(args)
+    separate_trial(args)
     arms = dict(arm_of(text, args) for text in args.arm)
     if len(arms) < len(args.arm):
         raise UserError("--arm: two have the same name")

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import claims  # first: it finds the project's files
 import compare
-from compare import ROOT
+from compare import ROOT, add_line, read_lines
 
 import torch
 from PIL import Image
@@ -99,9 +99,8 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     attention = [Part("attention", bench("attention", "--rounds 5 --batch_sizes 2 16 --compile", *on), 60),
                  *(Part(f"attention {name}", bench("attention", "--rounds 5 --batch_sizes 2 16", *on), 45, path)
                    for name, path in fused)]
-    memory = [Part(f"memory {name}", bench("memory", "--check 24 --ways", way, *on, "--methods", *METHODS,
-                                           *DETECTORS[:4]), 90) for name, way in (("bf16", "bf16"),
-                                                                                  ("twice", "bf16, twice"))]
+    memory = [Part(f"memory {way}", bench("memory", "--check 24 --ways", way, *on, "--methods", *METHODS,
+                                          *DETECTORS[:4]), 90) for way in ("bf16", "bf16, checkpointed")]
     return [Part("tests", ("-m", "pytest", "-m", "cuda", "--tb=short", "-rf", "tests/test_cuda.py",
                            "tests/test_common.py", "tests/test_memory.py"), 150),
             *methods, *detectors[:6], *memory, *attention,
@@ -151,23 +150,12 @@ def parsed(line: str) -> dict:
         return {}
 
 
-def read(path: Path) -> list[dict]:
-    return [found for line in (path.read_text().splitlines() if path.exists() else ()) if (found := parsed(line))]
-
-
-def add_line(path: Path, line: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut = path.exists() and not path.read_text().endswith("\n")  # its last line, by a kill
-    with open(path, "a") as file:
-        file.write("\n" * cut + json.dumps(line) + "\n")
-
-
 def run_all(parts: list[Part], args: argparse.Namespace) -> list[dict]:
     """Lines of the parts that there was time for. Done is what ended well for this commit on this device."""
     end = time.time() + 60 * args.minutes
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     facts = {"device": device, "torch": torch.__version__, "commit": args.commit or compare.commit()}
-    done = set() if args.again else {line["part"] for line in read(args.results) if line["rc"] == 0
+    done = set() if args.again else {line["part"] for line in read_lines(args.results) if line["rc"] == 0
                                      and all(line[k] == v for k, v in facts.items())}
     args.results.parent.mkdir(parents=True, exist_ok=True)  # the log is there too
     lines = []
@@ -229,7 +217,7 @@ def unpack(folder: Path, here: Path) -> Path:
         for wheel in folder.glob("deformops*.whl"):
             zipfile.ZipFile(wheel).extractall(WORK / "deformops")
     results = here / "gpu-claims.jsonl"
-    for line in read(WORK / "claims" / "results.jsonl"):
+    for line in read_lines(WORK / "claims" / "results.jsonl"):
         if line["key"] not in compare.read_results(results):
             add_line(results, line)
     return WORK
@@ -313,7 +301,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         pack(args.pack, args.data)
         return []
     if args.report:
-        write_report(read(args.results))
+        write_report(read_lines(args.results))
         return []
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("no GPU here; --device cpu --tiny tries whether it runs")

@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
                 for i in range(len(scenes)):
                     scenes.load(i).save(folder / f"{i:04d}.jpg", quality=95)
             everything = data.open_images(str(folder), None)
-            chosen = np.linspace(0, len(everything) - 1, min(args.per_round, len(everything))).astype(int)
+            chosen = data.evenly_spread(len(everything), args.per_round)
             source = data.ImageFiles(folder.name, everything.root, [everything.key(i) for i in chosen])
             speed(args, make_large(source, Path(work) / "large", args.grain) if args.large else source, Path(work))
     if args.list:

@@ -36,8 +36,8 @@ import train_step
 
 CARDS = (16, 24, 40, 80)  # GB
 SHARE = 0.9
-WAYS = {"fp32": {}, "bf16": {"amp": "bf16"}, "fp32, twice": {"checkpoint_activations": True},
-        "bf16, twice": {"amp": "bf16", "checkpoint_activations": True}}
+WAYS = {"fp32": {}, "bf16": {"amp": "bf16"}, "fp32, checkpointed": {"checkpoint_activations": True},
+        "bf16, checkpointed": {"amp": "bf16", "checkpoint_activations": True}}
 # The two batches. Siamese DETR: BatchNorm needs two images; DUPR: from 11 on its logits take the same room
 # (--logit_rows).
 BATCHES = {"siamese_detr": (2, 3), "soco": (2, 4), "dupr": (12, 16)}
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*train_step.LOSS, *DETECTORS],
                         default=[*train_step.LOSS, *train_step.TRANSFORMERS])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS),
-                        help="twice: with --checkpoint_activations")
+                        help="checkpointed: --checkpoint_activations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--check", type=run.Count, metavar="GB", help="of a card: a step on as many images as fit")
     args = parser.parse_args()

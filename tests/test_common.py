@@ -351,7 +351,7 @@ def test_a_query_sees_what_the_mask_lets_it_see(name):
 def test_aligned_start(name):
     model = detectors.build_detector(small_config(updetr.Config, detector=name, num_feature_levels=1), 3, focal=False)
     to_query, before = nn.Linear(512, 64), {k: v.clone() for k, v in model.state_dict().items()}
-    common.align_start(model, to_query)
+    detectors.align_start(model, to_query)
     after = model.state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     if name.startswith("deformable"):
@@ -390,7 +390,7 @@ def test_standardized_weights_do_to_features_what_they_did_to_standardised_ones(
     linear, conv = nn.Linear(6, 4), nn.Conv2d(6, 4, 1)
     expected = linear(standard), conv(standard.T[None, :, :, None])
     for layer in (linear, conv):
-        common.standardize(layer, features)
+        detectors.standardize(layer, features)
     torch.testing.assert_close(linear(features), expected[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(conv(features.T[None, :, :, None]), expected[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(linear(features).mean(0), linear(mean), atol=1e-5, rtol=1e-4)

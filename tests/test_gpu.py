@@ -24,7 +24,7 @@ def test_parts_are_recorded_as_they_come(tmp_path, capsys):
              gpu.Part("good", ("-c", f"{seen}; print('{{\"columns\": [\"a\"], \"rows\": [[1]]}}\\n{{\"rows')"), 20)]
     lines = gpu.run_all(parts, args_of(tmp_path))
     assert [(line["part"], line["rc"]) for line in lines] == [("fails", 3), ("late", 124), ("good", 0)]
-    assert lines == gpu.read(tmp_path / "gpu.jsonl") and lines[0]["last"] == ["why"]
+    assert lines == gpu.read_lines(tmp_path / "gpu.jsonl") and lines[0]["last"] == ["why"]
     assert lines[2]["numbers"] == [{"columns": ["a"], "rows": [[1]]}] and lines[2]["seconds"] < 20
     log = (tmp_path / "gpu.log").read_text()
     assert "==== fails: -c" in log and "\ntold\n" in log and "\n2\n" in log
@@ -33,7 +33,7 @@ def test_parts_are_recorded_as_they_come(tmp_path, capsys):
     again = gpu.run_all([parts[2], parts[0]], args_of(tmp_path, minutes=0.2))
     assert again == [] and "good                     done before" in capsys.readouterr().out
     assert [line["part"] for line in gpu.run_all(parts[:1], args_of(tmp_path))] == ["fails"]
-    assert gpu.read(tmp_path / "gpu.jsonl")[-1]["part"] == "fails"
+    assert gpu.read_lines(tmp_path / "gpu.jsonl")[-1]["part"] == "fails"
 
 
 def line_of(part, columns, rows, rc=0, last=(), device="NVIDIA X", **facts):
@@ -69,7 +69,7 @@ def test_what_is_committed_is_what_was_measured(tmp_path):
     (tmp_path / "docs").mkdir()
     for name in ("README.md", "docs/speed.md"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    gpu.write_report(gpu.read(ROOT / "benchmarks" / "gpu.jsonl"), tmp_path)
+    gpu.write_report(gpu.read_lines(ROOT / "benchmarks" / "gpu.jsonl"), tmp_path)
     for name in ("README.md", "docs/speed.md"):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name}: python benchmarks/gpu.py --report"
 
