@@ -20,6 +20,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -33,7 +34,7 @@ from common import Backbone, can_fuse
 
 
 class PaddingTransform(GeneralizedRCNNTransform):
-    """Pads images, which come resized and normalised, to a multiple of the largest stride. Detections stay in these
+    """Pads images, which come resized and normalised, to a multiple of size_divisible. Detections stay in these
     pixels."""
 
     def __init__(self, size_divisible: int):
@@ -50,8 +51,19 @@ class PaddingTransform(GeneralizedRCNNTransform):
 
 
 class Anchors(AnchorGenerator):
-    """Anchors [ratios (h / w) * scales, 4] with exact corners, as detectron2's; torchvision rounds (46 x 22 for
-    45.25 x 22.63)."""
+    """Anchors [ratios (h / w) * scales, 4] with exact corners, `strides` pixels apart, as detectron2's. torchvision
+    rounds corners (46 x 22 for 45.25 x 22.63) and divides the image by the map (61 for 64, where the map is rounded
+    up)."""
+
+    def __init__(self, sizes: tuple[tuple[float, ...], ...], ratios: tuple[tuple[float, ...], ...],
+                 strides: tuple[int, ...]):
+        super().__init__(sizes, ratios)
+        self.strides = strides
+
+    def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:
+        self.set_cell_anchors(maps[0].dtype, maps[0].device)
+        steps = [(stride, stride) for stride in self.strides]
+        return [torch.cat(self.grid_anchors([m.shape[-2:] for m in maps], steps))] * len(images.image_sizes)
 
     def generate_anchors(self, scales, aspect_ratios, dtype: torch.dtype = torch.float32,
                          device: torch.device = torch.device("cpu")) -> Tensor:
@@ -228,14 +240,15 @@ def one_stage(cfg: Any, backbone: Backbone, classes: int, sizes: list[int]) -> n
     pyramid = BackboneWithFPN(backbone.body, {"layer2": "0", "layer3": "1", "layer4": "2"}, backbone.num_channels[1:],
                               cfg.fpn_channels, top, nn.BatchNorm2d)
     limits = {"score_thresh": cfg.score_threshold, "detections_per_img": cfg.detections_per_image}
+    strides = (8, 16, 32, 64, 128)
     if retinanet:
         top.use_P5 = False  # torchvision guesses it from the widths
-        anchors = Anchors(tuple((s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in sizes), (RATIOS,) * 5)
+        anchors = Anchors(tuple((s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in sizes), (RATIOS,) * 5, strides)
         model = RetinaNet(pyramid, classes, anchor_generator=anchors, **limits)
     else:
-        anchors = Anchors(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5)
+        anchors = Anchors(tuple((s,) for s in strides), ((1.0,),) * 5, strides)
         model = FCOS(pyramid, classes, anchor_generator=anchors, **limits)
-    model.transform = PaddingTransform(128)
+    model.transform = PaddingTransform(32)
     model.head.register_forward_hook(float_output)
     return model
 
@@ -254,8 +267,9 @@ def fpn_rcnn(cfg: Any, backbone: Backbone, rows: int, sizes: list[int]) -> Gener
         mask_parts = {"mask_roi_pool": AlignedRoIAlign(strides, 14),
                       "mask_head": MaskRCNNHeads(width, [width] * 4, 1, norm),
                       "mask_predictor": MaskRCNNPredictor(width, width, rows)}
-    return two_stage(cfg, pyramid, Anchors(tuple((s,) for s in sizes), (RATIOS,) * 5), AlignedRoIAlign(strides, 7),
-                     box_head, cfg.head_dim, rows, mask_parts, size_divisible=64,
+    anchors = Anchors(tuple((s,) for s in sizes), (RATIOS,) * 5, (*strides.values(), 64))
+    return two_stage(cfg, pyramid, anchors, AlignedRoIAlign(strides, 7),
+                     box_head, cfg.head_dim, rows, mask_parts, size_divisible=32,
                      before_nms={"training": 2000, "testing": 1000},
                      after_nms={"training": cfg.proposals_per_image, "testing": cfg.proposals_per_image})
 
@@ -268,8 +282,9 @@ def c4_rcnn(cfg: Any, backbone: Backbone, rows: int, sizes: list[int]) -> Genera
     mask_parts = {}
     if cfg.detector == "mask_rcnn_c4":
         mask_parts = {"mask_predictor": MaskRCNNPredictor(width, cfg.fpn_channels, rows)}
-    return two_stage(cfg, C4Backbone(backbone), Anchors((tuple(sizes),), (RATIOS,)), AlignedRoIAlign({"0": 16}, 14),
-                     box_head, width, rows, mask_parts, size_divisible=16,
+    anchors = Anchors((tuple(sizes),), (RATIOS,), (16,))
+    return two_stage(cfg, C4Backbone(backbone), anchors, AlignedRoIAlign({"0": 16}, 14),
+                     box_head, width, rows, mask_parts, size_divisible=1,
                      before_nms={"training": 12000, "testing": 6000},
                      after_nms={"training": 2 * cfg.proposals_per_image, "testing": cfg.proposals_per_image})
 

@@ -122,11 +122,11 @@ def scratch(script: str, path: str = "AP") -> Arm:
 
 
 def analysis(name: str, figure: str, path: str) -> Arm:
-    """One of DUPR's figures, drawn of the two checkpoints of a seed."""
+    """One of DUPR's figures, drawn of the two checkpoints of a seed, and of what else the data set's flags name."""
     def make(data: str, seed: int) -> Run:
         pair = ("dupr=", pretrained("dupr", data, seed), "image=", pretrained("dupr", data, seed, IMAGE_ONLY))
-        return Run("figures", (figure, "--checkpoint", *pair, *TEXT[data]["labelled"].split()[:2], "--seed", str(seed),
-                               *TEXT[data]["figures"].split()))
+        return Run("figures", (figure, "--checkpoint", *pair, *TEXT[data].get("beside", "").split(),
+                               *TEXT[data]["labelled"].split(), "--seed", str(seed), *TEXT[data]["figures"].split()))
     return Arm(name, make, f"checkpoints/{path}")
 
 
@@ -182,11 +182,13 @@ def claims() -> list[Claim]:
               margin=0.1),
         Claim("soco-scratch", after("SoCo", "soco"), scratch("soco"), BOTH),
         Claim("soco-momentum", after("0.99", "soco"), after("0.98", "soco", "--ema_momentum 0.98"), (BCCD,)),
-        Claim("dupr-match", *(analysis(name, "match", f"{which}/within_1") for name, which in DUPR)),
-        Claim("dupr-slope", *(analysis(name, "iou-similarity", f"{which}/difference") for name, which in DUPR)),
+        Claim("dupr-match", *(analysis(name, "match", f"{which}/within_1") for name, which in DUPR), (SYNTHETIC, VOC)),
+        Claim("dupr-slope", *(analysis(name, "iou-similarity", f"{which}/difference") for name, which in DUPR),
+              (SYNTHETIC, VOC)),
         Claim("dupr-c4", after("DUPR", "dupr"), after("beta = 0", "dupr", IMAGE_ONLY), (BCCD,)),
     ]
     reported = [
+        Claim("detreg-found", after("DETReg", "detreg", path="AR10"), scratch("detreg", "AR10"), (*BOTH, FEW)),
         Claim("detreg-embedding", after("lambda_e 1", "detreg"), after("lambda_e 0", "detreg", "--lambda_e 0")),
         Claim("updetr-patches", after("M = 10", "updetr"), after("M = 1", "updetr", "--num_patches 1 --num_queries 3")),
         Claim("updetr-frozen", after("frozen", "updetr"), after("trained", "updetr", "--lr_backbone 0.0006")),
@@ -197,6 +199,10 @@ def claims() -> list[Claim]:
         Claim("siamese-edge", after("edge boxes", "siamese_detr", "--proposal_method edge_boxes --cache_proposals"),
               after("selective search", "siamese_detr")),
     ]
+    reported += [Claim(f"{name}-ceiling", analysis("DUPR", figure, f"dupr/{path}"),
+                       analysis("ImageNet", figure, f"imagenet/{path}"), (VOC,))
+                 for name, figure, path in (("dupr-match", "match", "within_1"),
+                                            ("dupr-slope", "iou-similarity", "difference"))]
     off = ["--proposal_method whole --num_boxes 1", "--fpn false", "--box_head false", "--scale_aware false",
            "--jitter_prob 0", "--multi_view false"]
     names = ("whole image", "+ proposals", "+ FPN", "+ head", "+ scale-aware", "+ jitter", "+ multi-view")

@@ -66,7 +66,7 @@ def main() -> None:
             outs = [Path(folder) / f"alone{i}" for i in range(most)]
             alone = [start(args.method, ["--batch_size", str(batch), *flags], 1, out) for out in outs]
             found.setdefault(f"alone x {most}", []).append(sum(map(images_per_s, alone, outs)))
-            if args.method not in ("soco", "dupr"):  # BatchNorm or queues see the whole batch: they do not accumulate
+            if args.method != "soco":  # its BatchNorm sees the whole batch: it does not accumulate
                 out = Path(folder) / "accumulate"
                 process = start(args.method, ["--batch_size", str(2 * batch), "--accumulate", "2", *flags], 1, out)
                 found.setdefault("1 process, accumulate 2", []).append(images_per_s(process, out))

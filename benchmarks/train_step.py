@@ -15,6 +15,8 @@ batches in turn:
              operation
     bf16     ours with --amp bf16
     compile  ours with --compile (only where asked for: --ways ours plain compile)
+"of the limit" (fp32): seconds that the step's matrix products and convolutions would take at the most that this machine
+gives either, in the same round, over the step's seconds; whatever else a step does is as if for nothing.
 """
 from __future__ import annotations
 
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
@@ -164,6 +167,24 @@ def split(step: Step, batches: Any, steps: int) -> dict[str, list[float]]:
     return {name: seconds[1:] for name, seconds in parts.items()}
 
 
+def yardsticks(device: torch.device) -> dict[str, Any]:
+    """A matrix product and a convolution of the size and form that run fastest."""
+    matrix = torch.randn(1536, 1536, device=device)
+    maps, weight = (torch.randn(2, 256, 64, 64, device=device).to(memory_format=torch.channels_last),
+                    torch.randn(256, 256, 3, 3, device=device).to(memory_format=torch.channels_last))
+    return {"products": lambda: matrix @ matrix,
+            "convolutions": lambda: nn.functional.conv2d(maps, weight, padding=1)}
+
+
+def operations(work: Any) -> dict[str, int]:
+    """Floating-point operations of a call, by yardstick."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    counts = counter.get_flop_counts()["Global"]
+    convolutions = sum(count for name, count in counts.items() if "convolution" in str(name))
+    return {"products": sum(counts.values()) - convolutions, "convolutions": convolutions}
+
+
 def method_step(args: argparse.Namespace, argv: list[str]) -> None:
     device = torch.device(args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +207,9 @@ def method_step(args: argparse.Namespace, argv: list[str]) -> None:
             with plain_forms() if way == "plain" else contextlib.nullcontext():
                 steps[way](kept[turn[way] % len(kept)])
 
-        seconds = measure.interleave({way: lambda way=way: take_step(way) for way in steps}, args.rounds, device)
+        sticks = yardsticks(device)
+        seconds = measure.interleave({way: lambda way=way: take_step(way) for way in steps} | sticks, args.rounds, device)
+        work = operations(lambda: take_step("ours"))
         memory = {way: measure.peak_mib(lambda way=way: take_step(way), device) for way in steps}
     first = kept[0].get("images", kept[0].get("views"))
     shape = tuple(first.shape) if isinstance(first, torch.Tensor) else tuple(first[0].shape)
@@ -195,10 +218,16 @@ def method_step(args: argparse.Namespace, argv: list[str]) -> None:
     rows = [[name, measure.spread(values), f"{measure.median(values) / total:.0%}"] for name, values in parts.items()]
     measure.report(f"{args.method}: one step, in a loop of its own", ["part", "seconds", "share"], rows, facts)
     released = RELEASED.get(args.method) if device.type == "cpu" and cfg.batch_size == BATCH[args.method] else None
+    share = {name: work[name] / operations(stick)[name] for name, stick in sticks.items()}  # how many of the yardstick
+    least = [sum(share[name] * taken for name, taken in zip(sticks, taken)) for taken in zip(*map(seconds.get, sticks))]
     rows = [[way, measure.spread(seconds[way]), cfg.batch_size / measure.median(seconds[way]),
-             measure.spread(measure.ratios(seconds, "plain", way)) if "plain" in seconds else None, memory[way],
-             measure.median(seconds[way]) / released if released else None] for way in seconds]
-    columns = ["way", "seconds", "images/s", "plain / way", "peak MiB", "of the released step"]
+             measure.spread(measure.ratios(seconds, "plain", way)) if "plain" in seconds else None,
+             measure.spread([a / b for a, b in zip(least, seconds[way])]) if way != "bf16" else None, memory[way],
+             measure.median(seconds[way]) / released if released else None] for way in steps]
+    columns = ["way", "seconds", "images/s", "plain / way", "of the limit", "peak MiB", "of the released step"]
+    facts |= {f"GFLOP of {name}": round(count / 1e9) for name, count in work.items()}
+    facts |= {f"GFLOP/s of {name}": round(operations(stick)[name] / measure.median(seconds[name]) / 1e9)
+              for name, stick in sticks.items()}
     measure.report(f"{args.method}: the same batches in turn", columns, rows, facts)
 
 
@@ -257,9 +286,8 @@ def detector_steps(name: str, images: torch.Tensor, targets: list[dict], device:
 
 
 def do_our_work(model: nn.Module, ours: nn.Module) -> None:
-    """torchvision's detector with what detectron2, and so ours, has otherwise: the multiple to which images are padded,
-    norms in the pyramid, samples of RoIAlign."""
-    model.transform.size_divisible = ours.transform.size_divisible
+    """torchvision's detector with what detectron2, and so ours, has otherwise: norms in the pyramid, samples of
+    RoIAlign."""
     fpn, wanted = model.backbone.fpn, ours.backbone.fpn
     fpn.inner_blocks, fpn.layer_blocks = copy.deepcopy((wanted.inner_blocks, wanted.layer_blocks))
     if hasattr(model, "roi_heads"):

@@ -69,7 +69,7 @@ def batch_of(detector="faster_rcnn_fpn", sizes=((64, 48), (40, 64))):
 # ==== Parts ========================================================================================================
 
 def test_anchors_are_not_rounded():
-    cell = rcnn.Anchors(((32,), (64, 100.5)), ((0.5, 1.0, 2.0),) * 2).cell_anchors
+    cell = rcnn.Anchors(((32,), (64, 100.5)), ((0.5, 1.0, 2.0),) * 2, (8, 16)).cell_anchors
     assert torch.allclose(cell[0], torch.tensor([[-22.627417, -11.3137085, 22.627417, 11.3137085], [-16, -16, 16, 16],
                                                  [-11.3137085, -22.627417, 11.3137085, 22.627417]]))
     w, h = (cell[1][:, 2:] - cell[1][:, :2]).unbind(1)
@@ -82,8 +82,8 @@ def test_anchors_are_not_rounded():
 
 
 @pytest.mark.parametrize(("detector", "strides", "pad"), (
-    ("faster_rcnn_fpn", (4, 8, 16, 32, 64), 64), ("faster_rcnn_c4", (16,), 16),
-    ("retinanet_fpn", (8, 16, 32, 64, 128), 128), ("fcos_fpn", (8, 16, 32, 64, 128), 128)))
+    ("faster_rcnn_fpn", (4, 8, 16, 32, 64), 32), ("faster_rcnn_c4", (16,), 1),
+    ("retinanet_fpn", (8, 16, 32, 64, 128), 32), ("fcos_fpn", (8, 16, 32, 64, 128), 32)))
 def test_strides_of_maps_and_anchors(detector, strides, pad):
     model = build(detector).eval()
     batch, _ = model.transform([torch.randn(3, 50, 70), torch.randn(3, 66, 40)])
@@ -92,13 +92,15 @@ def test_strides_of_maps_and_anchors(detector, strides, pad):
     assert not batch.tensors[0, :, 50:].any() and not batch.tensors[0, :, :, 70:].any()
     maps = list(model.backbone(batch.tensors).values())
     assert ([tuple(m.shape[2:]) for m in maps]
-            == [(batch.tensors.shape[2] // s, batch.tensors.shape[3] // s) for s in strides])
+            == [tuple(-(-side // s) for side in batch.tensors.shape[2:]) for s in strides])
     generator = model.rpn.anchor_generator if hasattr(model, "rpn") else model.anchor_generator
     anchors = generator(batch, maps)[0]
     per_cell = generator.num_anchors_per_location()[0]
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    # the second cell of the first row
+    # the second cell of the first row, and the last cell of the coarsest map
     assert torch.allclose(centres[per_cell], torch.tensor([float(strides[0]), 0.0]), atol=1e-5)
+    height, width = maps[-1].shape[2:]
+    assert torch.allclose(centres[-1], strides[-1] * torch.tensor([width - 1.0, height - 1.0]), atol=1e-5)
 
 
 def test_aligned_pooler():
