@@ -167,13 +167,11 @@ def claims() -> list[Claim]:
               (SYNTHETIC, FEW)),
         Claim("detreg-ar10", pretext("DETReg", "detreg", "pretrained/AR10"),
               pretext("selective search", "detreg", "selective_search/AR10"), (*BOTH, FEW)),
-        Claim("updetr-looks", pretext("adapted", "updetr", "last looking"),
-              pretext("as published", "updetr", "last looking", PUBLISHED), (VOC, LARGE)),
+        *looks("updetr", "updetr"),
         Claim("updetr-scratch", after("UP-DETR", "updetr"), scratch("updetr"), (*BOTH, VOC, LARGE)),
         Claim("updetr-start", after("UP-DETR", "updetr"), after("one step", "updetr", UNTRAINED), (VOC, LARGE)),
         Claim("updetr-speed", after("UP-DETR", "updetr", path="mean AP"), scratch("updetr", "mean AP"), (*BOTH, VOC)),
-        Claim("siamese-looks", pretext("adapted", "siamese_detr", "last looking"),
-              pretext("as published", "siamese_detr", "last looking", PUBLISHED), (VOC, LARGE)),
+        *looks("siamese", "siamese_detr"),
         Claim("siamese-scratch", after("Siamese DETR", "siamese_detr"), scratch("siamese_detr"), (*BOTH, VOC, LARGE)),
         Claim("siamese-start", after("Siamese DETR", "siamese_detr"), after("one step", "siamese_detr", UNTRAINED),
               (VOC, LARGE)),
@@ -215,6 +213,13 @@ def claims() -> list[Claim]:
     for one in reported:
         one.judged = False
     return judged + reported
+
+
+def looks(name: str, script: str) -> list[Claim]:
+    """Does pretraining teach to look: looking after it and before it, of one run; adapted, and as published."""
+    return [Claim(f"{name}-{how}", pretext("after", script, "last looking", more),
+                  pretext("before", script, "first looking", more), (VOC, LARGE))
+            for how, more in (("looks", ""), ("published", PUBLISHED))]
 
 
 CLAIMS = claims()

@@ -238,14 +238,14 @@ def numbers(result: dict, name: str) -> dict[int, float]:
 
 
 def value(result: dict, path: str) -> float:
-    """A number of a finished run: a path in its metrics (AP, pretrained/AR10); "mean AP": over all evaluations; "last
-    loss": over the last fifth of the log."""
+    """A number of a finished run: a path in its metrics (AP, pretrained/AR10); "mean AP": over all evaluations; "first
+    looking", "last loss": of the log, the last fifth."""
     kind, _, name = path.rpartition(" ")
-    if kind in ("mean", "last"):
+    if kind in ("mean", "first", "last"):
         found = list(numbers(result, name).values())
         if not found:
             raise KeyError(path)
-        return float(np.mean(found[-max(1, len(found) // 5):] if kind == "last" else found))
+        return float(np.mean({"mean": found, "first": found[:1], "last": found[-max(1, len(found) // 5):]}[kind]))
     found = result["metrics"]
     for part in path.split("/"):
         found = found[part]
