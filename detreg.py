@@ -370,8 +370,8 @@ def detreg_loss(cfg: Config, criterion: common.SetCriterion, outputs: dict, targ
 
 def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: common.SetCriterion,
                optimizer: torch.optim.Optimizer, micro_batches: list[dict], device: torch.device) -> dict[str, Tensor]:
-    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total and
-    the gradient norm.
+    """One optimiser step on cfg.accumulate micro-batches. Returns the unweighted loss terms of the whole, the total,
+    the gradient norm, and mean_embedding_error: what L_emb would be, were every region given the mean of all z.
 
     Normalisers cover all processes and micro-batches, so the gradient is that of one process on
     the whole batch (tested).
@@ -388,6 +388,7 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
         with common.gradient_sync(model, i == len(micro_batches) - 1), common.autocast(device, cfg.amp):
             with torch.no_grad():  # z_i of every proposal, Sec. 5
                 z = descriptor(torch.cat([t["patches"] for t in targets])).float()
+            spread = (z - z.mean(0)).abs().sum() / max(z.numel(), 1)
             z = z.split([len(t["labels"]) for t in targets])
             targets = [{**t, "features": features} for t, features in zip(targets, z)]
             outputs = model(batch["images"], batch["mask"])
@@ -395,7 +396,7 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
                 outputs["pred_features"] = outputs["pred_features"].float()
                 loss, losses = detreg_loss(cfg, criterion, outputs, targets, num_boxes, num_pairs, class_weight)
             common.backward(loss, optimizer, cfg.amp)
-        common.add_terms(terms, {"loss": loss, **losses}, len(micro_batches))
+        common.add_terms(terms, {"loss": loss, **losses, "mean_embedding_error": spread}, len(micro_batches))
     terms["grad_norm"] = common.clip_and_step(model, optimizer, cfg.amp, cfg.clip_max_norm)
     return terms
 

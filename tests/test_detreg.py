@@ -315,7 +315,7 @@ def same_step(results, whole):
     terms, gradients = whole
     largest = max(g.abs().max() for g in gradients.values())
     for name in terms:
-        if not name.startswith(("class_error", "cardinality_error")):      # log values: means of means
+        if "error" not in name:  # log values: means of means
             assert np.mean([r[0][name] for r in results]) == pytest.approx(terms[name], rel=1e-5), name
     for _, mine in results:
         assert mine.keys() == gradients.keys()
@@ -327,6 +327,8 @@ def test_accumulation_is_one_batch():
     whole = one_step()
     assert whole[0]["loss_object_embedding"] > 0 and whole[0]["loss_bbox"] > 0 and len(whole[1]) > 100
     assert any(n.startswith("detector.backbone.0.body.layer2") for n in whole[1])
+    z = torch.cat([t["patches"] for t in step_case()[2]["targets"]])
+    assert whole[0]["mean_embedding_error"] == pytest.approx((z - z.mean(0)).abs().mean().item(), rel=1e-5)
     for accumulate in (2, 4):                                             # with 4, one micro-batch has no box at all
         same_step([one_step(accumulate=accumulate)], whole)
     norm = np.sqrt(sum(float((g.double() ** 2).sum()) for g in whole[1].values()))
@@ -377,7 +379,7 @@ def test_log_and_table(finished_run):
     layers = ["loss_ce", "loss_bbox", "loss_giou", "cardinality_error"]
     for line in lines:
         assert line.keys() == {"step", "epoch", "lr", "loss", "loss_object_embedding",
-                               "class_error", *layers, *(f"{k}_0" for k in layers),
+                               "mean_embedding_error", "class_error", *layers, *(f"{k}_0" for k in layers),
                                "grad_norm", "images_per_s", "memory_gib", "seconds", "fallbacks"}
         weighted = sum(w * line[k + s]
                        for k, w in (("loss_ce", 2), ("loss_bbox", 5), ("loss_giou", 2)) for s in ("", "_0"))
