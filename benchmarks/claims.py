@@ -163,6 +163,10 @@ DUPR = (("DUPR", "dupr"), ("beta = 0", "image"))  # arms, and what `analysis` ca
 def claims() -> list[Claim]:
     judged = [
         Claim("detreg-scratch", after("DETReg", "detreg"), scratch("detreg"), tuple(DATA)),
+        *(Claim(f"detreg-tuned-{path.lower()}", after("DETReg", "detreg", path=path), scratch("detreg", path),
+                (*BOTH, FEW)) for path in ("AP50", "AP75", "AR10")),
+        Claim("detreg-tuned-classes", after("DETReg", "detreg", path="class_error"), scratch("detreg", "class_error"),
+              (FEW,), sign=-1),
         Claim("detreg-boxes", after("own boxes", "detreg"), after("other image's", "detreg", "--strategy other_image"),
               (SYNTHETIC, FEW)),
         Claim("detreg-ar10", pretext("DETReg", "detreg", "pretrained/AR10"),
@@ -186,7 +190,6 @@ def claims() -> list[Claim]:
         Claim("dupr-c4", after("DUPR", "dupr"), after("beta = 0", "dupr", IMAGE_ONLY), (BCCD,)),
     ]
     reported = [
-        Claim("detreg-found", after("DETReg", "detreg", path="AR10"), scratch("detreg", "AR10"), (*BOTH, FEW)),
         Claim("detreg-embedding", after("lambda_e 1", "detreg"), after("lambda_e 0", "detreg", "--lambda_e 0")),
         Claim("updetr-patches", after("M = 10", "updetr"), after("M = 1", "updetr", "--num_patches 1 --num_queries 3")),
         Claim("updetr-frozen", after("frozen", "updetr"), after("trained", "updetr", "--lr_backbone 0.0006")),
