@@ -164,9 +164,9 @@ def claims() -> list[Claim]:
     judged = [
         Claim("detreg-scratch", after("DETReg", "detreg"), scratch("detreg"), tuple(DATA)),
         *(Claim(f"detreg-tuned-{path.lower()}", after("DETReg", "detreg", path=path), scratch("detreg", path),
-                (*BOTH, FEW)) for path in ("AP50", "AP75", "AR10")),
+                (*BOTH, FEW, LARGE)) for path in ("AP50", "AP75", "AR10")),
         Claim("detreg-tuned-classes", after("DETReg", "detreg", path="class_error"), scratch("detreg", "class_error"),
-              (FEW,), sign=-1),
+              (FEW, LARGE), sign=-1),
         Claim("detreg-boxes", after("own boxes", "detreg"), after("other image's", "detreg", "--strategy other_image"),
               (SYNTHETIC, FEW)),
         Claim("detreg-ar10", pretext("DETReg", "detreg", "pretrained/AR10"),
