@@ -208,9 +208,10 @@ def method_step(args: argparse.Namespace, argv: list[str]) -> None:
                 steps[way](kept[turn[way] % len(kept)])
 
         sticks = yardsticks(device)
-        seconds = measure.interleave({way: lambda way=way: take_step(way) for way in steps} | sticks, args.rounds, device)
+        calls = {way: lambda way=way: take_step(way) for way in steps}
+        seconds = measure.interleave(calls | sticks, args.rounds, device)
         work = operations(lambda: take_step("ours"))
-        memory = {way: measure.peak_mib(lambda way=way: take_step(way), device) for way in steps}
+        memory = {way: measure.peak_mib(call, device) for way, call in calls.items()}
     first = kept[0].get("images", kept[0].get("views"))
     shape = tuple(first.shape) if isinstance(first, torch.Tensor) else tuple(first[0].shape)
     total = sum(measure.median(values) for values in parts.values())
