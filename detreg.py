@@ -388,7 +388,7 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
         with common.gradient_sync(model, i == len(micro_batches) - 1), common.autocast(device, cfg.amp):
             with torch.no_grad():  # z_i of every proposal, Sec. 5
                 z = descriptor(torch.cat([t["patches"] for t in targets])).float()
-            spread = (z - z.mean(0)).abs().sum() / max(z.numel(), 1)
+            mean_error = (z - z.mean(0)).abs().sum() / max(z.numel(), 1)
             z = z.split([len(t["labels"]) for t in targets])
             targets = [{**t, "features": features} for t, features in zip(targets, z)]
             outputs = model(batch["images"], batch["mask"])
@@ -396,7 +396,7 @@ def train_step(cfg: Config, model: nn.Module, descriptor: nn.Module, criterion: 
                 outputs["pred_features"] = outputs["pred_features"].float()
                 loss, losses = detreg_loss(cfg, criterion, outputs, targets, num_boxes, num_pairs, class_weight)
             common.backward(loss, optimizer, cfg.amp)
-        common.add_terms(terms, {"loss": loss, **losses, "mean_embedding_error": spread}, len(micro_batches))
+        common.add_terms(terms, {"loss": loss, **losses, "mean_embedding_error": mean_error}, len(micro_batches))
     terms["grad_norm"] = common.clip_and_step(model, optimizer, cfg.amp, cfg.clip_max_norm)
     return terms
 

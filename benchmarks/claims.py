@@ -122,7 +122,7 @@ def scratch(script: str, path: str = "AP") -> Arm:
 
 
 def analysis(name: str, figure: str, path: str) -> Arm:
-    """One of DUPR's figures, drawn of the two checkpoints of a seed, and of what else the data set's flags name."""
+    """One of DUPR's figures, drawn of the two checkpoints of a seed and of those that stand `beside` them."""
     def make(data: str, seed: int) -> Run:
         pair = ("dupr=", pretrained("dupr", data, seed), "image=", pretrained("dupr", data, seed, IMAGE_ONLY))
         return Run("figures", (figure, "--checkpoint", *pair, *TEXT[data].get("beside", "").split(),
@@ -219,7 +219,8 @@ def claims() -> list[Claim]:
 
 
 def looks(name: str, script: str) -> list[Claim]:
-    """Does pretraining teach to look: looking after it and before it, of one run; adapted, and as published."""
+    """Does pretraining teach to look: looking after it and before it, of one run; adapted, and with the published
+    matching and start."""
     return [Claim(f"{name}-{how}", pretext("after", script, "last looking", more),
                   pretext("before", script, "first looking", more), (VOC, LARGE))
             for how, more in (("looks", ""), ("published", PUBLISHED))]

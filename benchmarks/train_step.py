@@ -15,8 +15,8 @@ batches in turn:
              operation
     bf16     ours with --amp bf16
     compile  ours with --compile (only where asked for: --ways ours plain compile)
-"of the limit" (fp32): seconds that the step's matrix products and convolutions would take at the most that this machine
-gives either, in the same round, over the step's seconds; whatever else a step does is as if for nothing.
+"of the limit" (fp32): the time that the step's matrix products and convolutions would take at the speed of one large
+product and one large convolution, timed in the same round, over the step's time; all else would take none.
 """
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def split(step: Step, batches: Any, steps: int) -> dict[str, list[float]]:
 
 
 def yardsticks(device: torch.device) -> dict[str, Any]:
-    """A matrix product and a convolution of the size and form that run fastest."""
+    """A matrix product and a convolution whose speed a step's are held against; larger ones were no faster on CPU."""
     matrix = torch.randn(1536, 1536, device=device)
     maps, weight = (torch.randn(2, 256, 64, 64, device=device).to(memory_format=torch.channels_last),
                     torch.randn(256, 256, 3, 3, device=device).to(memory_format=torch.channels_last))
@@ -177,7 +177,7 @@ def yardsticks(device: torch.device) -> dict[str, Any]:
 
 
 def operations(work: Any) -> dict[str, int]:
-    """Floating-point operations of a call, by yardstick."""
+    """Floating-point operations of a call, under the names of the yardsticks."""
     with FlopCounterMode(display=False) as counter:
         work()
     counts = counter.get_flop_counts()["Global"]
@@ -219,16 +219,15 @@ def method_step(args: argparse.Namespace, argv: list[str]) -> None:
     rows = [[name, measure.spread(values), f"{measure.median(values) / total:.0%}"] for name, values in parts.items()]
     measure.report(f"{args.method}: one step, in a loop of its own", ["part", "seconds", "share"], rows, facts)
     released = RELEASED.get(args.method) if device.type == "cpu" and cfg.batch_size == BATCH[args.method] else None
-    share = {name: work[name] / operations(stick)[name] for name, stick in sticks.items()}  # how many of the yardstick
-    least = [sum(share[name] * taken for name, taken in zip(sticks, taken)) for taken in zip(*map(seconds.get, sticks))]
+    each = {name: operations(stick)[name] for name, stick in sticks.items()}
+    least = [sum(work[name] / each[name] * seconds[name][i] for name in sticks) for i in range(args.rounds)]
     rows = [[way, measure.spread(seconds[way]), cfg.batch_size / measure.median(seconds[way]),
              measure.spread(measure.ratios(seconds, "plain", way)) if "plain" in seconds else None,
              measure.spread([a / b for a, b in zip(least, seconds[way])]) if way != "bf16" else None, memory[way],
              measure.median(seconds[way]) / released if released else None] for way in steps]
     columns = ["way", "seconds", "images/s", "plain / way", "of the limit", "peak MiB", "of the released step"]
     facts |= {f"GFLOP of {name}": round(count / 1e9) for name, count in work.items()}
-    facts |= {f"GFLOP/s of {name}": round(operations(stick)[name] / measure.median(seconds[name]) / 1e9)
-              for name, stick in sticks.items()}
+    facts |= {f"GFLOP/s of {name}": round(each[name] / measure.median(seconds[name]) / 1e9) for name in sticks}
     measure.report(f"{args.method}: the same batches in turn", columns, rows, facts)
 
 
